@@ -1,0 +1,481 @@
+"""Delta: a named set of patches in one model, and the verbs that attach, detach and choose deltas."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite import host, site
+from peftlite.choice import Choice, Names, Rows, Scope
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.patch import Method, Patch
+from peftlite.site import Site
+from peftlite.table import few, size, table
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+
+
+@dataclass(eq=False)
+class Placed:
+    """One patch of a delta: where it sits and which method made it."""
+
+    site: Site
+    method: Method
+    patch: Patch
+
+    @classmethod
+    def build(cls, where: Site, method: Method) -> Placed:
+        """A patch for a site, its parameters not yet filled. Raises TargetError."""
+        patch = method.build(where).train(where.module.training)
+        patch.slot, patch.index = where.slot, where.index
+        return cls(where, method, patch)
+
+
+class Delta:
+    """A named set of patches in one model: what is trained, saved, merged and swapped."""
+
+    def __init__(self, name: str, methods: Sequence[Method], placed: Iterable[Placed]):
+        self.name, self.methods = name, tuple(methods)
+        self.placed = {item.site.address: item for item in placed}
+        self.registry: Registry | None = None  # of the model it is attached to
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters and buffers as `address:name`, shared ones once."""
+        seen: set[int] = set()
+        for address, placed in self.placed.items():
+            for key, tensor in placed.patch.state_dict(keep_vars=True).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{address}:{key}", tensor
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters as `address:name`, shared ones once."""
+        for key, tensor in self.named_tensors():
+            if isinstance(tensor, nn.Parameter):
+                yield key, tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of its parameters and buffers, which is what a file of it holds."""
+        return sum(t.nbytes for t in self.state_dict().values())
+
+    def requires_grad_(self, flag: bool = True) -> Delta:
+        """Makes the delta trainable, or freezes it. Nothing else ever changes that."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(flag)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and buffer as `address:name`, shared ones once, sharing memory."""
+        return {key: tensor.detach() for key, tensor in self.named_tensors()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies values into the delta in place. Raises PeftliteError, all unchanged, on a misfit."""
+        own = self.state_dict()
+        problems = [f"missing {key}" for key in own if key not in tensors]
+        problems += [f"unexpected {key}" for key in tensors if key not in own]
+        problems += [
+            f"{key} is {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own
+            if key in tensors and tensors[key].shape != own[key].shape
+        ]
+        if problems:
+            raise PeftliteError(f"these tensors don't fit {self.name!r}: {few(problems)}")
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(type(method).__name__ for method in self.methods)
+        return f"Delta({self.name!r}, {kinds}, {self.num_parameters:,} parameters)"
+
+    def __str__(self) -> str:
+        rows = [
+            _Row(address, type(p.method).__name__, p.site, p.patch)
+            for address, p in self.placed.items()
+        ]
+        return f"delta {self.name!r}\n{_describe(rows)}"
+
+
+@dataclass
+class Registry:
+    """What a model knows of its deltas; it hangs on the module they were attached to."""
+
+    root: nn.Module
+    choice: Choice = field(default_factory=Choice)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    thawed: tuple[str, ...] = ()  # the base's parameters that were trainable, to be so again
+    originals: dict[str, Tensor] = field(default_factory=dict)  # see merge.py
+    merged: dict[str, Any] = field(default_factory=dict)
+
+
+def find(model: nn.Module) -> Registry | None:
+    """The registry of a model, or of the one model inside it (under DDP, torch.compile, …)."""
+    found = []
+    for module in model.modules():
+        hosted = module.__dict__.get(host.ATTRIBUTE)
+        if hosted is not None and hosted.registry is not None:
+            if module is model:
+                return hosted.registry
+            found.append(hosted.registry)
+    if len(found) > 1:
+        raise PeftliteError(
+            "deltas are attached to several modules inside this one: pass the module that "
+            "pl.attach was given"
+        )
+    return found[0] if found else None
+
+
+def get(model: nn.Module, name: str) -> tuple[Registry, Delta]:
+    """A delta by name, with the registry it's in. Raises PeftliteError."""
+    registry = find(model)
+    there = list(registry.deltas) if registry else []
+    if registry is None or name not in registry.deltas:
+        raise PeftliteError(f"no delta named {name!r} in this model; {_there(there)}")
+    return registry, registry.deltas[name]
+
+
+def deltas(model: nn.Module) -> dict[str, Delta]:
+    """The deltas of a model by name, in the order in which they were attached."""
+    registry = find(model)
+    return dict(registry.deltas) if registry else {}
+
+
+# -- attach and detach
+
+
+def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default") -> Delta:
+    """Attaches a new delta, in place: freezes the base and makes the delta the standing choice.
+
+    The model keeps its class, its keys and its call site.
+
+    Args:
+        model: any module; every address is relative to it.
+        method: what to attach, or several methods that make one delta.
+        name: of letters, digits, `_` and `-`.
+
+    Raises:
+        TargetError: a target names nothing, or something the method can't take.
+        PeftliteError: the name is taken or ill-formed, a module can't be patched, or gradients
+            can't flow here (under `torch.inference_mode`). The model is as it was.
+    """
+    methods = [method] if isinstance(method, Method) else list(method)
+    registry = check(model, name)
+    placed = [Placed.build(where, how) for where, how in _assign(model, methods)]
+    with torch.no_grad():
+        for item in placed:
+            item.patch.reset(None if item.site.is_call else item.site.tensor)
+    return commit(registry, Delta(name, methods, placed))
+
+
+def check(model: nn.Module, name: str) -> Registry:
+    """The registry for a delta called `name`: the model's, or a new one not yet installed."""
+    if torch.is_inference_mode_enabled():
+        raise PeftliteError(
+            "under torch.inference_mode no gradient can ever flow: attach outside of it "
+            "(torch.no_grad is fine)"
+        )
+    registry = find(model)
+    if registry is None:
+        if any(isinstance(module, host.Host) for module in model.modules()):
+            raise PeftliteError(
+                "this module is part of a model that has deltas: attach to that model, and name "
+                "this part with targets="
+            )
+        registry = Registry(model)
+    elif registry.root is not model:
+        raise PeftliteError(
+            f"deltas {list(registry.deltas)} are attached to the {type(registry.root).__name__} "
+            "inside this module: attach to that one, or detach them first"
+        )
+    changeable(registry)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise PeftliteError(
+            f"{name!r} can't name a delta: use letters, digits, '_' and '-', at most 128"
+        )
+    if name in registry.deltas:
+        raise PeftliteError(
+            f"a delta named {name!r} is attached already: choose another name=, or "
+            f"pl.detach(model, {name!r}) first"
+        )
+    return registry
+
+
+def _assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Site, Method]]:
+    """Which method takes which site. A site that is asked for is taken from defaults."""
+    if not methods or not all(isinstance(method, Method) for method in methods):
+        raise PeftliteError(
+            f"attach takes a method such as pl.LoRA(rank=8), or a list of methods: not {methods!r}"
+        )
+    everything = site.sites(model)
+    taken: dict[str, tuple[Site, Method, bool]] = {}
+    for method in methods:
+        for where, asked in site.select(everything, method.targets, method.exclude, method):
+            _usable(where)
+            held = taken.get(where.address)
+            if held is not None and held[2] == asked:
+                raise TargetError(
+                    f"{where.address} is taken by {type(held[1]).__name__} and by "
+                    f"{type(method).__name__}: leave it out of one with exclude="
+                )
+            if held is None or asked:
+                taken[where.address] = (where, method, asked)
+    return [(where, method) for where, method, _ in taken.values()]
+
+
+def _usable(where: Site) -> None:
+    if where.is_call:
+        return
+    tensor = where.whole
+    if not tensor.is_floating_point():
+        raise TargetError(f"{where.address} holds {tensor.dtype}: no gradient can flow through it")
+    if tensor.is_inference():
+        raise PeftliteError(
+            f"{where.address} was made under torch.inference_mode, so autograd can't use it: "
+            "build or load the model outside of it"
+        )
+
+
+def commit(registry: Registry, delta: Delta) -> Delta:
+    """Installs a delta as the standing choice, or leaves the model as it was."""
+    root, first = registry.root, not registry.deltas
+    try:
+        host.make_host(root, registry.choice).registry = registry
+        for address, placed in delta.placed.items():
+            for module, slot in placed.site.owners:
+                key = slot + address[len(site.whole_address(address)) :]
+                host.plant(module, delta.name, key, placed.patch, registry.choice)
+    except BaseException:
+        _remove(registry, delta, last=first)
+        raise
+    if first:
+        registry.thawed = tuple(n for n, p in _base_parameters(root) if p.requires_grad)
+        for _, parameter in _base_parameters(root):
+            parameter.requires_grad_(False)
+    registry.deltas[delta.name], delta.registry = delta, registry
+    registry.choice.standing = (delta.name,)
+    return delta
+
+
+def _remove(registry: Registry, delta: Delta, last: bool) -> None:
+    for placed in delta.placed.values():
+        for module, _ in placed.site.owners:
+            host.uproot(module, delta.name)
+    if last and isinstance(registry.root, host.Host):
+        registry.root.peftlite.registry = None
+        host.release(registry.root)
+
+
+def _base_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, module in site.walk(root):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def detach(model: nn.Module, name: str) -> Delta:
+    """Takes a delta off the model, which is exactly as if it had never been attached.
+
+    A merged delta is unmerged first. If it was chosen, the base is the choice. With the last delta,
+    the base's `requires_grad` is as it was before the first.
+    """
+    registry, delta = get(model, name)
+    changeable(registry)
+    if name in registry.merged:
+        registry.merged[name].undo(registry)
+    bake(registry, delta)
+    return delta
+
+
+def bake(registry: Registry, delta: Delta) -> None:
+    """Takes a delta off, whatever the base holds now."""
+    choice, name = registry.choice, delta.name
+    choice.standing = tuple(n for n in choice.standing if n != name)
+    del registry.deltas[name]
+    delta.registry = None
+    _remove(registry, delta, last=not registry.deltas)
+    if not registry.deltas:
+        parameters = dict(_base_parameters(registry.root))
+        for key in registry.thawed:
+            parameters[key].requires_grad_(True)
+
+
+# -- choosing
+
+
+def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Makes a delta, or several in that order, or none (the base), the model's standing choice.
+
+    It holds in every thread. It doesn't change what is trainable. Raises PeftliteError.
+    """
+    registry = _registry(model)
+    checked = _names(registry, names)
+    changeable(registry)
+    registry.choice.standing = checked
+
+
+def using(
+    model: nn.Module,
+    names: str | Sequence[str] | None = None,
+    *,
+    rows: Sequence[str | Sequence[str] | None] | None = None,
+) -> Scope:
+    """A `with` in which the choice is `names`, or one per batch row, for this context alone.
+
+    Threads and async tasks never see one another's. With `rows`, the outermost patched module that
+    is called runs each group of equal rows by itself and puts the results back: every tensor
+    argument with `len(rows)` as its first dimension is split.
+    `torch.compile`d code honours it by running eagerly, and refuses it under `fullgraph=True`; to
+    compile it in, open it inside the compiled function. Raises PeftliteError.
+    """
+    registry = _registry(model)
+    if registry.choice.fixed:
+        changeable(registry)
+    if rows is None:
+        return registry.choice.scope(_names(registry, names))
+    if names is not None or isinstance(rows, str) or not rows:
+        raise PeftliteError("rows= is a list with one choice per batch row, in place of a name")
+    return registry.choice.scope(Rows(tuple(_names(registry, row) for row in rows)))
+
+
+def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
+    """A second face of the model: the same parameters and buffers, its choice fixed to `names`.
+
+    Two views compile once each, export, and serve two threads. What trains or loads into one is
+    seen by all. Attach, detach, choose and merge on the model itself. Raises PeftliteError.
+    """
+    registry = _registry(model)
+    checked = _names(registry, names)
+    shared = [*model.parameters(), *model.buffers(), *registry.originals.values()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    choice = find(twin).choice  # type: ignore[union-attr]
+    choice.standing, choice.fixed = checked, True
+    return twin
+
+
+def _registry(model: nn.Module) -> Registry:
+    registry = find(model)
+    if registry is None:
+        raise PeftliteError("this model has no deltas; pl.attach or pl.load one first")
+    return registry
+
+
+def _names(registry: Registry, names: str | Iterable[str] | None) -> Names:
+    chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for name in chosen:
+        if name not in registry.deltas:
+            raise PeftliteError(f"no delta named {name!r}; {_there(list(registry.deltas))}")
+        if name in registry.merged:
+            raise PeftliteError(
+                f"{name!r} is merged into the base, so it is on already: pl.unmerge it to choose it"
+            )
+    if len(set(chosen)) < len(chosen):
+        raise PeftliteError(f"{list(chosen)} names a delta twice; each applies once")
+    return chosen
+
+
+def changeable(registry: Registry) -> None:
+    """Raises PeftliteError if the registry is a view's."""
+    if registry.choice.fixed:
+        raise PeftliteError(
+            "this is a view, whose choice is fixed: do it on the model that pl.view was given"
+        )
+
+
+def _there(names: list[str]) -> str:
+    return f"there are: {', '.join(map(repr, names))}" if names else "it has none"
+
+
+# -- looking before touching
+
+
+@dataclass
+class _Row:
+    address: str
+    method: str
+    site: Site
+    patch: Patch
+
+    def shape(self) -> str:
+        return "call" if self.site.is_call else "×".join(map(str, self.site.shape))
+
+
+@dataclass
+class Plan:
+    """What `attach` would do; printing it shows a table.
+
+    `addresses` are the sites, `num_parameters` and `num_bytes` what would be trained there, and
+    `base_parameters` the size of the model.
+    """
+
+    rows: list[_Row]
+    base_parameters: int
+
+    @property
+    def addresses(self) -> list[str]:
+        return [row.address for row in self.rows]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in _parameters(self.rows))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(p.nbytes for p in _parameters(self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        share = self.num_parameters / max(self.base_parameters, 1)
+        return f"{_describe(self.rows)} ({share:.3%} of the base's {self.base_parameters:,})"
+
+
+def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
+    """What `attach` would do: the sites, counts and bytes. Changes nothing. Raises TargetError."""
+    methods = [method] if isinstance(method, Method) else list(method)
+    rows = [
+        _Row(where.address, type(how).__name__, where, how.build(replace(where, on="meta")))
+        for where, how in _assign(model, methods)
+    ]
+    unique = {id(p): p.numel() for _, p in _base_parameters(model)}
+    return Plan(rows, sum(unique.values()))
+
+
+def _parameters(rows: Iterable[_Row]) -> list[nn.Parameter]:
+    return list({id(p): p for row in rows for p in row.patch.parameters()}.values())
+
+
+def _describe(rows: list[_Row]) -> str:
+    """A table of sites, those that differ only in a block's number in one line."""
+    groups: dict[tuple[str, str, str], list[_Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.address)
+        groups.setdefault((pattern, row.method, row.shape()), []).append(row)
+    lines = []
+    for (pattern, method, shape), members in groups.items():
+        count = sum(p.numel() for p in _parameters(members))
+        address = pattern if len(members) > 1 else members[0].address
+        lines.append([address, str(len(members)), method, shape, f"{count:,}"])
+    kinds = Counter(row.method for row in rows)
+    parameters = _parameters(rows)
+    total = f"{sum(p.numel() for p in parameters):,} parameters, "
+    total += f"{size(sum(p.nbytes for p in parameters))}"
+    made = ", ".join(f"{kind} at {count}" for kind, count in kinds.items())
+    head = table(["site", "sites", "method", "shape", "parameters"], lines)
+    return f"{head}\n{made} sites: {total}"

@@ -1,0 +1,300 @@
+"""Host: a module whose class is swapped so that patches change what it reads and what it computes.
+
+                 reads                                    calls
+    module.weight ──► property ──► raw ─► value ─► W'     module(x) ──► forward ──► call ─► call ─► y
+                                                                                └► inner: the base
+
+Nothing else about the module changes: its parameters, their names and its place in the tree stay, so
+base checkpoints load, and optimizers, `.to()` and DDP see the model they know. The patches hang on
+the module beside its children, never among them, so code that walks the children sees none.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite import read
+from peftlite.choice import Choice, Names, Rows, by_rows, uncompiled
+from peftlite.errors import PeftliteError
+from peftlite.maps import Map, Over, kind_of
+from peftlite.patch import Patch
+from peftlite.site import CALL, raw
+
+ATTRIBUTE = "peftlite"
+
+
+class Patches(nn.Module):
+    """What hangs on a host: its patches as `{delta: {slot: patch}}`, and the model's choice."""
+
+    def __init__(self, choice: Choice):
+        super().__init__()
+        self.choice = choice
+        self.registry: Any = None  # what the model knows of its deltas, on its root alone
+        self.kind: type[Map] | None = None
+        self.own_forward: Callable[..., Any] | None = None  # the module's, where it has one
+        # torch's fused transformer layer bypasses its parts unless one of them has a hook
+        self._forward_hooks[0] = _no_fused_path
+
+    def at(self, slot: str, names: Names) -> list[Patch]:
+        """The patches that `names` activate at a slot, in the order in which they apply."""
+        mine = self._modules
+        return [
+            patch
+            for name in names
+            if name in mine
+            for patch in mine[name]._modules.values()
+            if patch.slot == slot
+        ]
+
+    @property
+    def slots(self) -> frozenset[str]:
+        return frozenset(p.slot for group in self.children() for p in group.children())
+
+
+def _no_fused_path(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+class Host:
+    """What a swapped class adds: the patches travel wherever the module's own tensors go."""
+
+    peftlite: Patches
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        inside = f"{prefix}.{ATTRIBUTE}" if prefix else ATTRIBUTE
+        yield from self.peftlite.named_modules(memo, inside, remove_duplicate)
+
+    def train(self, mode: bool = True) -> Any:
+        self.peftlite.train(mode)
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        if recurse:
+            self.peftlite._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        inside = f"{prefix}{ATTRIBUTE}."
+        self.peftlite.state_dict(destination=destination, prefix=inside, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        inside = f"{prefix}{ATTRIBUTE}."
+        own = {k: v for k, v in state_dict.items() if k.startswith(inside)}
+        base = {k: v for k, v in state_dict.items() if k not in own}
+        super()._load_from_state_dict(  # type: ignore[misc]
+            base, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not own:
+            return  # a checkpoint of the base: complete as it is
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        tensors = {k.removeprefix(inside): v for k, v in own.items()}
+        try:
+            wrong = self.peftlite.load_state_dict(tensors, strict=False, assign=assign)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        missing_keys.extend(inside + key for key in wrong.missing_keys)
+        unexpected_keys.extend(inside + key for key in wrong.unexpected_keys)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # tying assigns one module's weight, as read, to another: what is meant is the parameter
+        super().__setattr__(name, value.raw if type(value) is read.Read else value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # the class is made anew where the copy is made: by its base, which can be imported
+        made, base = type(self), base_class(self)
+        func, args, *rest = super().__reduce_ex__(protocol)
+        plain = tuple(base if a is made else a for a in args)
+        return (_revive, (func, plain, base, self.peftlite.slots), *rest)
+
+
+def _revive(func: Callable[..., Any], args: tuple, base: type, slots: frozenset[str]) -> nn.Module:
+    module = func(*args)
+    module.__class__ = host_class(base, slots)
+    return module
+
+
+@functools.cache
+def host_class(base: type, slots: frozenset[str]) -> type:
+    """A subclass of `base` that reads `slots` through patches; one each, so graphs are shared."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, base.forward, args, kwargs)
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    body: dict[str, Any] = {"forward": forward, "_base": base, "__module__": base.__module__}
+    body |= {slot: _property(base, slot) for slot in slots if slot != CALL}
+    if issubclass(base, nn.RNNBase):
+        body |= {"_flat_weights": _FLAT_WEIGHTS, "_update_flat_weights": lambda self: None}
+    made = type(base.__name__, (Host, base), body)
+    made.__qualname__ = base.__qualname__
+    return made
+
+
+def base_class(module: nn.Module) -> type:
+    """The class a module has, or had before it became a host."""
+    return type(module)._base if isinstance(module, Host) else type(module)  # type: ignore
+
+
+def _property(base: type, slot: str) -> property:
+    def get(self: Any) -> Tensor:
+        return _read(self, slot)
+
+    below = getattr(base, slot, None)  # a parametrized tensor is a property already
+    return property(get, below.fset if isinstance(below, property) else None)
+
+
+def _read(module: nn.Module, slot: str) -> Tensor:
+    w = raw(module, slot)
+    names = module.peftlite.choice.now()
+    if isinstance(names, Rows):
+        raise PeftliteError(
+            f"{slot!r} is read outside of a call of its module while rows= is in force: "
+            "call the model itself, so that the rows can be told apart"
+        )
+    patches = module.peftlite.at(slot, names)
+    # FSDP looks for its own shard by name
+    if not patches or hasattr(w, "placements"):
+        return w
+    return read.apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
+
+
+def _forward(module: nn.Module, base: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    hosted = module.peftlite
+    choice = hosted.choice
+    if choice.hidden():
+        return _eagerly(module, args, kwargs)
+    names = choice.now()
+    if isinstance(names, Rows):
+        return by_rows(module.forward, choice, names, args, kwargs)
+    inner = hosted.own_forward or functools.partial(base, module)
+    if names:
+        if hosted.kind is not None:
+            inner = _mapped(module, hosted, names) or inner
+        for patch in hosted.at(CALL, names):
+            inner = functools.partial(patch.call, inner)
+    return inner(*args, **kwargs)
+
+
+def _mapped(module: nn.Module, hosted: Patches, names: Names) -> Map | None:
+    """A linear map with its patches: laid over it where they all can be, else read into it."""
+    on_weight, on_bias = hosted.at("weight", names), hosted.at("bias", names)
+    if not on_weight and not on_bias:
+        return None
+    weight, bias = raw(module, "weight"), module._parameters.get("bias")
+    if hasattr(weight, "placements"):
+        raise PeftliteError(
+            "this weight is sharded over devices while it is used, as tensor parallelism does: "
+            "patches can't ride on a shard; attach before fully_shard, or gather the weight"
+        )
+    over = all(patch.call is not None for patch in on_weight)
+    weight = weight if over else read.apply(on_weight, weight)
+    inner = hosted.kind(module, weight, read.apply(on_bias, bias) if on_bias else bias)
+    for patch in on_weight if over else ():
+        inner = Over(patch, inner)
+    return inner
+
+
+_eagerly = uncompiled(
+    lambda module, args, kwargs: module.forward(*args, **kwargs),
+    "a choice made by pl.using is scoped to a context, which fullgraph code can't see; "
+    "open it inside the compiled function, or choose with pl.use or pl.view",
+)
+
+
+def _set_flat_weights(module: Any, weights: list[Tensor]) -> None:
+    plain = [w.raw if type(w) is read.Read else w for w in weights]
+    module.__dict__["_flat_weights"] = plain
+
+
+# an RNN keeps its weights in a list beside the parameters: read them afresh instead
+_FLAT_WEIGHTS = property(
+    lambda self: [getattr(self, name, None) for name in self._flat_weights_names],
+    _set_flat_weights,
+)
+
+
+# -- planting and uprooting: the only code that changes a module
+
+
+def make_host(module: nn.Module, choice: Choice) -> Patches:
+    """Makes a module a host without patches; no change if it is one. Raises PeftliteError."""
+    if isinstance(module, Host):
+        return module.peftlite
+    hosted = Patches(choice).train(module.training)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise PeftliteError(
+            f"a TorchScript module ({type(module).__name__}) can't be patched: its code is "
+            "compiled already; attach to the model before torch.jit.script"
+        )
+    own_forward = module.__dict__.get("forward")
+    hosted.kind = kind_of(module) if own_forward is None else None
+    hosted.own_forward = own_forward
+    try:
+        module.__class__ = host_class(type(module), frozenset())
+        module.__dict__[ATTRIBUTE] = hosted
+    except Exception as error:
+        raise PeftliteError(
+            f"{type(module).__name__} can't be patched, since Python refuses to subclass it or to "
+            f"swap its class ({error}); wrap it in a plain nn.Module and attach to that"
+        ) from error
+    module.__dict__.pop("forward", None)
+    return hosted
+
+
+def plant(module: nn.Module, name: str, key: str, patch: Patch, choice: Choice) -> None:
+    """Puts a delta's patch on a module, under a key that tells it from the delta's others."""
+    hosted = make_host(module, choice)
+    if name not in hosted._modules:
+        hosted._modules[name] = nn.Module()
+    hosted._modules[name]._modules[key] = patch
+    _swap_class(module)
+
+
+def uproot(module: nn.Module, name: str) -> None:
+    """Takes a delta's patches off a module; the last one out leaves it as it was."""
+    if isinstance(module, Host) and module.peftlite._modules.pop(name, None) is not None:
+        release(module)
+
+
+def release(module: nn.Module) -> None:
+    """Gives a host its class back if nothing hangs on it any more."""
+    hosted = module.peftlite
+    if hosted._modules or hosted.registry is not None:
+        _swap_class(module)
+        return
+    if "_base" not in type(module).__dict__:
+        _swap_class(module)
+        return  # a class made over ours (FSDP's): stay, without effect
+    module.__class__ = base_class(module)
+    del module.__dict__[ATTRIBUTE]
+    if hosted.own_forward is not None:
+        module.__dict__["forward"] = hosted.own_forward
+
+
+def _swap_class(module: nn.Module) -> None:
+    if "_base" in type(module).__dict__:
+        module.__class__ = host_class(base_class(module), module.peftlite.slots)

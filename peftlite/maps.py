@@ -1,0 +1,200 @@
+"""The linear maps whose weight a low-rank change can ride beside, without ever forming W'.
+
+A low-rank change of a weight is `left @ right`, with the weight flattened to a matrix along its first
+dimension: `left` is (w.shape[0], r) and `right` is (r, w[0].numel()), whatever the module means by
+its rows and columns. Each map here knows how its own operation distributes over the two factors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Map:
+    """One module's linear operation, with its weight and bias as they are to be used.
+
+    Calling it is calling the module. `transposed` says that the weight's first dimension is the
+    input (embeddings, transposed convolutions, the `Conv1D` of GPT-2).
+    """
+
+    transposed = False
+
+    def __init__(self, module: Any, weight: Tensor, bias: Tensor | None):
+        self.module, self.weight, self.bias = module, weight, bias
+
+    def __call__(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """What the map gives for `input` with the weight `left @ right` and no bias, shaped as y."""
+        raise NotImplementedError
+
+
+class Over(Map):
+    """A map with a patch's `call` laid over it."""
+
+    def __init__(self, patch: Any, inner: Map):
+        self.patch, self.inner, self.weight = patch, inner, inner.weight
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.patch.call(self.inner, *args, **kwargs)
+
+    def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return self.inner.low_rank(input, y, left, right)
+
+
+class Linear(Map):
+    def __call__(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+    def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return F.linear(F.linear(input, right), left)
+
+
+class TransposedLinear(Map):
+    """y = x W + b, with W as (i, o): the `Conv1D` of GPT-2 in transformers."""
+
+    transposed = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+    def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return input @ left @ right
+
+
+class Embedding(Map):
+    transposed = True
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self._look_up(input, self.weight)
+
+    def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return self._look_up(input, left) @ right
+
+    def _look_up(self, input: Tensor, weight: Tensor) -> Tensor:
+        m = self.module
+        return F.embedding(
+            input, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse
+        )
+
+
+class Conv(Map):
+    """A convolution: down by a convolution to r channels a group, up by a 1x1 one."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.module._conv_forward(input, self.weight, self.bias)
+
+    def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        groups, (_, *kernel) = self.module.groups, self.weight.shape
+        down = right.view(-1, *kernel).repeat(groups, *(1 for _ in kernel))
+        h = self.module._conv_forward(input, down, None)
+        return _pointwise(h, left, groups, len(kernel) - 1)
+
+
+class ConvTranspose(Map):
+    """A transposed convolution: down by a 1x1 convolution, up by a transposed one."""
+
+    transposed = True
+
+    def __call__(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        m = self.module
+        spatial = len(m.kernel_size)
+        padding = m._output_padding(
+            input, output_size, m.stride, m.padding, m.kernel_size, spatial, m.dilation
+        )
+        return self._apply(input, self.weight, self.bias, padding)
+
+    def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        m, (_, *kernel) = self.module, self.weight.shape
+        rank, spatial, groups = right.shape[0], len(m.kernel_size), m.groups
+        # (i, r) to (g r, i/g): every group has its own inputs and the same r outputs
+        down = left.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        h = _pointwise(input, down, groups, spatial)
+        up = right.view(rank, *kernel).repeat(groups, *(1 for _ in kernel))
+        size = list(y.shape[-spatial:])
+        padding = m._output_padding(
+            input, size, m.stride, m.padding, m.kernel_size, spatial, m.dilation
+        )
+        return self._apply(h, up, None, padding)
+
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+        m = self.module
+        op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(m.kernel_size) - 1]
+        return op(x, weight, bias, m.stride, m.padding, padding, m.groups, m.dilation)
+
+
+def _pointwise(x: Tensor, weight: Tensor, groups: int, spatial: int) -> Tensor:
+    """A convolution with a kernel of one; `weight` is (o, i/g)."""
+    op = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    return op(x, weight[(...,) + (None,) * spatial], groups=groups)
+
+
+# a module is known by the very forward it runs, so a subclass with its own is not taken for one
+_KINDS: dict[Any, type[Map]] = {
+    nn.Linear.forward: Linear,
+    nn.Embedding.forward: Embedding,
+    nn.Conv1d.forward: Conv,
+    nn.Conv2d.forward: Conv,
+    nn.Conv3d.forward: Conv,
+    nn.ConvTranspose1d.forward: ConvTranspose,
+    nn.ConvTranspose2d.forward: ConvTranspose,
+    nn.ConvTranspose3d.forward: ConvTranspose,
+}
+
+
+def kind_of(module: nn.Module) -> type[Map] | None:
+    """The linear map that `module` applies with its `weight`, or None."""
+    forward = inspect.unwrap(type(module).forward)
+    if getattr(module, "max_norm", None) is not None:
+        return None  # an embedding that rewrites its weight as it reads
+    if (forward.__module__, forward.__qualname__) == (
+        "transformers.pytorch_utils",
+        "Conv1D.forward",
+    ):
+        return TransposedLinear
+    return _KINDS.get(forward)
+
+
+def widen(
+    left: Tensor, right: Tensor, index: tuple[int, int, int] | None, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """The factors of a change to a part of a weight, as factors of a change to all of it."""
+    if index is None:
+        return left, right
+    dim, start, stop = index
+    if dim == 0:
+        return F.pad(left, (0, 0, start, shape[0] - stop)), right
+    return left, F.pad(right, (start, shape[1] - stop))
+
+
+_CONVS = nn.modules.conv._ConvNd
+_TRANSPOSED_CONVS = nn.modules.conv._ConvTransposeNd
+_RNNS = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map, as an output head is."""
+    return isinstance(module, nn.Linear | _CONVS) or kind_of(module) is TransposedLinear
+
+
+def is_weight(module: nn.Module, slot: str) -> bool:
+    """Whether a slot holds a weight that its module multiplies with, embeddings left out."""
+    if slot == "weight":
+        return is_linear(module) or isinstance(module, nn.Bilinear)
+    if isinstance(module, nn.MultiheadAttention):
+        return slot.endswith("proj_weight")
+    return isinstance(module, _RNNS) and slot.startswith("weight_")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module.weight` has the input as its first dimension."""
+    if isinstance(module, nn.EmbeddingBag | nn.Embedding | _TRANSPOSED_CONVS):
+        return True
+    return kind_of(module) is TransposedLinear

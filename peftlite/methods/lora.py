@@ -1,0 +1,191 @@
+"""LoRA: W' = W + s·BA, a trainable product of low rank beside every weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.maps import Map, widen
+from peftlite.patch import Method, Patch, trainable
+from peftlite.site import Site
+
+Scaling = Literal["alpha/r", "rslora"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+
+
+class LoRAPatch(Patch):
+    """ΔW = s·(BA − B₀A₀), with `a` (r, i) and `b` (o, r); stacks of matrices keep their stack.
+
+    B₀A₀ is there for the inits that take factors from W (PiSSA, OLoRA): it is fixed, so that a
+    fresh delta changes nothing and the base is never rewritten.
+    """
+
+    a0: Tensor | None
+    b0: Tensor | None
+
+    def __init__(self, site: Site, method: LoRA):
+        super().__init__()
+        w = site.tensor
+        stack, (rows, columns) = _as_matrices(w, site.module)
+        i, o = (rows, columns) if site.transposed else (columns, rows)
+        self.method, self.scale, self.transposed = method, method.scale, site.transposed
+        self.embeds = site.transposed and isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
+        self.a = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
+        self.b = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
+        fixed = method.init in ("pissa", "olora")
+        for name, like in (("a0", self.a), ("b0", self.b)):
+            self.register_buffer(name, torch.empty_like(like.data) if fixed else None)
+
+    def reset(self, w: Tensor | None) -> None:
+        a, b, init = self.a, self.b, self.method.init
+        if init in ("pissa", "olora"):
+            self._split(w.reshape(*a.shape[:-2], *self._matrix_shape()))
+            return
+        # an embedding's rows are looked up, not multiplied: there the other factor starts at zero
+        drawn, zero = (b, a) if self.embeds else (a, b)
+        zero.zero_()
+        if self.embeds:
+            drawn.normal_()
+        elif init == "gaussian":
+            drawn.normal_(std=1 / self.method.rank)
+        else:
+            for matrix in drawn.flatten(0, -3) if drawn.dim() > 2 else [drawn]:
+                if init == "orthogonal":
+                    nn.init.orthogonal_(matrix)
+                else:
+                    nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        i, o = self.a.shape[-1], self.b.shape[-2]
+        return (i, o) if self.transposed else (o, i)
+
+    def _split(self, w: Tensor) -> None:
+        """The factors of W itself: its first singular directions, or those of its QR."""
+        r = self.method.rank
+        w = (w.mT if self.transposed else w).to(torch.promote_types(self.a.dtype, torch.float32))
+        if self.method.init == "pissa":
+            u, s, v = torch.linalg.svd(w, full_matrices=False)
+            root = s[..., :r].div(self.scale).sqrt()
+            b, a = u[..., :r] * root[..., None, :], v[..., :r, :] * root[..., :, None]
+        else:
+            q, upper = torch.linalg.qr(w)
+            b, a = q[..., :r], upper[..., :r, :]
+        for tensor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
+            tensor.copy_(value)
+
+    def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Left and right, whose product is laid out as the tensor is."""
+        return (a.mT, b.mT) if self.transposed else (b, a)
+
+    def value(self, w: Tensor) -> Tensor:
+        # a dropped input feature is a dropped column of A; here the rows of a batch share the mask
+        a, drop = self.a, self._dropout
+        if drop:
+            kept = F.dropout(torch.ones_like(a[..., :1, :]), drop)
+            a = a * kept
+        left, right = self._factors(a, self.b)
+        change = left @ right
+        if self.a0 is not None:
+            left, right = self._factors(self.a0 * kept if drop else self.a0, self.b0)
+            change = change - left @ right
+        # rounds once, from the wider of the two dtypes
+        return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
+
+    def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        y = inner(input, *args, **kwargs)
+        drop = self._dropout
+        x = F.dropout(input, drop) if drop and input.is_floating_point() else input
+        y = torch.add(y, self._ride(inner, x, y, self.a, self.b), alpha=self.scale)
+        if self.a0 is not None:
+            y = torch.sub(y, self._ride(inner, x, y, self.a0, self.b0), alpha=self.scale)
+        return y
+
+    def _ride(self, inner: Map, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        w = inner.weight
+        left, right = self._factors(a.to(w.dtype), b.to(w.dtype))
+        left, right = widen(left, right, self.index, w.shape)
+        return inner.low_rank(x, y, left, right)
+
+    @property
+    def _dropout(self) -> float:
+        return self.method.dropout if self.training else 0.0
+
+
+def _as_matrices(w: Tensor, module: nn.Module) -> tuple[list[int], tuple[int, int]]:
+    """The stack and the two dimensions of the matrices in a weight: a kernel's taps are one."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return [], (w.shape[0], w[0].numel())
+    *stack, rows, columns = w.shape
+    return stack, (rows, columns)
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """W' = W + s·BA, with A (r, i) and B (o, r). Hu et al., arXiv:2106.09685, §4.1.
+
+    On linear maps (Linear, convolutions, embeddings) the product is never formed:
+    y = Wx + s·B(Ax). Any other tensor of two dimensions or more is read as W'; more dimensions are
+    a stack of matrices, each with its own factors. By default it takes every weight of a linear
+    map but the output head's.
+
+    Args:
+        rank: r, at most the smaller of i and o.
+        alpha: the numerator of the scaling. Default: equal to `rank`.
+        dropout: probability of dropping an input feature of A, in training.
+        scaling: s = "alpha/r", or "rslora": alpha/√r (Kalajdzievski, arXiv:2312.03732).
+        init: "kaiming": A uniform in ±1/√i, B zero; "gaussian": A normal with σ = 1/r;
+            "orthogonal": A with orthonormal rows; "pissa": the first r singular directions of W
+            (Meng et al., arXiv:2404.02948); "olora": its QR (Büyükakyüz, arXiv:2406.01775).
+            The last two start from W's own factors, whose product is kept as a fixed part of the
+            delta, ΔW = s·(BA − B₀A₀), in place of being taken out of the base.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    scaling: Scaling = "alpha/r"
+    init: Init = "kaiming"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise PeftliteError(f"rank must be a whole number from 1 up, not {self.rank!r}")
+        if not 0 <= self.dropout < 1:
+            raise PeftliteError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise PeftliteError(f"alpha must be finite, not {self.alpha!r}")
+        for name, kind in (("scaling", Scaling), ("init", Init)):
+            if getattr(self, name) not in get_args(kind):
+                raise PeftliteError(
+                    f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, "
+                    f"not {getattr(self, name)!r}"
+                )
+
+    @property
+    def scale(self) -> float:
+        """s, the factor of the product."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call and site.whole.dim() >= 2
+
+    def build(self, site: Site) -> LoRAPatch:
+        if not self.accepts(site):
+            what = "a call" if site.is_call else f"of shape {tuple(site.shape)}"
+            raise TargetError(f"{site.address} is {what}; LoRA takes tensors of 2 dimensions or more")
+        _, matrix = _as_matrices(site.tensor, site.module)
+        if self.rank > min(matrix) and self.init in ("pissa", "olora", "orthogonal"):
+            raise TargetError(
+                f"{site.address} has matrices of {matrix[0]}×{matrix[1]}, whose rank is at most "
+                f"{min(matrix)}: init={self.init!r} has no {self.rank} directions to take"
+            )
+        return LoRAPatch(site, self)

@@ -1,0 +1,89 @@
+"""Patch and Method, the one abstraction: a method builds a patch for every site it takes.
+
+A patch changes what a site *reads* (`value`), what it *computes* (`call`), or both where they agree.
+Everything else (attaching, choosing, saving, merging) is done once, by the core, for all methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.errors import PeftliteError
+
+if TYPE_CHECKING:
+    from peftlite.site import Site, Targets
+
+
+class Patch(nn.Module):
+    """The trainable change at one site. Its parameters and buffers are what a file holds.
+
+    Override `value`, or `call`, or both where they agree; then `call` is the fast path, taken where
+    the module's operation is a known linear map, and never forms W'.
+    """
+
+    slot: str = ""
+    """Where it sits in its module: a tensor's name, or `()` for the call. Set when attached."""
+    index: tuple[int, int, int] | None = None
+    """The part of the tensor it changes, as `(dim, start, stop)`; all of it if None."""
+
+    call: Callable[..., Any] | None = None
+    """`call(inner, *args, **kwargs) -> output`: the call as made; `inner` is what stood there
+    before. At a tensor of a linear map, `inner` is the `peftlite.maps.Map` itself."""
+
+    def value(self, w: Tensor) -> Tensor:
+        """The tensor as read, in the shape and dtype of `w`, the tensor as it was."""
+        raise PeftliteError(f"{type(self).__name__} changes calls, not tensors")
+
+    def reset(self, w: Tensor | None) -> None:
+        """Fills the parameters as the method begins; `w` is the base tensor, None at a call."""
+
+    @property
+    def has_value(self) -> bool:
+        """Whether the change can be read off a tensor, and so merged into it."""
+        return type(self).value is not Patch.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The hyperparameters of one method; subclasses are frozen dataclasses.
+
+    Args:
+        targets: the sites to take (see `docs/concepts.md`, "Targets"); the method's own if None.
+        exclude: sites not to take, in the same language.
+        dtype: of the patch's parameters; by default the tensor's own, or fp32 where that is half.
+    """
+
+    targets: Targets = None
+    exclude: Targets = None
+    dtype: torch.dtype | None = None
+
+    known: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        # a file names its methods by class name
+        super().__init_subclass__()
+        Method.known[cls.__name__] = cls
+
+    def default(self, site: Site) -> bool:
+        """Whether to take `site` when no targets are given."""
+        return self.accepts(site)
+
+    def accepts(self, site: Site) -> bool:
+        """Whether to take `site` when the module around it is named."""
+        raise NotImplementedError
+
+    def build(self, site: Site) -> Patch:
+        """A patch for `site` on its device, parameters not yet filled. Raises TargetError."""
+        raise NotImplementedError
+
+
+def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Parameter:
+    """An unfilled parameter for a patch at `site`."""
+    return nn.Parameter(
+        torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device)
+    )

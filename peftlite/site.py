@@ -1,0 +1,382 @@
+"""Site: a place in a model, by address, and the language that picks sites (`targets`).
+
+    layers.0.q.weight        a tensor
+    layers.0.qkv.weight[0:64]    some rows of it ([:, 0:64]: columns; [q] [k] [v]: thirds of the output)
+    layers.0.attn()          a call
+
+One site holds every owner of a tied tensor, and every name of a shared module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+
+from peftlite import maps
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.table import few
+
+Pattern = "str | re.Pattern[str] | Callable[[Site], bool]"
+Targets = Any  # Pattern | Sequence[Pattern] | None
+
+CALL = "()"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in a model where a patch can sit.
+
+    Args:
+        address: its name, the first where it has several.
+        names: every name, one per owner and per path to it.
+        owners: every module that holds the tensor and the slot it's in; for a call, the module.
+        index: the part of the tensor, as `(dim, start, stop)`; all of it if None.
+        head: whether it belongs to the model's output head.
+        on: the device to build a patch on; the tensor's own if None.
+    """
+
+    address: str
+    names: tuple[str, ...]
+    owners: tuple[tuple[nn.Module, str], ...]
+    head: bool = False
+    index: tuple[int, int, int] | None = None
+    on: str | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.owners[0][0]
+
+    @property
+    def slot(self) -> str:
+        """The tensor's name in its module, or `()`."""
+        return self.owners[0][1]
+
+    @property
+    def is_call(self) -> bool:
+        return self.slot == CALL
+
+    @property
+    def whole(self) -> Tensor:
+        """The base tensor, no patch applied."""
+        return raw(self.module, self.slot)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The part of the base tensor that the site names, no patch applied."""
+        if self.index is None:
+            return self.whole
+        dim, start, stop = self.index
+        return self.whole.narrow(dim, start, stop - start)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where a patch for the site is built."""
+        if self.on is not None:
+            return torch.device(self.on)
+        tensor = self._example()
+        return torch.get_default_device() if tensor is None else tensor.device
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """What a patch keeps its parameters in: the tensor's dtype, fp32 where that is half."""
+        tensor = self._example()
+        dtype = torch.get_default_dtype() if tensor is None else tensor.dtype
+        return dtype if dtype.itemsize >= 4 else torch.float32
+
+    def _example(self) -> Tensor | None:
+        """The site's tensor, or for a call some tensor of the module."""
+        if not self.is_call:
+            return self.whole
+        return next((p for p in self.module.parameters() if p.is_floating_point()), None)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the tensor's first dimension is the input of a linear map, not the output."""
+        return self.slot == "weight" and maps.is_transposed(self.module)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the tensor is the weight of a linear map that torch itself defines."""
+        return maps.is_weight(self.module, self.slot)
+
+
+def raw(module: nn.Module, slot: str) -> Tensor:
+    """The tensor in a slot as the base has it, patched or not, parametrized or not."""
+    tensor = module._parameters.get(slot)
+    if tensor is None:
+        tensor = module.parametrizations[slot]()
+    return tensor
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base under every name it has, deltas left out."""
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Every tensor and every call of a model, each once, in the order of registration."""
+    found: dict[Any, list[tuple[str, tuple[nn.Module, str]]]] = {}
+    for path, module in walk(model):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # its owner shows the tensor it makes
+        dot = f"{path}." if path else ""
+        found.setdefault((id(module), CALL), []).append((path + CALL, (module, CALL)))
+        for slot in _slots(module):
+            tensor = module._parameters.get(slot)
+            if isinstance(tensor, UninitializedTensorMixin):
+                raise PeftliteError(
+                    f"{dot}{slot} is lazy and not yet initialised: run the model once on a batch, "
+                    "then attach"
+                )
+            key = (id(module), slot) if tensor is None else id(tensor)
+            found.setdefault(key, []).append((dot + slot, (module, slot)))
+    head = output_head(model)
+    return [
+        Site(
+            address=entries[0][0],
+            names=tuple(name for name, _ in entries),
+            owners=tuple(dict.fromkeys(owner for _, owner in entries)),
+            head=head is not None and any(module is head for _, (module, _) in entries),
+        )
+        for entries in found.values()
+    ]
+
+
+def _slots(module: nn.Module) -> list[str]:
+    made = list(module.parametrizations) if parametrize.is_parametrized(module) else []
+    return [name for name, p in module._parameters.items() if p is not None] + made
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes the model's outputs.
+
+    It is what `get_output_embeddings()` gives where the model has that, and otherwise the linear
+    map registered last, unless it is inside a numbered block or the only one there is.
+    """
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            head = model.get_output_embeddings()
+        except NotImplementedError:
+            head = None
+        if head is not None:
+            return head
+    linear = {id(m): (path, m) for path, m in walk(model) if maps.is_linear(m)}
+    if len(linear) < 2:
+        return None
+    path, last = list(linear.values())[-1]
+    *parents, _ = path.split(".")
+    return None if any(part.isdigit() for part in parents) else last
+
+
+def select(
+    everything: Sequence[Site], targets: Targets, exclude: Targets, method: Any
+) -> list[tuple[Site, bool]]:
+    """The sites a method takes, and whether each was asked for by a target.
+
+    Raises TargetError if a pattern matches nothing, or nothing that the method can take.
+    """
+    left_out = {
+        site.address: site for p in _patterns(exclude) for site in _matches(everything, p, None)
+    }
+    if targets is None:
+        picked = {s.address: (s, False) for s in everything if _try(s) and method.default(s)}
+        if not picked:
+            raise TargetError(
+                f"{type(method).__name__} takes none of this model's tensors by default; name "
+                f"some with targets=, such as {_examples(everything)}"
+            )
+    else:
+        picked = {
+            site.address: (site, True)
+            for p in _patterns(targets)
+            for site in _matches(everything, p, method)
+        }
+    chosen = [pair for address, pair in picked.items() if whole_address(address) not in left_out]
+    chosen = [pair for pair in chosen if pair[0].address not in left_out]
+    if not chosen:
+        raise TargetError(f"exclude={exclude!r} leaves {type(method).__name__} no site to take")
+    return chosen
+
+
+def locate(model: nn.Module, addresses: Iterable[str]) -> tuple[dict[str, Site], list[str]]:
+    """The sites at literal addresses, and the addresses where there is none."""
+    by_name = {name: site for site in sites(model) for name in site.names}
+    found, missing = {}, []
+    for address in addresses:
+        text, part = _split_index(address)
+        site = by_name.get(text)
+        if site is None:
+            missing.append(address)
+        else:
+            found[address] = site if part is None else _slice(site, part)
+    return found, missing
+
+
+def _patterns(targets: Targets) -> list[Any]:
+    if targets is None:
+        return []
+    if isinstance(targets, str | re.Pattern) or callable(targets):
+        return [targets]
+    patterns = list(targets)
+    if not patterns:
+        raise TargetError("targets is an empty list; leave it out for the method's own choice")
+    return patterns
+
+
+def _matches(everything: Sequence[Site], pattern: Any, method: Any | None) -> list[Site]:
+    """The sites that one pattern names; `method` says which of a module's it takes, None all."""
+
+    def takes(site: Site) -> bool:
+        return method is None or (_try(site) and method.accepts(site))
+
+    if not isinstance(pattern, str | re.Pattern):
+        if not callable(pattern):
+            raise TargetError(
+                f"{pattern!r} is no target: give a string, a compiled regex, a predicate of a "
+                "site, or a list of these"
+            )
+        found = [site for site in everything if takes(site) and pattern(site)]
+        if not found:
+            raise TargetError(f"the predicate {pattern!r} is true for no site")
+        return found
+
+    text, part = (pattern, None) if isinstance(pattern, re.Pattern) else _split_index(pattern)
+    matches = _matcher(text)
+    literal = isinstance(text, str) and "*" not in text
+    found, refused = [], []
+    for site in everything:
+        by_address = any(map(matches, site.names))
+        around = _modules_above(site, every=method is None)
+        if not by_address and not any(map(matches, around)):
+            continue
+        # an address spelled out is taken at its word: the method's `build` may refuse it
+        wanted = takes(site) or (by_address and literal)
+        (found if wanted else refused).append(site)
+    if found and part is not None:
+        found = [_slice(site, part) for site in found if not site.is_call]
+    if not found and refused:
+        raise TargetError(
+            f"{_show(pattern)} matches {few(s.address for s in refused)}, which "
+            f"{type(method).__name__} can't take"
+        )
+    if not found:
+        raise TargetError(f"{_show(pattern)} matches nothing; {_hint(everything, text)}")
+    return found
+
+
+def _matcher(text: Any) -> Callable[[str], bool]:
+    """What a pattern says of a path; cached, since sites share their modules."""
+    if isinstance(text, re.Pattern):
+        test = text.fullmatch
+    elif "*" in text:
+        test = re.compile(".*".join(map(re.escape, text.split("*")))).fullmatch
+    elif "." in text:
+        test = text.__eq__
+    else:
+
+        def test(path: str) -> bool:
+            return path == text or path.endswith(f".{text}")
+
+    cache: dict[str, bool] = {}
+
+    def matches(path: str) -> bool:
+        if path not in cache:
+            cache[path] = bool(test(path))
+        return cache[path]
+
+    return matches
+
+
+def _modules_above(site: Site, every: bool = False) -> Iterator[str]:
+    """The modules whose naming takes the site: for a call its own, for a tensor all around it."""
+    for name in site.names:
+        path = name
+        if site.is_call:
+            path = name.removesuffix(CALL)
+            yield path
+        while "." in path and (every or not site.is_call):
+            path = path.rpartition(".")[0]
+            yield path
+
+
+def _split_index(pattern: str) -> tuple[str, str | None]:
+    found = re.fullmatch(r"(.*)\[([^\[\]]+)\]", pattern)
+    return (found[1], found[2]) if found else (pattern, None)
+
+
+def _slice(site: Site, part: str) -> Site:
+    """A part of a tensor, from what stands in the brackets."""
+    shape = site.whole.shape
+    if part in ("q", "k", "v"):
+        dim = 1 if site.transposed else 0
+        third, rest = divmod(shape[dim], 3)
+        if rest:
+            raise TargetError(
+                f"{site.address} has {shape[dim]} outputs, which is no three equal parts; "
+                "give the rows: [0:64]"
+            )
+        start = "qkv".index(part) * third
+        index = (dim, start, start + third)
+    else:
+        found = re.fullmatch(r"\s*(:\s*,)?\s*(\d*)\s*:\s*(\d*)\s*", part)
+        dim = 1 if found and found[1] else 0
+        if not found or dim >= len(shape) or (dim == 1 and len(shape) != 2):
+            raise TargetError(
+                f"[{part}] is no part of {site.address} of shape {tuple(shape)}; give rows as "
+                "[0:64], columns of a matrix as [:, 0:64], or [q], [k], [v]"
+            )
+        index = (dim, int(found[2] or 0), int(found[3] or shape[dim]))
+    dim, start, stop = index
+    if not 0 <= start < stop <= shape[dim]:
+        raise TargetError(f"[{part}] is empty or beyond {site.address} of shape {tuple(shape)}")
+    suffix = f"[{start}:{stop}]" if dim == 0 else f"[:, {start}:{stop}]"
+    names = tuple(name + suffix for name in site.names)
+    return replace(site, address=site.address + suffix, names=names, index=index)
+
+
+def whole_address(address: str) -> str:
+    """The address of the tensor that a part is of."""
+    return _split_index(address)[0]
+
+
+def _try(site: Site) -> bool:
+    """Whether a method may be offered the site unless it's spelled out: floats and calls."""
+    return site.is_call or site.whole.is_floating_point()
+
+
+def _show(pattern: Any) -> str:
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+
+
+def _examples(everything: Sequence[Site]) -> str:
+    return few([repr(s.address) for s in everything if not s.is_call][:3]) or "(it has none)"
+
+
+def _hint(everything: Sequence[Site], text: Any) -> str:
+    """The addresses nearest to what was asked, as something to type."""
+    if isinstance(text, re.Pattern):
+        return "a regex has to match a whole path, such as " + _examples(everything)
+    names = {n for s in everything for n in s.names} | {
+        path for s in everything for path in _modules_above(s) if path
+    }
+    dotted = [name for name in names if name.endswith(f".{text}")]
+    if "." in text and dotted:
+        return f"a dotted path starts at the model itself; {f'*.{text}'!r} would match {dotted[0]}"
+    words = sorted({piece for name in names for piece in (name, name.rpartition(".")[2])})
+    near = difflib.get_close_matches(text.strip("*.") or text, words, n=4, cutoff=0.5)
+    return "nearest: " + ", ".join(map(repr, near)) if near else f"there are {_examples(everything)}"

@@ -1,0 +1,26 @@
+"""What every test shares: no network, one thread, one seed, and the hypothesis profiles."""
+
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the hub is first imported
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# each pytest worker has a core to itself, and one thread sums in one order
+torch.set_num_threads(1)
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("nightly", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers for a test, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

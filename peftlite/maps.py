@@ -62,8 +62,8 @@ class TransposedLinear(Map):
     transposed = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = x @ self.weight
-        return y if self.bias is None else y + self.bias
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return input @ left @ right

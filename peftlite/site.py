@@ -256,8 +256,9 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Any | None) -> li
         return found
 
     text, part = (pattern, None) if isinstance(pattern, re.Pattern) else _split_index(pattern)
-    matches = _matcher(text)
     literal = isinstance(text, str) and "*" not in text
+    whole = literal and any(text in (*s.names, *_modules_above(s)) for s in everything)
+    matches = _matcher(text, whole)
     found, refused = [], []
     for site in everything:
         by_address = any(map(matches, site.names))
@@ -279,13 +280,16 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Any | None) -> li
     return found
 
 
-def _matcher(text: Any) -> Callable[[str], bool]:
-    """What a pattern says of a path; cached, since sites share their modules."""
+def _matcher(text: Any, whole: bool) -> Callable[[str], bool]:
+    """What a pattern says of a path; cached, since sites share their modules.
+
+    Words that are no whole path (`whole`) are the end of one.
+    """
     if isinstance(text, re.Pattern):
         test = text.fullmatch
     elif "*" in text:
         test = re.compile(".*".join(map(re.escape, text.split("*")))).fullmatch
-    elif "." in text:
+    elif whole and "." in text:
         test = text.__eq__
     else:
 
@@ -374,9 +378,6 @@ def _hint(everything: Sequence[Site], text: Any) -> str:
     names = {n for s in everything for n in s.names} | {
         path for s in everything for path in _modules_above(s) if path
     }
-    dotted = [name for name in names if name.endswith(f".{text}")]
-    if "." in text and dotted:
-        return f"a dotted path starts at the model itself; {f'*.{text}'!r} would match {dotted[0]}"
     words = sorted({piece for name in names for piece in (name, name.rpartition(".")[2])})
     near = difflib.get_close_matches(text.strip("*.") or text, words, n=4, cutoff=0.5)
     return "nearest: " + ", ".join(map(repr, near)) if near else f"there are {_examples(everything)}"

@@ -107,7 +107,7 @@ def test_methods_do_not_know_how_they_attach(module: str) -> None:
     ],
 )
 def test_every_form_of_import_is_seen(source: str, found: list[str]) -> None:
-    assert list(_imports("peftlite.patch", source)) == found
+    assert list(_imports("peftlite.table", source)) == found
 
 
 @each_module

@@ -101,10 +101,10 @@ class LoRAPatch(Patch):
         y = inner(input, *args, **kwargs)
         drop = self._dropout
         x = F.dropout(input, drop) if drop and input.is_floating_point() else input
-        y = torch.add(y, self._ride(inner, x, y, self.a, self.b), alpha=self.scale)
+        change = self._ride(inner, x, y, self.a, self.b)
         if self.a0 is not None:
-            y = torch.sub(y, self._ride(inner, x, y, self.a0, self.b0), alpha=self.scale)
-        return y
+            change = change - self._ride(inner, x, y, self.a0, self.b0)
+        return torch.add(y, change, alpha=self.scale)
 
     def _ride(self, inner: Map, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         w = inner.weight

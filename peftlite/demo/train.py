@@ -1,0 +1,79 @@
+"""Training on the next byte, and the loss on text that was held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train; `batch` windows of `context` bytes a step."""
+
+    steps: int
+    lr: float
+    batch: int = 8
+    context: int = 128
+    warmup: float = 0.05  # of the steps
+    weight_decay: float = 0.1
+    max_norm: float = 1.0
+    seed: int = 0
+
+    def pace(self, step: int) -> float:
+        """The learning rate at a step as a share of `lr`: a linear rise, then a cosine to zero."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (self.steps - rise))
+
+
+def train(
+    model: nn.Module, parameters: Iterable[nn.Parameter], text: Tensor, recipe: Recipe, label: str
+) -> None:
+    """Trains `parameters`, which may be all of the model's or a delta's, on random windows."""
+    parameters = list(parameters)
+    draw = torch.Generator().manual_seed(recipe.seed)
+    adamw = torch.optim.AdamW(
+        parameters, recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, recipe.pace)
+    bar = tqdm(range(recipe.steps), desc=label, unit="step")
+    for _ in bar:
+        starts = torch.randint(len(text) - recipe.context, (recipe.batch,), generator=draw)
+        loss = bits(model, windows(text, starts, recipe.context))
+        adamw.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
+        adamw.step()
+        schedule.step()
+        bar.set_postfix_str(f"{loss.item():.2f} bits per byte")
+
+
+@torch.no_grad()
+def held_out(model: nn.Module, text: Tensor, context: int, count: int) -> float:
+    """Bits per byte on `count` windows spread evenly over a text."""
+    starts = spread(text, context, count)
+    return sum(bits(model, windows(text, part, context)).item() * len(part)
+               for part in starts.split(32)) / count
+
+
+def spread(text: Tensor, context: int, count: int) -> Tensor:
+    """Where `count` evenly spaced windows start."""
+    return torch.linspace(0, len(text) - context - 1, count).long()
+
+
+def windows(text: Tensor, starts: Tensor, context: int) -> Tensor:
+    """(b, context + 1) bytes: each is predicted from those before it."""
+    return text[starts[:, None] + torch.arange(context + 1)].long()
+
+
+def bits(model: nn.Module, window: Tensor) -> Tensor:
+    """The loss, in bits per byte."""
+    logits = model(window[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()) / math.log(2)

@@ -117,6 +117,17 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+class Graphs:
+    """A compiler backend that counts the graphs it's given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
 def in_threads(*jobs: Callable[[], None]) -> None:
     """Runs the jobs at once, and raises what any of them raised."""
     errors: list[BaseException] = []
@@ -287,18 +298,18 @@ def test_law_9_compiles_and_exports(row: Row, kind: Kind) -> None:
     model, delta = attached(row, kind)
     batch = kind.batch()
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = Graphs()
     if kind.uncompilable is None:
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         for _ in range(2):  # swapping values adds no graph
             close(kind.run(compiled, batch), kind.run(model, batch))
             disturb(delta)
-        assert counter.frame_count == 1
+        assert counter.graphs == 1
         pl.use(model, None)
         close(kind.run(compiled, batch), kind.run(model, batch))
         pl.use(model, "a")
         close(kind.run(compiled, batch), kind.run(model, batch))
-        assert counter.frame_count == 2
+        assert counter.graphs == 2
     if kind.unexportable is None:
         exported = torch.export.export(model, (), batch)
         close(kind.run(exported.module(), batch), kind.run(model, batch))

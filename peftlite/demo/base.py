@@ -10,44 +10,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftlite.demo.train import Recipe, train
+from peftlite.demo.training import Recipe, train
 
 
-def pretrain(model: nn.Module, text: Tensor, recipe: Recipe, path: Path, fresh: bool) -> bool:
-    """Fills the model from `path` if that file is whole, else by training. True if it trained."""
-    if not fresh and (state := _read(path)):
+def pretrain(
+    model: nn.Module, text: Tensor, recipe: Recipe, path: Path, key: str, fresh: bool
+) -> None:
+    """Fills the model from the file, if that is whole and was made for `key`; else trains it."""
+    state = None if fresh else _read(path, key)
+    if state is None:
+        train(model, model.parameters(), text, recipe, "pretrain the base")
+        _write(path, key, model.state_dict())
+    else:
         model.load_state_dict(state)
-        return False
-    train(model, model.parameters(), text, recipe, "pretrain")
-    _write(path, model.state_dict())
-    return True
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
     """What `_write` left there; none if the file is missing, damaged, or another's."""
     try:
         with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {name: file.get_tensor(name) for name in file.keys()}
             stamp = (file.metadata() or {}).get("stamp")
     except (OSError, SafetensorError):
         return None
-    return state if stamp == _stamp(state, path) else None
+    return state if stamp == _stamp(key, state) else None
 
 
-def _write(path: Path, state: dict[str, Tensor]) -> None:
+def _write(path: Path, key: str, state: dict[str, Tensor]) -> None:
     # another demo may be reading: the file appears whole or not at all
-    half = path.with_suffix(f".{os.getpid()}")
+    part = path.with_suffix(f".{os.getpid()}")
     try:
-        save_file(state, half, metadata={"stamp": _stamp(state, path)})
-        os.replace(half, path)
+        save_file(state, part, metadata={"stamp": _stamp(key, state)})
+        os.replace(part, path)
     finally:
-        half.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def _stamp(state: dict[str, Tensor], path: Path) -> str:
-    """A hash of the weights and of what they were made from, which the path says."""
-    digest = hashlib.sha256(path.name.encode())
-    for key in sorted(state):
-        digest.update(f"{key} {tuple(state[key].shape)}".encode())
-        digest.update(state[key].numpy().tobytes())
+def _stamp(key: str, state: dict[str, Tensor]) -> str:
+    """A hash of the weights and of what they were made from."""
+    digest = hashlib.sha256(key.encode())
+    for name in sorted(state):
+        digest.update(f"{name} {tuple(state[name].shape)}".encode())
+        digest.update(state[name].numpy())
     return digest.hexdigest()

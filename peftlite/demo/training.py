@@ -52,7 +52,7 @@ def train(
         nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
         adamw.step()
         schedule.step()
-        bar.set_postfix_str(f"{loss.item():.2f} bits per byte")
+        bar.set_postfix_str(f"{loss.item():.2f} bits per byte", refresh=False)
 
 
 @torch.no_grad()

@@ -50,7 +50,11 @@ def figures(mode: str, call: Callable, rounds: int, at_least: float | None) -> l
     # as inside a model, where the layer before wants its gradient too
     x = torch.randn(1, 8, requires_grad=call is not forward_no_grad)
     times = interleave(
-        {name: timer(partial(call, build(), x)) for name, build in LAYERS.items()}, rounds
+        {
+            name: timer(partial(call, build(), x), 0.002, best_of=5)
+            for name, build in LAYERS.items()
+        },
+        rounds,
     )
     ours, theirs = (differences(times[name], times["base"]) for name in ("peftlite", "peft"))
     micro = {name: [value * 1e6 for value in times[name]] for name in times}

@@ -32,6 +32,13 @@ class Rows:
     rows: tuple[Names, ...]
 
 
+class Hidden:
+    """A choice scoped to a context, as code under compilation finds it: it can't be read."""
+
+
+HIDDEN = Hidden()
+
+
 _EMPTY: Mapping[Choice, Names | Rows] = MappingProxyType({})
 _scopes: ContextVar[Mapping[Choice, Names | Rows]] = ContextVar("peftlite", default=_EMPTY)
 _lock = threading.Lock()
@@ -43,30 +50,23 @@ class Choice:
     def __init__(self, standing: Names = (), fixed: bool = False):
         self.standing = standing  # replaced whole, never changed: a reader sees the old or the new
         self.fixed = fixed  # a view's choice can't be changed
-        self.scoped = False  # whether any context has a choice of its own
+        self.scoped = False  # whether a scope is open anywhere
         self.traced: Names | Rows | None = None  # a scope opened inside a compiled region
         self._scopes_open = 0
 
-    def now(self) -> Names | Rows:
+    def now(self) -> Names | Rows | Hidden:
         """The choice in force for the code that asks."""
+        if not self.scoped:
+            return self.standing
+        if self.traced is not None:
+            return self.traced
         if torch.compiler.is_dynamo_compiling():
-            if self.traced is not None:
-                return self.traced
-            return self._scoped_now() if self.scoped else self.standing
-        if self.scoped:
-            return _scopes.get().get(self, self.standing)
-        return self.standing
-
-    def hidden(self) -> bool:
-        """Whether the choice is one that code under compilation can't see."""
-        return self.scoped and torch.compiler.is_dynamo_compiling() and self.traced is None
+            return HIDDEN
+        return _scopes.get().get(self, self.standing)
 
     def scope(self, names: Names | Rows) -> Scope:
         """A context manager in which the choice is `names`, for this context alone."""
         return Scope(self, names)
-
-    def _scoped_now(self) -> Names | Rows:
-        return _read_scope(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model begins outside of every scope
@@ -86,7 +86,8 @@ class Scope:
     def __enter__(self) -> None:
         choice = self.choice
         if torch.compiler.is_dynamo_compiling():
-            self.outer, choice.traced = choice.traced, self.names
+            self.outer = choice.traced, choice.scoped
+            choice.traced, choice.scoped = self.names, True
             return
         with _lock:
             choice._scopes_open += 1
@@ -96,7 +97,7 @@ class Scope:
     def __exit__(self, *_: object) -> None:
         choice = self.choice
         if torch.compiler.is_dynamo_compiling():
-            choice.traced = self.outer
+            choice.traced, choice.scoped = self.outer
             return
         _scopes.reset(self.outer)
         with _lock:
@@ -104,18 +105,14 @@ class Scope:
             choice.scoped = choice._scopes_open > 0
 
 
-def uncompiled(fn: Callable[..., Any], why: str) -> Callable[..., Any]:
-    """`fn`, run eagerly when compiled code meets it; an error with `why` under fullgraph."""
-    if "reason" in inspect.signature(torch.compiler.disable).parameters:
-        return torch.compiler.disable(fn, reason=why)
-    return torch.compiler.disable(fn)
-
-
-_read_scope = uncompiled(
-    lambda choice: _scopes.get().get(choice, choice.standing),
-    "a choice made by pl.using is scoped to a context, which fullgraph code can't see; "
-    "open it inside the compiled function, or choose with pl.use or pl.view",
-)
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, for a hidden choice: run eagerly by compiled code, an error under fullgraph."""
+    why = (
+        "a choice made by pl.using is scoped to a context, which fullgraph code can't see; open "
+        "it inside the compiled function, or choose with pl.use or pl.view"
+    )
+    told = "reason" in inspect.signature(torch.compiler.disable).parameters
+    return torch.compiler.disable(fn, reason=why) if told else torch.compiler.disable(fn)
 
 
 def by_rows(

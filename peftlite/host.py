@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite import read
-from peftlite.choice import Choice, Names, Rows, by_rows, uncompiled
+from peftlite.choice import HIDDEN, Choice, Names, Rows, by_rows, uncompiled
 from peftlite.errors import PeftliteError
 from peftlite.maps import Map, Over, kind_of
 from peftlite.patch import Patch
@@ -41,20 +41,29 @@ class Patches(nn.Module):
         # torch's fused transformer layer bypasses its parts unless one of them has a hook
         self._forward_hooks[0] = _no_fused_path
 
-    def at(self, slot: str, names: Names) -> list[Patch]:
+    def at(self, slot: str, names: Names) -> tuple[Patch, ...]:
         """The patches that `names` activate at a slot, in the order in which they apply."""
-        mine = self._modules
-        return [
-            patch
-            for name in names
-            if name in mine
-            for patch in mine[name]._modules.values()
-            if patch.slot == slot
-        ]
+        groups = self._modules
+        if len(names) == 1:  # the common case, in the time of two look-ups
+            group = groups.get(names[0])
+            return () if group is None else group.by_slot.get(slot, ())
+        return tuple(p for n in names if n in groups for p in groups[n].by_slot.get(slot, ()))
 
     @property
     def slots(self) -> frozenset[str]:
-        return frozenset(p.slot for group in self.children() for p in group.children())
+        return frozenset(slot for group in self.children() for slot in group.by_slot)
+
+
+class Group(nn.Module):
+    """One delta's patches on a module; a slot has several where each changes a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_slot: dict[str, tuple[Patch, ...]] = {}
+
+    def put(self, key: str, patch: Patch) -> None:
+        self._modules[key] = patch
+        self.by_slot[patch.slot] = (*self.by_slot.get(patch.slot, ()), patch)
 
 
 def _no_fused_path(*_: Any) -> None:
@@ -142,7 +151,25 @@ def host_class(base: type, slots: frozenset[str]) -> type:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self, base.forward, args, kwargs)
+        hosted = self.peftlite
+        choice = hosted.choice
+        names = choice.standing
+        if choice.scoped:
+            names = choice.now()
+            if type(names) is not tuple:
+                return _apart(self, names, args, kwargs)
+        inner, patches = None, ()
+        if names:
+            if hosted.kind is not None:
+                inner, patches = _mapped(self, hosted, names)
+            patches += hosted.at(CALL, names)
+        if inner is None:
+            inner = hosted.own_forward or functools.partial(base.forward, self)
+        if not patches:
+            return inner(*args, **kwargs)
+        for patch in patches[:-1]:
+            inner = Over(patch, inner)
+        return patches[-1].call(inner, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     body: dict[str, Any] = {"forward": forward, "_base": base, "__module__": base.__module__}
@@ -168,61 +195,56 @@ def _property(base: type, slot: str) -> property:
 
 
 def _read(module: nn.Module, slot: str) -> Tensor:
-    w = raw(module, slot)
-    names = module.peftlite.choice.now()
+    w, hosted = raw(module, slot), module.peftlite
+    names = hosted.choice.now()
+    if names is HIDDEN:
+        return _read_eagerly(module, slot)
     if isinstance(names, Rows):
         raise PeftliteError(
             f"{slot!r} is read outside of a call of its module while rows= is in force: "
             "call the model itself, so that the rows can be told apart"
         )
-    patches = module.peftlite.at(slot, names)
+    patches = hosted.at(slot, names)
     # FSDP looks for its own shard by name
-    if not patches or hasattr(w, "placements"):
+    if not patches or _is_sharded(w):
         return w
     return read.apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
 
 
-def _forward(module: nn.Module, base: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    hosted = module.peftlite
-    choice = hosted.choice
-    if choice.hidden():
-        return _eagerly(module, args, kwargs)
-    names = choice.now()
-    if isinstance(names, Rows):
-        return by_rows(module.forward, choice, names, args, kwargs)
-    inner = hosted.own_forward or functools.partial(base, module)
-    if names:
-        if hosted.kind is not None:
-            inner = _mapped(module, hosted, names) or inner
-        for patch in hosted.at(CALL, names):
-            inner = functools.partial(patch.call, inner)
-    return inner(*args, **kwargs)
+_read_eagerly = uncompiled(lambda module, slot: getattr(module, slot).clone())
+_call_eagerly = uncompiled(lambda module, args, kwargs: module.forward(*args, **kwargs))
 
 
-def _mapped(module: nn.Module, hosted: Patches, names: Names) -> Map | None:
-    """A linear map with its patches: laid over it where they all can be, else read into it."""
+def _apart(module: Any, names: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A call under a choice that is no plain one."""
+    if names is HIDDEN:
+        return _call_eagerly(module, args, kwargs)
+    return by_rows(module.forward, module.peftlite.choice, names, args, kwargs)
+
+
+def _mapped(
+    module: nn.Module, hosted: Patches, names: Names
+) -> tuple[Map | None, tuple[Patch, ...]]:
+    """A linear map, and the patches to lay over it: all on its weight can, or they are read in."""
     on_weight, on_bias = hosted.at("weight", names), hosted.at("bias", names)
     if not on_weight and not on_bias:
-        return None
+        return None, ()
     weight, bias = raw(module, "weight"), module._parameters.get("bias")
-    if hasattr(weight, "placements"):
+    if type(weight) is not nn.Parameter and _is_sharded(weight):
         raise PeftliteError(
             "this weight is sharded over devices while it is used, as tensor parallelism does: "
             "patches can't ride on a shard; attach before fully_shard, or gather the weight"
         )
-    over = all(patch.call is not None for patch in on_weight)
-    weight = weight if over else read.apply(on_weight, weight)
-    inner = hosted.kind(module, weight, read.apply(on_bias, bias) if on_bias else bias)
-    for patch in on_weight if over else ():
-        inner = Over(patch, inner)
-    return inner
+    if on_bias:
+        bias = read.apply(on_bias, bias)
+    for patch in on_weight:
+        if patch.call is None:
+            return hosted.kind(module, read.apply(on_weight, weight), bias), ()
+    return hosted.kind(module, weight, bias), on_weight
 
 
-_eagerly = uncompiled(
-    lambda module, args, kwargs: module.forward(*args, **kwargs),
-    "a choice made by pl.using is scoped to a context, which fullgraph code can't see; "
-    "open it inside the compiled function, or choose with pl.use or pl.view",
-)
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")  # a DTensor's, without importing it
 
 
 def _set_flat_weights(module: Any, weights: list[Tensor]) -> None:
@@ -269,8 +291,8 @@ def plant(module: nn.Module, name: str, key: str, patch: Patch, choice: Choice) 
     """Puts a delta's patch on a module, under a key that tells it from the delta's others."""
     hosted = make_host(module, choice)
     if name not in hosted._modules:
-        hosted._modules[name] = nn.Module()
-    hosted._modules[name]._modules[key] = patch
+        hosted._modules[name] = Group()
+    hosted._modules[name].put(key, patch)
     _swap_class(module)
 
 

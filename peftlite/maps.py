@@ -34,14 +34,25 @@ class Map:
         """What the map gives for `input` with the weight `left @ right` and no bias, shaped as y."""
         raise NotImplementedError
 
+    def add_low_rank(
+        self, left: Tensor, right: Tensor, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The call on the arguments, plus `scale` times what x gives with `left @ right`."""
+        y = self(*args, **kwargs)
+        return torch.add(y, self.low_rank(x, y, left, right), alpha=scale)
+
 
 class Over(Map):
-    """A map with a patch's `call` laid over it."""
+    """What a patch makes of a call: `inner`, the map or call that stood there, with it on top."""
 
-    def __init__(self, patch: Any, inner: Map):
-        self.patch, self.inner, self.weight = patch, inner, inner.weight
+    def __init__(self, patch: Any, inner: Any):
+        self.patch, self.inner = patch, inner
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.inner.weight
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.patch.call(self.inner, *args, **kwargs)
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -54,6 +65,12 @@ class Linear(Map):
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return F.linear(F.linear(input, right), left)
+
+    def add_low_rank(
+        self, left: Tensor, right: Tensor, scale: float, x: Tensor, input: Tensor
+    ) -> Tensor:
+        y = F.linear(input, self.weight, self.bias)
+        return torch.add(y, F.linear(F.linear(x, right), left), alpha=scale)
 
 
 class TransposedLinear(Map):

@@ -38,13 +38,13 @@ class LoRAPatch(Patch):
         self.embeds = site.transposed and isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
         self.a = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
         self.b = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
-        fixed = method.init in ("pissa", "olora")
+        self.fixed, self.dropout = method.init in ("pissa", "olora"), method.dropout
         for name, like in (("a0", self.a), ("b0", self.b)):
-            self.register_buffer(name, torch.empty_like(like.data) if fixed else None)
+            self.register_buffer(name, torch.empty_like(like.data) if self.fixed else None)
 
     def reset(self, w: Tensor | None) -> None:
         a, b, init = self.a, self.b, self.method.init
-        if init in ("pissa", "olora"):
+        if self.fixed:
             self._split(w.reshape(*a.shape[:-2], *self._matrix_shape()))
             return
         # an embedding's rows are looked up, not multiplied: there the other factor starts at zero
@@ -84,37 +84,38 @@ class LoRAPatch(Patch):
         return (a.mT, b.mT) if self.transposed else (b, a)
 
     def value(self, w: Tensor) -> Tensor:
-        # a dropped input feature is a dropped column of A; here the rows of a batch share the mask
-        a, drop = self.a, self._dropout
-        if drop:
-            kept = F.dropout(torch.ones_like(a[..., :1, :]), drop)
-            a = a * kept
+        a, a0 = self.a, self.a0
+        if self.training and self.dropout:
+            # a dropped input feature is a dropped column of A; rows of a batch share the mask
+            kept = F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
+            a, a0 = a * kept, None if a0 is None else a0 * kept
         left, right = self._factors(a, self.b)
         change = left @ right
-        if self.a0 is not None:
-            left, right = self._factors(self.a0 * kept if drop else self.a0, self.b0)
+        if a0 is not None:
+            left, right = self._factors(a0, self.b0)
             change = change - left @ right
         # rounds once, from the wider of the two dtypes
         return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        x = input
+        if self.training and self.dropout and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        own = self._parameters  # nn.Module's attribute access costs as much as a small matmul
+        left, right = self._beside(inner.weight, own["a"], own["b"])
+        if not self.fixed:
+            return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)
         y = inner(input, *args, **kwargs)
-        drop = self._dropout
-        x = F.dropout(input, drop) if drop and input.is_floating_point() else input
-        change = self._ride(inner, x, y, self.a, self.b)
-        if self.a0 is not None:
-            change = change - self._ride(inner, x, y, self.a0, self.b0)
+        change = inner.low_rank(x, y, left, right)
+        change = change - inner.low_rank(x, y, *self._beside(inner.weight, self.a0, self.b0))
         return torch.add(y, change, alpha=self.scale)
 
-    def _ride(self, inner: Map, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        w = inner.weight
-        left, right = self._factors(a.to(w.dtype), b.to(w.dtype))
-        left, right = widen(left, right, self.index, w.shape)
-        return inner.low_rank(x, y, left, right)
-
-    @property
-    def _dropout(self) -> float:
-        return self.method.dropout if self.training else 0.0
+    def _beside(self, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors to use beside `w`: in its dtype, and as wide."""
+        if a.dtype is not w.dtype:
+            a, b = a.to(w.dtype), b.to(w.dtype)
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        return (left, right) if self.index is None else widen(left, right, self.index, w.shape)
 
 
 def _as_matrices(w: Tensor, module: nn.Module) -> tuple[list[int], tuple[int, int]]:

@@ -51,7 +51,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="peftlite", description="Parameter-efficient fine-tuning.")
+    parser = argparse.ArgumentParser("peftlite", description="Parameter-efficient fine-tuning.")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)

@@ -1,4 +1,4 @@
-"""Delta: a named set of patches in one model, and the verbs that attach, detach and choose deltas."""
+"""Delta: a named set of patches in one model; and the verbs to attach, detach and choose one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Delta:
     def __init__(self, name: str, methods: Sequence[Method], placed: Iterable[Placed]):
         self.name, self.methods = name, tuple(methods)
         self.placed = {item.site.address: item for item in placed}
-        self.registry: Registry | None = None  # of the model it is attached to
+        self.originals: Mapping[str, Tensor] | None = None  # the base's tensors while it's merged
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers as `address:name`, shared ones once."""
@@ -64,6 +64,11 @@ class Delta:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters, for an optimizer."""
         return (parameter for _, parameter in self.named_parameters())
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is in the base's weights now."""
+        return self.originals is not None
 
     @property
     def num_parameters(self) -> int:
@@ -86,7 +91,7 @@ class Delta:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies values into the delta in place. Raises PeftliteError, all unchanged, on a misfit."""
+        """Copies values into the delta, in place. Raises PeftliteError, all or none copied."""
         own = self.state_dict()
         problems = [f"missing {key}" for key in own if key not in tensors]
         problems += [f"unexpected {key}" for key in tensors if key not in own]
@@ -114,9 +119,8 @@ class Delta:
 
 @dataclass
 class Registry:
-    """What a model knows of its deltas; it hangs on the module they were attached to."""
+    """What a model knows of its deltas. It hangs on the root, the module they are attached to."""
 
-    root: nn.Module
     choice: Choice = field(default_factory=Choice)
     deltas: dict[str, Delta] = field(default_factory=dict)
     thawed: tuple[str, ...] = ()  # the base's parameters that were trainable, to be so again
@@ -124,15 +128,15 @@ class Registry:
     merged: dict[str, Any] = field(default_factory=dict)
 
 
-def find(model: nn.Module) -> Registry | None:
-    """The registry of a model, or of the one model inside it (under DDP, torch.compile, …)."""
+def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
+    """The root and registry of a model, or of the one inside it (under DDP, torch.compile, …)."""
     found = []
     for module in model.modules():
         hosted = module.__dict__.get(host.ATTRIBUTE)
         if hosted is not None and hosted.registry is not None:
             if module is model:
-                return hosted.registry
-            found.append(hosted.registry)
+                return module, hosted.registry
+            found.append((module, hosted.registry))
     if len(found) > 1:
         raise PeftliteError(
             "deltas are attached to several modules inside this one: pass the module that "
@@ -141,19 +145,23 @@ def find(model: nn.Module) -> Registry | None:
     return found[0] if found else None
 
 
-def get(model: nn.Module, name: str) -> tuple[Registry, Delta]:
-    """A delta by name, with the registry it's in. Raises PeftliteError."""
-    registry = find(model)
-    there = list(registry.deltas) if registry else []
-    if registry is None or name not in registry.deltas:
-        raise PeftliteError(f"no delta named {name!r} in this model; {_there(there)}")
-    return registry, registry.deltas[name]
+def require(model: nn.Module, *names: str) -> tuple[nn.Module, Registry]:
+    """The root and registry of a model that has deltas of these names. Raises PeftliteError."""
+    found = find(model)
+    if found is None:
+        raise PeftliteError("this model has no deltas; pl.attach or pl.load one first")
+    there = list(found[1].deltas)
+    for name in names:
+        if name not in there:
+            listed = ", ".join(map(repr, there))
+            raise PeftliteError(f"no delta is named {name!r} in this model; there are: {listed}")
+    return found
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
     """The deltas of a model by name, in the order in which they were attached."""
-    registry = find(model)
-    return dict(registry.deltas) if registry else {}
+    found = find(model)
+    return dict(found[1].deltas) if found else {}
 
 
 # -- attach and detach
@@ -175,33 +183,31 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
             can't flow here (under `torch.inference_mode`). The model is as it was.
     """
     methods = [method] if isinstance(method, Method) else list(method)
-    registry = check(model, name)
+    check(model, name)
     placed = [Placed.build(where, how) for where, how in _assign(model, methods)]
     with torch.no_grad():
         for item in placed:
             item.patch.reset(None if item.site.is_call else item.site.tensor)
-    return commit(registry, Delta(name, methods, placed))
+    return commit(model, Delta(name, methods, placed))
 
 
-def check(model: nn.Module, name: str) -> Registry:
-    """The registry for a delta called `name`: the model's, or a new one not yet installed."""
+def check(model: nn.Module, name: str) -> None:
+    """Raises PeftliteError if no delta called `name` can be attached to `model`."""
     if torch.is_inference_mode_enabled():
         raise PeftliteError(
             "under torch.inference_mode no gradient can ever flow: attach outside of it "
             "(torch.no_grad is fine)"
         )
-    registry = find(model)
-    if registry is None:
-        if any(isinstance(module, host.Host) for module in model.modules()):
-            raise PeftliteError(
-                "this module is part of a model that has deltas: attach to that model, and name "
-                "this part with targets="
-            )
-        registry = Registry(model)
-    elif registry.root is not model:
+    root, registry = find(model) or (model, Registry())
+    if root is not model:
         raise PeftliteError(
-            f"deltas {list(registry.deltas)} are attached to the {type(registry.root).__name__} "
-            "inside this module: attach to that one, or detach them first"
+            f"deltas {list(registry.deltas)} are attached to the {type(root).__name__} inside this "
+            "module: attach to that one, or detach them first"
+        )
+    if not registry.deltas and any(isinstance(module, host.Host) for module in model.modules()):
+        raise PeftliteError(
+            "this module is part of a model that has deltas: attach to that model, and name this "
+            "part with targets="
         )
     changeable(registry)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -213,7 +219,6 @@ def check(model: nn.Module, name: str) -> Registry:
             f"a delta named {name!r} is attached already: choose another name=, or "
             f"pl.detach(model, {name!r}) first"
         )
-    return registry
 
 
 def _assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Site, Method]]:
@@ -251,9 +256,9 @@ def _usable(where: Site) -> None:
         )
 
 
-def commit(registry: Registry, delta: Delta) -> Delta:
+def commit(root: nn.Module, delta: Delta) -> Delta:
     """Installs a delta as the standing choice, or leaves the model as it was."""
-    root, first = registry.root, not registry.deltas
+    _, registry = find(root) or (root, Registry())
     try:
         host.make_host(root, registry.choice).registry = registry
         for address, placed in delta.placed.items():
@@ -261,24 +266,24 @@ def commit(registry: Registry, delta: Delta) -> Delta:
                 key = slot + address[len(site.whole_address(address)) :]
                 host.plant(module, delta.name, key, placed.patch, registry.choice)
     except BaseException:
-        _remove(registry, delta, last=first)
+        _uproot(root, registry, delta)
         raise
-    if first:
+    if not registry.deltas:
         registry.thawed = tuple(n for n, p in _base_parameters(root) if p.requires_grad)
         for _, parameter in _base_parameters(root):
             parameter.requires_grad_(False)
-    registry.deltas[delta.name], delta.registry = delta, registry
+    registry.deltas[delta.name] = delta
     registry.choice.standing = (delta.name,)
     return delta
 
 
-def _remove(registry: Registry, delta: Delta, last: bool) -> None:
+def _uproot(root: nn.Module, registry: Registry, delta: Delta) -> None:
     for placed in delta.placed.values():
         for module, _ in placed.site.owners:
             host.uproot(module, delta.name)
-    if last and isinstance(registry.root, host.Host):
-        registry.root.peftlite.registry = None
-        host.release(registry.root)
+    if not registry.deltas and isinstance(root, host.Host):
+        root.peftlite.registry = None
+        host.release(root)
 
 
 def _base_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -294,25 +299,23 @@ def detach(model: nn.Module, name: str) -> Delta:
     A merged delta is unmerged first. If it was chosen, the base is the choice. With the last delta,
     the base's `requires_grad` is as it was before the first.
     """
-    registry, delta = get(model, name)
+    root, registry = require(model, name)
     changeable(registry)
     if name in registry.merged:
         registry.merged[name].undo(registry)
-    bake(registry, delta)
-    return delta
+    return remove(root, registry, name)
 
 
-def bake(registry: Registry, delta: Delta) -> None:
-    """Takes a delta off, whatever the base holds now."""
-    choice, name = registry.choice, delta.name
+def remove(root: nn.Module, registry: Registry, name: str) -> Delta:
+    """Takes a delta off, whatever the base's weights hold now."""
+    delta, choice = registry.deltas.pop(name), registry.choice
     choice.standing = tuple(n for n in choice.standing if n != name)
-    del registry.deltas[name]
-    delta.registry = None
-    _remove(registry, delta, last=not registry.deltas)
+    _uproot(root, registry, delta)
     if not registry.deltas:
-        parameters = dict(_base_parameters(registry.root))
+        parameters = dict(_base_parameters(root))
         for key in registry.thawed:
             parameters[key].requires_grad_(True)
+    return delta
 
 
 # -- choosing
@@ -323,10 +326,9 @@ def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
     It holds in every thread. It doesn't change what is trainable. Raises PeftliteError.
     """
-    registry = _registry(model)
-    checked = _names(registry, names)
+    _, registry = require(model)
     changeable(registry)
-    registry.choice.standing = checked
+    registry.choice.standing = _names(model, names)
 
 
 def using(
@@ -343,14 +345,13 @@ def using(
     `torch.compile`d code honours it by running eagerly, and refuses it under `fullgraph=True`; to
     compile it in, open it inside the compiled function. Raises PeftliteError.
     """
-    registry = _registry(model)
-    if registry.choice.fixed:
-        changeable(registry)
+    _, registry = require(model)
+    changeable(registry)
     if rows is None:
-        return registry.choice.scope(_names(registry, names))
+        return registry.choice.scope(_names(model, names))
     if names is not None or isinstance(rows, str) or not rows:
         raise PeftliteError("rows= is a list with one choice per batch row, in place of a name")
-    return registry.choice.scope(Rows(tuple(_names(registry, row) for row in rows)))
+    return registry.choice.scope(Rows(tuple(_names(model, row) for row in rows)))
 
 
 def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
@@ -359,27 +360,19 @@ def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
     Two views compile once each, export, and serve two threads. What trains or loads into one is
     seen by all. Attach, detach, choose and merge on the model itself. Raises PeftliteError.
     """
-    registry = _registry(model)
-    checked = _names(registry, names)
+    _, registry = require(model)
+    checked = _names(model, names)
     shared = [*model.parameters(), *model.buffers(), *registry.originals.values()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    choice = find(twin).choice  # type: ignore[union-attr]
+    choice = require(twin)[1].choice
     choice.standing, choice.fixed = checked, True
     return twin
 
 
-def _registry(model: nn.Module) -> Registry:
-    registry = find(model)
-    if registry is None:
-        raise PeftliteError("this model has no deltas; pl.attach or pl.load one first")
-    return registry
-
-
-def _names(registry: Registry, names: str | Iterable[str] | None) -> Names:
+def _names(model: nn.Module, names: str | Iterable[str] | None) -> Names:
     chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    _, registry = require(model, *chosen)
     for name in chosen:
-        if name not in registry.deltas:
-            raise PeftliteError(f"no delta named {name!r}; {_there(list(registry.deltas))}")
         if name in registry.merged:
             raise PeftliteError(
                 f"{name!r} is merged into the base, so it is on already: pl.unmerge it to choose it"
@@ -395,10 +388,6 @@ def changeable(registry: Registry) -> None:
         raise PeftliteError(
             "this is a view, whose choice is fixed: do it on the model that pl.view was given"
         )
-
-
-def _there(names: list[str]) -> str:
-    return f"there are: {', '.join(map(repr, names))}" if names else "it has none"
 
 
 # -- looking before touching

@@ -1,4 +1,4 @@
-"""The errors peftlite raises: one class, with subclasses only where a caller would catch them apart."""
+"""The errors: one class, with subclasses only where a caller would catch them apart."""
 
 
 class PeftliteError(Exception):

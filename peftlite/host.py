@@ -1,12 +1,12 @@
 """Host: a module whose class is swapped so that patches change what it reads and what it computes.
 
-                 reads                                    calls
-    module.weight ──► property ──► raw ─► value ─► W'     module(x) ──► forward ──► call ─► call ─► y
+                reads                                  calls
+    module.weight ─► property ─► raw ─► value ─► W'     module(x) ─► forward ─► call ─► call ─► y
                                                                                 └► inner: the base
 
-Nothing else about the module changes: its parameters, their names and its place in the tree stay, so
-base checkpoints load, and optimizers, `.to()` and DDP see the model they know. The patches hang on
-the module beside its children, never among them, so code that walks the children sees none.
+Nothing else about the module changes: its parameters, their names and its place in the tree stay,
+so base checkpoints load, and optimizers, `.to()` and DDP see the model they know. The patches hang
+on the module beside its children, never among them, so code that walks the children sees none.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Patches(nn.Module):
 
     @property
     def slots(self) -> frozenset[str]:
-        return frozenset(slot for group in self.children() for slot in group.by_slot)
+        return frozenset(slot for group in self._modules.values() for slot in group.by_slot)
 
 
 class Group(nn.Module):
@@ -81,21 +81,21 @@ class Host:
         memo = set() if memo is None else memo
         if self in memo:
             return
-        yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        yield from super().named_modules(memo, prefix, remove_duplicate)
         inside = f"{prefix}.{ATTRIBUTE}" if prefix else ATTRIBUTE
         yield from self.peftlite.named_modules(memo, inside, remove_duplicate)
 
     def train(self, mode: bool = True) -> Any:
         self.peftlite.train(mode)
-        return super().train(mode)  # type: ignore[misc]
+        return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         if recurse:
             self.peftlite._apply(fn)
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         inside = f"{prefix}{ATTRIBUTE}."
         self.peftlite.state_dict(destination=destination, prefix=inside, keep_vars=keep_vars)
 
@@ -112,7 +112,7 @@ class Host:
         inside = f"{prefix}{ATTRIBUTE}."
         own = {k: v for k, v in state_dict.items() if k.startswith(inside)}
         base = {k: v for k, v in state_dict.items() if k not in own}
-        super()._load_from_state_dict(  # type: ignore[misc]
+        super()._load_from_state_dict(
             base, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if not own:
@@ -161,7 +161,7 @@ def host_class(base: type, slots: frozenset[str]) -> type:
         inner, patches = None, ()
         if names:
             if hosted.kind is not None:
-                inner, patches = _mapped(self, hosted, names)
+                inner, patches = _mapped(self, hosted.kind, hosted, names)
             patches += hosted.at(CALL, names)
         if inner is None:
             inner = hosted.own_forward or functools.partial(base.forward, self)
@@ -171,7 +171,7 @@ def host_class(base: type, slots: frozenset[str]) -> type:
             inner = Over(patch, inner)
         return patches[-1].call(inner, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(base.forward)
     body: dict[str, Any] = {"forward": forward, "_base": base, "__module__": base.__module__}
     body |= {slot: _property(base, slot) for slot in slots if slot != CALL}
     if issubclass(base, nn.RNNBase):
@@ -183,7 +183,7 @@ def host_class(base: type, slots: frozenset[str]) -> type:
 
 def base_class(module: nn.Module) -> type:
     """The class a module has, or had before it became a host."""
-    return type(module)._base if isinstance(module, Host) else type(module)  # type: ignore
+    return type(module)._base if isinstance(module, Host) else type(module)
 
 
 def _property(base: type, slot: str) -> property:
@@ -223,7 +223,7 @@ def _apart(module: Any, names: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _mapped(
-    module: nn.Module, hosted: Patches, names: Names
+    module: nn.Module, kind: type[Map], hosted: Patches, names: Names
 ) -> tuple[Map | None, tuple[Patch, ...]]:
     """A linear map, and the patches to lay over it: all on its weight can, or they are read in."""
     on_weight, on_bias = hosted.at("weight", names), hosted.at("bias", names)
@@ -239,8 +239,8 @@ def _mapped(
         bias = read.apply(on_bias, bias)
     for patch in on_weight:
         if patch.call is None:
-            return hosted.kind(module, read.apply(on_weight, weight), bias), ()
-    return hosted.kind(module, weight, bias), on_weight
+            return kind(module, read.apply(on_weight, weight), bias), ()
+    return kind(module, weight, bias), on_weight
 
 
 def _is_sharded(tensor: Tensor) -> bool:

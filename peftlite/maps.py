@@ -1,8 +1,8 @@
 """The linear maps whose weight a low-rank change can ride beside, without ever forming W'.
 
-A low-rank change of a weight is `left @ right`, with the weight flattened to a matrix along its first
-dimension: `left` is (w.shape[0], r) and `right` is (r, w[0].numel()), whatever the module means by
-its rows and columns. Each map here knows how its own operation distributes over the two factors.
+A low-rank change of a weight is `left @ right`, with the weight flattened to a matrix along its
+first dimension: `left` is (w.shape[0], r) and `right` is (r, w[0].numel()), whatever the module
+means by its rows and columns. Each map knows how its operation distributes over the two factors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Map:
         raise NotImplementedError
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """What the map gives for `input` with the weight `left @ right` and no bias, shaped as y."""
+        """What the map gives for `input` with `left @ right` for weight and no bias, as y is."""
         raise NotImplementedError
 
     def add_low_rank(
@@ -49,7 +49,7 @@ class Over(Map):
         self.patch, self.inner = patch, inner
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         return self.inner.weight
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,15 +90,15 @@ class Embedding(Map):
     transposed = True
 
     def __call__(self, input: Tensor) -> Tensor:
-        return self._look_up(input, self.weight)
+        return self._look_up(input, self.weight, self.module.sparse)
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return self._look_up(input, left) @ right
+        return self._look_up(input, left, sparse=False) @ right
 
-    def _look_up(self, input: Tensor, weight: Tensor) -> Tensor:
+    def _look_up(self, input: Tensor, weight: Tensor, sparse: bool) -> Tensor:
         m = self.module
         return F.embedding(
-            input, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse
+            input, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, sparse
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlite import read
 from peftlite.choice import Names
-from peftlite.delta import Delta, Registry, bake, changeable, get
+from peftlite.delta import Delta, Registry, changeable, remove, require
 from peftlite.errors import PeftliteError
 from peftlite.patch import Patch
 from peftlite.site import Site, whole_address
@@ -51,6 +51,7 @@ class Merged:
     def undo(self, registry: Registry) -> None:
         """Writes the base as it is without this delta: from the originals, not by subtraction."""
         del registry.merged[self.delta.name]
+        self.delta.originals = None
         for address, (where, _) in _by_tensor(self.delta).items():
             later = [merged.delta for merged in registry.merged.values()]
             original = registry.originals[address].to(where.whole.device)
@@ -73,8 +74,9 @@ def merge(model: nn.Module, name: str, *, backup: Backup = "device") -> Receipt:
         PeftliteError: the delta changes calls, a weight would not be finite, or the model is on
             the meta device. The model is as it was.
     """
-    registry, delta = get(model, name)
+    root, registry = require(model, name)
     changeable(registry)
+    delta = registry.deltas[name]
     touched = _mergeable(registry, delta, backup)
     values, originals = {}, {}
     for address, (where, patches) in touched.items():
@@ -96,9 +98,10 @@ def merge(model: nn.Module, name: str, *, backup: Backup = "device") -> Receipt:
     for address, (where, _) in touched.items():
         _write(where.whole, values[address])
     if backup == "none":
-        bake(registry, delta)
+        remove(root, registry, name)
     else:
-        registry.originals |= originals
+        registry.originals.update(originals)
+        delta.originals = registry.originals
         registry.merged[name] = Merged(delta, registry.choice.standing)
         registry.choice.standing = tuple(n for n in registry.choice.standing if n != name)
     return Receipt(name, change, sum(tensor.nbytes for tensor in originals.values()))
@@ -109,7 +112,7 @@ def unmerge(model: nn.Module, name: str) -> None:
 
     The delta is chosen again if it was when it was merged. Raises PeftliteError.
     """
-    registry, _ = get(model, name)
+    _, registry = require(model, name)
     changeable(registry)
     if name not in registry.merged:
         raise PeftliteError(f"{name!r} is not merged; merged are: {list(registry.merged)}")

@@ -1,7 +1,7 @@
 """Patch and Method, the one abstraction: a method builds a patch for every site it takes.
 
-A patch changes what a site *reads* (`value`), what it *computes* (`call`), or both where they agree.
-Everything else (attaching, choosing, saving, merging) is done once, by the core, for all methods.
+A patch changes what a site *reads* (`value`), what it *computes* (`call`), or both where they
+agree. Everything else (attaching, choosing, saving, merging) the core does once, for all methods.
 """
 
 from __future__ import annotations
@@ -84,6 +84,4 @@ class Method:
 
 def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Parameter:
     """An unfilled parameter for a patch at `site`."""
-    return nn.Parameter(
-        torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device)
-    )
+    return nn.Parameter(torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device))

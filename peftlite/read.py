@@ -27,8 +27,8 @@ _METADATA = {
 }
 
 
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
-_IN_PLACE = {"__setitem__", "__ilshift__", "__irshift__", *(f"__i{name}__" for name in _OPERATORS)}
+_OPERATORS = "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split()
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 
 
 class Read(Tensor):
@@ -37,7 +37,7 @@ class Read(Tensor):
     raw: Tensor
 
     @staticmethod
-    def __new__(cls, raw: Tensor, patches: Sequence[Patch]) -> Read:
+    def __new__(cls: type[Read], raw: Tensor, patches: Sequence[Patch]) -> Read:
         return Tensor._make_wrapper_subclass(cls, raw.shape, dtype=raw.dtype, device=raw.device)
 
     def __init__(self, raw: Tensor, patches: Sequence[Patch]):

@@ -1,8 +1,8 @@
 """Site: a place in a model, by address, and the language that picks sites (`targets`).
 
-    layers.0.q.weight        a tensor
-    layers.0.qkv.weight[0:64]    some rows of it ([:, 0:64]: columns; [q] [k] [v]: thirds of the output)
-    layers.0.attn()          a call
+    layers.0.q.weight          a tensor
+    layers.0.qkv.weight[0:64]  rows of it; [:, 0:64] columns; [q] [k] [v] thirds of the outputs
+    layers.0.attn()            a call
 
 One site holds every owner of a tied tensor, and every name of a shared module.
 """
@@ -10,6 +10,7 @@ One site holds every owner of a tied tensor, and every name of a shared module.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -286,24 +287,11 @@ def _matcher(text: Any, whole: bool) -> Callable[[str], bool]:
     Words that are no whole path (`whole`) are the end of one.
     """
     if isinstance(text, re.Pattern):
-        test = text.fullmatch
-    elif "*" in text:
-        test = re.compile(".*".join(map(re.escape, text.split("*")))).fullmatch
-    elif whole and "." in text:
-        test = text.__eq__
+        regex = text
     else:
-
-        def test(path: str) -> bool:
-            return path == text or path.endswith(f".{text}")
-
-    cache: dict[str, bool] = {}
-
-    def matches(path: str) -> bool:
-        if path not in cache:
-            cache[path] = bool(test(path))
-        return cache[path]
-
-    return matches
+        start = "" if "*" in text or (whole and "." in text) else r"(.*\.)?"
+        regex = re.compile(start + ".*".join(map(re.escape, text.split("*"))))
+    return functools.cache(lambda path: regex.fullmatch(path) is not None)
 
 
 def _modules_above(site: Site, every: bool = False) -> Iterator[str]:
@@ -380,4 +368,6 @@ def _hint(everything: Sequence[Site], text: Any) -> str:
     }
     words = sorted({piece for name in names for piece in (name, name.rpartition(".")[2])})
     near = difflib.get_close_matches(text.strip("*.") or text, words, n=4, cutoff=0.5)
-    return "nearest: " + ", ".join(map(repr, near)) if near else f"there are {_examples(everything)}"
+    return (
+        "nearest: " + ", ".join(map(repr, near)) if near else f"there are {_examples(everything)}"
+    )

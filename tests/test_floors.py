@@ -17,8 +17,8 @@ FLOORS = (
     "delta",
     "merge algebra io bank",
     "train",
-    "cli demo",
     "peftlite",
+    "cli demo",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -31,17 +31,29 @@ BASE, DELTAS = "base", ("docs", "names")
 class Settings:
     """The base, its deltas, and how they are trained and measured."""
 
-    dim: int = 128
-    layers: int = 4
-    heads: int = 4
-    base: Recipe = Recipe(steps=1000, lr=4e-3)
-    lora: pl.LoRA = pl.LoRA(rank=8, alpha=16)
-    delta: Recipe = Recipe(steps=250, lr=5e-3)
-    windows: int = 256  # of each text held out
-    swaps: int = 1000  # to time
+    dim: int
+    layers: int
+    heads: int
+    base: Recipe
+    lora: pl.LoRA
+    delta: Recipe
+    windows: int  # of each text held out
+    swaps: int  # to time
 
 
-def run(cache: Path, fresh: bool = False, settings: Settings = Settings()) -> int:
+SETTINGS = Settings(
+    dim=128,
+    layers=4,
+    heads=4,
+    base=Recipe(steps=1000, lr=4e-3),
+    lora=pl.LoRA(rank=8, alpha=16),
+    delta=Recipe(steps=250, lr=1e-2),
+    windows=256,
+    swaps=1000,
+)
+
+
+def run(cache: Path, fresh: bool = False, settings: Settings = SETTINGS) -> int:
     """Trains, measures and prints. Returns 0 if every law holds, else 1.
 
     Args:
@@ -101,9 +113,7 @@ def _scores(
         share = f"{counts[name] / counts[BASE]:.1%}"
         swap = f"{_swap_time(model, name, settings.swaps):.1f} µs"
         held_out = [f"{loss:.3f}" for loss in losses]
-        rows.append(
-            [name, f"{counts[name]:,}", share, size(file.stat().st_size), *held_out, swap]
-        )
+        rows.append([name, f"{counts[name]:,}", share, size(file.stat().st_size), *held_out, swap])
     header = ["", "trainable", "of base", "file", *(f"bits on {kind}" for kind in corpus), "swap"]
     return table(header, rows)
 

@@ -58,14 +58,11 @@ def train(
 @torch.no_grad()
 def held_out(model: nn.Module, text: Tensor, context: int, count: int) -> float:
     """Bits per byte on `count` windows spread evenly over a text."""
-    starts = spread(text, context, count)
-    return sum(bits(model, windows(text, part, context)).item() * len(part)
-               for part in starts.split(32)) / count
-
-
-def spread(text: Tensor, context: int, count: int) -> Tensor:
-    """Where `count` evenly spaced windows start."""
-    return torch.linspace(0, len(text) - context - 1, count).long()
+    starts = torch.linspace(0, len(text) - context - 1, count).long()
+    total = sum(
+        len(part) * bits(model, windows(text, part, context)).item() for part in starts.split(32)
+    )
+    return total / count
 
 
 def windows(text: Tensor, starts: Tensor, context: int) -> Tensor:

@@ -116,8 +116,7 @@ def _config(method: Method) -> dict[str, Any]:
 
 def _fingerprints(delta: Delta) -> dict[str, str]:
     """The digest of every tensor the delta changes, as the base has it without the delta."""
-    merged = delta.registry is not None and delta.name in delta.registry.merged
-    originals = delta.registry.originals if merged else {}
+    originals = delta.originals or {}
     found = {}
     for address, placed in delta.placed.items():
         whole = whole_address(address)
@@ -192,7 +191,7 @@ def load(
     if check_base not in ("error", "warn", "off"):
         raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")
     info, tensors = _read(path, values=True)
-    registry = check(model, info.name if name is None else name)
+    check(model, info.name if name is None else name)
     placed = _place(model, info, path)
     if check_base != "off":
         _check_base(info, placed, path, check_base)
@@ -200,12 +199,10 @@ def load(
     delta = Delta(info.name if name is None else name, methods, placed)
     _fill(delta, tensors, path)
     delta.requires_grad_(trainable)
-    return commit(registry, delta)
+    return commit(model, delta)
 
 
-def _read(
-    path: str | os.PathLike[str], values: bool
-) -> tuple[Info, dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str], values: bool) -> tuple[Info, dict[str, Tensor]]:
     shown = str(path)
     tensors: dict[str, Tensor] = {}
     try:

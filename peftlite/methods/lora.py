@@ -182,7 +182,9 @@ class LoRA(Method):
     def build(self, site: Site) -> LoRAPatch:
         if not self.accepts(site):
             what = "a call" if site.is_call else f"of shape {tuple(site.shape)}"
-            raise TargetError(f"{site.address} is {what}; LoRA takes tensors of 2 dimensions or more")
+            raise TargetError(
+                f"{site.address} is {what}; LoRA takes tensors of 2 dimensions or more"
+            )
         _, matrix = _as_matrices(site.tensor, site.module)
         if self.rank > min(matrix) and self.init in ("pissa", "olora", "orthogonal"):
             raise TargetError(

@@ -6,7 +6,7 @@
 
 Nothing else about the module changes: its parameters, their names and its place in the tree stay,
 so base checkpoints load, and optimizers, `.to()` and DDP see the model they know. The patches hang
-on the module beside its children, never among them, so code that walks the children sees none.
+beside `_modules`, so an nn.Sequential doesn't run them; who asks for the children finds them.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class Patches(nn.Module):
             return () if group is None else group.by_slot.get(slot, ())
         return tuple(p for n in names if n in groups for p in groups[n].by_slot.get(slot, ()))
 
+    def forward(self, x: Any) -> Any:
+        """x: for a model that runs its `children()` in turn, a step that does nothing."""
+        return x
+
     @property
     def slots(self) -> frozenset[str]:
-        return frozenset(slot for group in self._modules.values() for slot in group.by_slot)
+        return frozenset(slot for group in self._modules.values() for slot in group.by_slot)  # type: ignore
 
 
 class Group(nn.Module):
@@ -85,14 +89,11 @@ class Host:
         inside = f"{prefix}.{ATTRIBUTE}" if prefix else ATTRIBUTE
         yield from self.peftlite.named_modules(memo, inside, remove_duplicate)
 
-    def train(self, mode: bool = True) -> Any:
-        self.peftlite.train(mode)
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        if recurse:
-            self.peftlite._apply(fn)
-        return super()._apply(fn, recurse)
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        # `.to()`, `.train()` and fully_shard find the patches here
+        if self.peftlite._modules:
+            yield ATTRIBUTE, self.peftlite
+        yield from super().named_children()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,0 +1,50 @@
+"""The README and every page of the docs: their code runs, and the public names are documented."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import peftlite as pl
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for language, code in BLOCK.findall(page.read_text()):
+        assert language in ("python", "sh", "text"), f"a block of {language!r} would not be run"
+        if language == "python":
+            exec(compile(code, str(page), "exec", dont_inherit=True), names)
+
+
+def test_the_readme_learns_and_restores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, *_ = (
+        code for language, code in BLOCK.findall(PAGES[0].read_text()) if language == "python"
+    )
+    assert len([line for line in first.splitlines() if line.strip()]) <= 16
+    names: dict = {}
+    exec(first, names)
+    loss = torch.nn.functional.cross_entropy(names["model"](names["x"]), names["y"])
+    pl.use(names["model"], None)
+    base = torch.nn.functional.cross_entropy(names["model"](names["x"]), names["y"])
+    assert loss < 0.9 * base
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", sorted(n for n in vars(pl) if not n.startswith("_")))
+def test_public_names_have_docstrings(name: str) -> None:
+    value = getattr(pl, name)
+    if callable(value):
+        assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name

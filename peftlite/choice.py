@@ -8,7 +8,6 @@ can't see: while one is in force, compiled code steps aside for eager code, or r
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -111,8 +110,13 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         "a choice made by pl.using is scoped to a context, which fullgraph code can't see; open "
         "it inside the compiled function, or choose with pl.use or pl.view"
     )
-    told = "reason" in inspect.signature(torch.compiler.disable).parameters
-    return torch.compiler.disable(fn, reason=why) if told else torch.compiler.disable(fn)
+
+    def eager(*args: Any) -> Any:
+        return torch.compiler.disable(fn)(*args)
+
+    # the marks that torch.compiler.disable leaves; calling it here would import the compiler, 1 s
+    vars(eager).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=why)
+    return eager
 
 
 def by_rows(
@@ -145,6 +149,8 @@ def by_rows(
         order += picked
     back = torch.tensor(order).argsort()
     flat = [pytree.tree_flatten(result) for _, result in results]
+    if any(other != flat[0][1] for _, other in flat):
+        raise _cannot_put_back("of another structure for each group of rows")
     counts = [count for count, _ in results]
     together = [
         _together(parts, counts, back)
@@ -160,8 +166,12 @@ def _together(parts: tuple, counts: list[int], back: Tensor) -> Any:
             return torch.cat(parts)[back.to(parts[0].device)]
     elif all(p is parts[0] or (not isinstance(p, Tensor) and p == parts[0]) for p in parts):
         return parts[0]
-    what = tuple(parts[0].shape) if isinstance(parts[0], Tensor) else type(parts[0]).__name__
-    raise PeftliteError(
-        f"rows= can't put back an output that has no row per input row: {what}; ask the model for "
-        "outputs per row (no loss, no cache: use_cache=False), or call it once per delta"
+    shown = f"a tensor of shape {tuple(parts[0].shape)}" if isinstance(parts[0], Tensor) else ""
+    raise _cannot_put_back(shown or f"a {type(parts[0]).__name__}")
+
+
+def _cannot_put_back(what: str) -> PeftliteError:
+    return PeftliteError(
+        f"rows= can't put back an output that has no row per input row ({what}): ask the model "
+        "for outputs per row (no loss, no cache: use_cache=False), or call it once per delta"
     )

@@ -25,7 +25,7 @@ class Command:
 def _demo(args: argparse.Namespace) -> int:
     from peftlite import demo
 
-    return demo.run(args.cache, args.fresh)
+    return demo.run(args.cache or _cache(), args.fresh)
 
 
 def _cache() -> Path:
@@ -40,8 +40,7 @@ COMMANDS = {
             "--cache": {
                 "type": Path,
                 "metavar": "DIR",
-                "default": _cache(),
-                "help": "a folder for the base and the deltas (%(default)s)",
+                "help": "a folder for the base and the deltas (default: ~/.cache/peftlite)",
             },
         },
         _demo,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,13 +30,24 @@ class Placed:
     site: Site
     method: Method
     patch: Patch
+    shape: torch.Size | None  # the whole tensor's, when it was placed
 
     @classmethod
     def build(cls, where: Site, method: Method) -> Placed:
         """A patch for a site, its parameters not yet filled. Raises TargetError."""
         patch = method.build(where).train(where.module.training)
         patch.slot, patch.index = where.slot, where.index
-        return cls(where, method, patch)
+        return cls(where, method, patch, None if where.is_call else where.whole.shape)
+
+    def check(self) -> None:
+        """Raises PeftliteError if the model was taken apart under the patch."""
+        where = self.site
+        hosted = where.module.__dict__.get(host.ATTRIBUTE)
+        if hosted is not None and not where.is_call and where.whole.shape != self.shape:
+            raise PeftliteError(
+                f"{where.address} is {tuple(where.whole.shape)} now, and was {tuple(self.shape)} "
+                "when the delta was attached: pl.detach, then resize, then attach"
+            )
 
 
 class Delta:
@@ -44,7 +56,7 @@ class Delta:
     def __init__(self, name: str, methods: Sequence[Method], placed: Iterable[Placed]):
         self.name, self.methods = name, tuple(methods)
         self.placed = {item.site.address: item for item in placed}
-        self.originals: Mapping[str, Tensor] | None = None  # the base's tensors while it's merged
+        self.merged_in: Registry | None = None  # while it is merged
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers as `address:name`, shared ones once."""
@@ -68,7 +80,7 @@ class Delta:
     @property
     def merged(self) -> bool:
         """Whether it is in the base's weights now."""
-        return self.originals is not None
+        return self.merged_in is not None
 
     @property
     def num_parameters(self) -> int:
@@ -92,6 +104,8 @@ class Delta:
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies values into the delta, in place. Raises PeftliteError, all or none copied."""
+        if not isinstance(tensors, Mapping):
+            raise PeftliteError(f"load_state_dict takes a dict of tensors, not {tensors!r}")
         own = self.state_dict()
         problems = [f"missing {key}" for key in own if key not in tensors]
         problems += [f"unexpected {key}" for key in tensors if key not in own]
@@ -103,7 +117,7 @@ class Delta:
         if problems:
             raise PeftliteError(f"these tensors don't fit {self.name!r}: {few(problems)}")
         for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+            tensor.copy_(scatter(tensors[key], tensor))
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(method).__name__ for method in self.methods)
@@ -117,6 +131,20 @@ class Delta:
         return f"delta {self.name!r}\n{_describe(rows)}"
 
 
+def gather(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded over processes (every one has to ask)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def scatter(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as another is."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
 @dataclass
 class Registry:
     """What a model knows of its deltas. It hangs on the root, the module they are attached to."""
@@ -126,14 +154,24 @@ class Registry:
     thawed: tuple[str, ...] = ()  # the base's parameters that were trainable, to be so again
     originals: dict[str, Tensor] = field(default_factory=dict)  # see merge.py
     merged: dict[str, Any] = field(default_factory=dict)
+    views: weakref.WeakSet[Choice] = field(default_factory=weakref.WeakSet)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "views": None}  # a copy has no views yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, views=weakref.WeakSet())
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
     """The root and registry of a model, or of the one inside it (under DDP, torch.compile, …)."""
+    if not isinstance(model, nn.Module):
+        shown = repr(model) if isinstance(model, str | Delta) else f"a {type(model).__name__}"
+        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {shown}")
     found = []
     for module in model.modules():
         hosted = module.__dict__.get(host.ATTRIBUTE)
-        if hosted is not None and hosted.registry is not None:
+        if isinstance(hosted, host.Patches) and hosted.registry is not None:
             if module is model:
                 return module, hosted.registry
             found.append((module, hosted.registry))
@@ -149,13 +187,26 @@ def require(model: nn.Module, *names: str) -> tuple[nn.Module, Registry]:
     """The root and registry of a model that has deltas of these names. Raises PeftliteError."""
     found = find(model)
     if found is None:
+        if _foreign(model, None):
+            raise PeftliteError("this is a part of a model that has deltas: pass that model")
         raise PeftliteError("this model has no deltas; pl.attach or pl.load one first")
     there = list(found[1].deltas)
     for name in names:
+        if isinstance(name, Delta):
+            raise PeftliteError(f"a delta goes by its name here: {name.name!r}, not {name!r}")
         if name not in there:
             listed = ", ".join(map(repr, there))
             raise PeftliteError(f"no delta is named {name!r} in this model; there are: {listed}")
     return found
+
+
+def _foreign(model: nn.Module, choice: Choice | None) -> bool:
+    """Whether some of the model's modules have patches that obey another choice."""
+    return any(
+        module.peftlite._modules and module.peftlite.choice is not choice
+        for module in model.modules()
+        if isinstance(module, host.Host)
+    )
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
@@ -182,7 +233,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
         PeftliteError: the name is taken or ill-formed, a module can't be patched, or gradients
             can't flow here (under `torch.inference_mode`). The model is as it was.
     """
-    methods = [method] if isinstance(method, Method) else list(method)
+    methods = _methods(method)
     check(model, name)
     placed = [Placed.build(where, how) for where, how in _assign(model, methods)]
     with torch.no_grad():
@@ -204,7 +255,7 @@ def check(model: nn.Module, name: str) -> None:
             f"deltas {list(registry.deltas)} are attached to the {type(root).__name__} inside this "
             "module: attach to that one, or detach them first"
         )
-    if not registry.deltas and any(isinstance(module, host.Host) for module in model.modules()):
+    if _foreign(model, registry.choice):
         raise PeftliteError(
             "this module is part of a model that has deltas: attach to that model, and name this "
             "part with targets="
@@ -223,30 +274,54 @@ def check(model: nn.Module, name: str) -> None:
 
 def _assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Site, Method]]:
     """Which method takes which site. A site that is asked for is taken from defaults."""
-    if not methods or not all(isinstance(method, Method) for method in methods):
-        raise PeftliteError(
-            f"attach takes a method such as pl.LoRA(rank=8), or a list of methods: not {methods!r}"
-        )
     everything = site.sites(model)
     taken: dict[str, tuple[Site, Method, bool]] = {}
+    sharing: dict[str, list[str]] = {}  # the addresses taken of each whole tensor
     for method in methods:
         for where, asked in site.select(everything, method.targets, method.exclude, method):
-            _usable(where)
-            held = taken.get(where.address)
-            if held is not None and held[2] == asked:
-                raise TargetError(
-                    f"{where.address} is taken by {type(held[1]).__name__} and by "
-                    f"{type(method).__name__}: leave it out of one with exclude="
-                )
-            if held is None or asked:
+            usable(where)
+            others = sharing.setdefault(site.whole_address(where.address), [])
+            for held in [taken[a] for a in others if taken[a][0].overlaps(where)]:
+                if held[2] == asked:
+                    raise TargetError(
+                        f"{where.address} is taken by {type(held[1]).__name__} at "
+                        f"{held[0].address} and by {type(method).__name__}: name it once, or leave "
+                        "it out of one with exclude="
+                    )
+                if asked:
+                    del taken[held[0].address]
+                    others.remove(held[0].address)
+            if asked or not any(taken[a][0].overlaps(where) for a in others):
                 taken[where.address] = (where, method, asked)
+                others.append(where.address)
     return [(where, method) for where, method, _ in taken.values()]
 
 
-def _usable(where: Site) -> None:
+def _methods(given: Any) -> list[Method]:
+    if isinstance(given, Method):
+        return [given]
+    methods = list(given) if isinstance(given, list | tuple) else [given]
+    for method in methods:
+        if isinstance(method, type) and issubclass(method, Method):
+            raise PeftliteError(f"{method.__name__} is a class: write pl.{method.__name__}()")
+    if not methods or not all(isinstance(method, Method) for method in methods):
+        shown = f"a {type(given).__name__}" if isinstance(given, nn.Module) else repr(given)
+        raise PeftliteError(
+            f"give a method such as pl.LoRA(rank=8), or a list of them: not {shown}"
+        )
+    return methods
+
+
+def usable(where: Site) -> None:
+    """Raises PeftliteError if no patch can sit at a site, whatever the method."""
     if where.is_call:
         return
     tensor = where.whole
+    if hasattr(tensor, "placements"):
+        raise PeftliteError(
+            f"{where.address} is sharded over devices: attach before fully_shard, so that the "
+            "delta is sharded and its gradients are synchronised too"
+        )
     if not tensor.is_floating_point():
         raise TargetError(f"{where.address} holds {tensor.dtype}: no gradient can flow through it")
     if tensor.is_inference():
@@ -269,9 +344,10 @@ def commit(root: nn.Module, delta: Delta) -> Delta:
         _uproot(root, registry, delta)
         raise
     if not registry.deltas:
-        registry.thawed = tuple(n for n, p in _base_parameters(root) if p.requires_grad)
-        for _, parameter in _base_parameters(root):
-            parameter.requires_grad_(False)
+        base = dict(_base_parameters(root, [delta]))
+        registry.thawed = tuple(name for name, p in base.items() if p.requires_grad)
+        for name in registry.thawed:
+            base[name].requires_grad_(False)
     registry.deltas[delta.name] = delta
     registry.choice.standing = (delta.name,)
     return delta
@@ -286,11 +362,11 @@ def _uproot(root: nn.Module, registry: Registry, delta: Delta) -> None:
         host.release(root)
 
 
-def _base_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, module in site.walk(root):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                yield f"{path}.{name}" if path else name, parameter
+def _base_parameters(
+    root: nn.Module, deltas: Iterable[Delta] = ()
+) -> Iterator[tuple[str, nn.Parameter]]:
+    patched = {id(parameter) for delta in deltas for parameter in delta.parameters()}
+    return ((n, p) for n, p in root.named_parameters() if id(p) not in patched)
 
 
 def detach(model: nn.Module, name: str) -> Delta:
@@ -314,7 +390,8 @@ def remove(root: nn.Module, registry: Registry, name: str) -> Delta:
     if not registry.deltas:
         parameters = dict(_base_parameters(root))
         for key in registry.thawed:
-            parameters[key].requires_grad_(True)
+            if key in parameters:
+                parameters[key].requires_grad_(True)
     return delta
 
 
@@ -349,8 +426,10 @@ def using(
     changeable(registry)
     if rows is None:
         return registry.choice.scope(_names(model, names))
-    if names is not None or isinstance(rows, str) or not rows:
-        raise PeftliteError("rows= is a list with one choice per batch row, in place of a name")
+    if names is not None or not isinstance(rows, list | tuple) or not rows:
+        raise PeftliteError(
+            f"rows= is a list with one choice per batch row, in place of a name: not {rows!r}"
+        )
     return registry.choice.scope(Rows(tuple(_names(model, row) for row in rows)))
 
 
@@ -362,15 +441,20 @@ def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
     """
     _, registry = require(model)
     checked = _names(model, names)
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        raise PeftliteError("a model under fully_shard can't be copied, so it can have no view")
     shared = [*model.parameters(), *model.buffers(), *registry.originals.values()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     choice = require(twin)[1].choice
     choice.standing, choice.fixed = checked, True
+    registry.views.add(choice)
     return twin
 
 
 def _names(model: nn.Module, names: str | Iterable[str] | None) -> Names:
-    chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if names is not None and not isinstance(names, str | list | tuple | Delta):
+        raise PeftliteError(f"a choice is a delta's name, a list of names, or None: not {names!r}")
+    chosen = () if names is None else tuple(names) if isinstance(names, list | tuple) else (names,)
     _, registry = require(model, *chosen)
     for name in chosen:
         if name in registry.merged:
@@ -437,13 +521,13 @@ class Plan:
 
 def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
     """What `attach` would do: the sites, counts and bytes. Changes nothing. Raises TargetError."""
-    methods = [method] if isinstance(method, Method) else list(method)
+    methods = _methods(method)
     rows = [
         _Row(where.address, type(how).__name__, where, how.build(replace(where, on="meta")))
         for where, how in _assign(model, methods)
     ]
-    unique = {id(p): p.numel() for _, p in _base_parameters(model)}
-    return Plan(rows, sum(unique.values()))
+    base = _base_parameters(model, deltas(model).values())
+    return Plan(rows, sum(p.numel() for _, p in base))
 
 
 def _parameters(rows: Iterable[_Row]) -> list[nn.Parameter]:

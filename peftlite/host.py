@@ -266,13 +266,15 @@ _FLAT_WEIGHTS = property(
 def make_host(module: nn.Module, choice: Choice) -> Patches:
     """Makes a module a host without patches; no change if it is one. Raises PeftliteError."""
     if isinstance(module, Host):
+        if not module.peftlite._modules:
+            module.peftlite.choice = choice  # it was left inert
         return module.peftlite
-    hosted = Patches(choice).train(module.training)
-    if isinstance(module, torch.jit.ScriptModule):
+    if hasattr(module, ATTRIBUTE):
         raise PeftliteError(
-            f"a TorchScript module ({type(module).__name__}) can't be patched: its code is "
-            "compiled already; attach to the model before torch.jit.script"
+            f"a {type(module).__name__} has an attribute {ATTRIBUTE!r} of its own, where its "
+            "patches would go: rename it"
         )
+    hosted = Patches(choice).train(module.training)
     own_forward = module.__dict__.get("forward")
     hosted.kind = kind_of(module) if own_forward is None else None
     hosted.own_forward = own_forward
@@ -309,9 +311,9 @@ def release(module: nn.Module) -> None:
     if hosted._modules or hosted.registry is not None:
         _swap_class(module)
         return
-    if "_base" not in type(module).__dict__:
+    if "_base" not in type(module).__dict__ or "forward" in module.__dict__:
         _swap_class(module)
-        return  # a class made over ours (FSDP's): stay, without effect
+        return  # something was made over ours (by FSDP, by accelerate): stay, without effect
     module.__class__ = base_class(module)
     del module.__dict__[ATTRIBUTE]
     if hosted.own_forward is not None:

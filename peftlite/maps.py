@@ -80,7 +80,7 @@ class TransposedLinear(Map):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return input @ left @ right
@@ -93,7 +93,12 @@ class Embedding(Map):
         return self._look_up(input, self.weight, self.module.sparse)
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return self._look_up(input, left, sparse=False) @ right
+        change = self._look_up(input, left, sparse=False) @ right
+        if self.module.padding_idx is None:
+            return change
+        # the padding row gives values and takes no gradients
+        padding = (input == self.module.padding_idx)[..., None]
+        return torch.where(padding, change.detach(), change)
 
     def _look_up(self, input: Tensor, weight: Tensor, sparse: bool) -> Tensor:
         m = self.module
@@ -169,8 +174,8 @@ _KINDS: dict[Any, type[Map]] = {
 def kind_of(module: nn.Module) -> type[Map] | None:
     """The linear map that `module` applies with its `weight`, or None."""
     forward = inspect.unwrap(type(module).forward)
-    if getattr(module, "max_norm", None) is not None:
-        return None  # an embedding that rewrites its weight as it reads
+    if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
+        return None  # one rewrites its weight as it reads, the other weighs whole rows' gradients
     if (forward.__module__, forward.__qualname__) == (
         "transformers.pytorch_utils",
         "Conv1D.forward",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from peftlite import read
+from peftlite import read, site
 from peftlite.choice import Names
 from peftlite.delta import Delta, Registry, changeable, remove, require
 from peftlite.errors import PeftliteError
 from peftlite.patch import Patch
-from peftlite.site import Site, whole_address
+from peftlite.site import Site, walk, whole_address
 from peftlite.table import size, table
 
 Backup = Literal["device", "host", "none"]
@@ -46,18 +44,26 @@ class Merged:
     """One delta in the base. The registry holds these in the order of merging."""
 
     delta: Delta
+    touched: dict[str, tuple[Site, list[Patch]]]
     standing: Names
 
     def undo(self, registry: Registry) -> None:
         """Writes the base as it is without this delta: from the originals, not by subtraction."""
         del registry.merged[self.delta.name]
-        self.delta.originals = None
-        for address, (where, _) in _by_tensor(self.delta).items():
-            later = [merged.delta for merged in registry.merged.values()]
-            original = registry.originals[address].to(where.whole.device)
-            _write(where.whole, _through(address, later, original))
-            if not any(address in _by_tensor(delta) for delta in later):
+        self.delta.merged_in = None
+        for address, (where, _) in self.touched.items():
+            _write(where.whole, base_tensor(registry, address, where))
+            if not any(address in other.touched for other in registry.merged.values()):
                 del registry.originals[address]
+
+
+def base_tensor(registry: Registry, address: str, where: Site, but: Delta | None = None) -> Tensor:
+    """A tensor of the base with the merged deltas in it, all or all but one."""
+    w = registry.originals[address].to(where.whole.device)
+    for merged in registry.merged.values():
+        if merged.delta is not but and address in merged.touched:
+            w = _applied(merged.touched[address][1], w)
+    return w
 
 
 def merge(model: nn.Module, name: str, *, backup: Backup = "device") -> Receipt:
@@ -77,11 +83,10 @@ def merge(model: nn.Module, name: str, *, backup: Backup = "device") -> Receipt:
     root, registry = require(model, name)
     changeable(registry)
     delta = registry.deltas[name]
-    touched = _mergeable(registry, delta, backup)
+    touched = _mergeable(root, registry, delta, backup)
     values, originals = {}, {}
     for address, (where, patches) in touched.items():
-        with _steady(patches):
-            values[address] = read.apply(patches, where.whole)
+        values[address] = _applied(patches, where.whole)
         if not values[address].isfinite().all():
             raise PeftliteError(
                 f"merging {name!r} would make {address} infinite or NaN; nothing was merged"
@@ -101,8 +106,8 @@ def merge(model: nn.Module, name: str, *, backup: Backup = "device") -> Receipt:
         remove(root, registry, name)
     else:
         registry.originals.update(originals)
-        delta.originals = registry.originals
-        registry.merged[name] = Merged(delta, registry.choice.standing)
+        delta.merged_in = registry
+        registry.merged[name] = Merged(delta, touched, registry.choice.standing)
         registry.choice.standing = tuple(n for n in registry.choice.standing if n != name)
     return Receipt(name, change, sum(tensor.nbytes for tensor in originals.values()))
 
@@ -125,7 +130,7 @@ def unmerge(model: nn.Module, name: str) -> None:
 
 
 def _mergeable(
-    registry: Registry, delta: Delta, backup: str
+    root: nn.Module, registry: Registry, delta: Delta, backup: str
 ) -> dict[str, tuple[Site, list[Patch]]]:
     """What a delta writes to, once nothing speaks against it."""
     name = delta.name
@@ -138,6 +143,18 @@ def _mergeable(
             f"{name!r} changes calls, which no weight can hold: {calls[0]} ({len(calls)} sites); "
             "keep it attached"
         )
+    if any(name in choice.standing for choice in registry.views):
+        raise PeftliteError(
+            f"{name!r} is chosen by a view, which would apply it twice: delete the view first"
+        )
+    at_home = dict(walk(root))
+    for address, placed in delta.placed.items():
+        placed.check()
+        if at_home.get(site.path_of(address)) is not placed.site.module:
+            raise PeftliteError(
+                f"the module of {address} was replaced since {name!r} was attached: pl.detach it, "
+                "and attach to the model as it is now"
+            )
     touched = _by_tensor(delta)
     for address, (where, _) in touched.items():
         if where.whole.is_meta:
@@ -161,23 +178,14 @@ def _by_tensor(delta: Delta) -> dict[str, tuple[Site, list[Patch]]]:
 
 
 @torch.no_grad()
-def _through(address: str, deltas: list[Delta], w: Tensor) -> Tensor:
-    for delta in deltas:
-        _, patches = _by_tensor(delta).get(address, (None, []))
-        with _steady(patches):
-            w = read.apply(patches, w)
-    return w
-
-
-@contextmanager
-def _steady(patches: list[Patch]) -> Iterator[None]:
-    """Patches as they are at inference, without dropout or gradients."""
+def _applied(patches: list[Patch], w: Tensor) -> Tensor:
+    """A tensor with patches in it as they are at inference: no dropout, no autocast."""
     training = [patch.training for patch in patches]
     try:
-        with torch.no_grad():
-            for patch in patches:
-                patch.eval()
-            yield
+        for patch in patches:
+            patch.eval()
+        with torch.autocast(w.device.type, enabled=False):
+            return read.apply(patches, w)
     finally:
         for patch, mode in zip(patches, training, strict=True):
             patch.train(mode)

@@ -6,6 +6,7 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlite.errors import PeftliteError
+from peftlite.errors import PeftliteError, TargetError
 
 if TYPE_CHECKING:
     from peftlite.site import Site, Targets
@@ -63,6 +64,15 @@ class Method:
     dtype: torch.dtype | None = None
 
     known: ClassVar[dict[str, type[Method]]] = {}
+    takes: ClassVar[str] = "nothing"
+    """What the method works on, as its error messages say it: "tensors of 2 or more dimensions"."""
+
+    def __post_init__(self) -> None:
+        dtype = self.dtype
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        ):
+            raise PeftliteError(f"dtype must be such as torch.float32 or bfloat16, not {dtype!r}")
 
     def __init_subclass__(cls) -> None:
         # a file names its methods by class name
@@ -75,13 +85,32 @@ class Method:
 
     def accepts(self, site: Site) -> bool:
         """Whether to take `site` when the module around it is named."""
-        raise NotImplementedError
+        raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `accepts`")
 
     def build(self, site: Site) -> Patch:
         """A patch for `site` on its device, parameters not yet filled. Raises TargetError."""
-        raise NotImplementedError
+        raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `build`")
+
+    def refuse(self, site: Site) -> TargetError:
+        """The error to raise for a site that was spelled out and can't be taken."""
+        what = "a call" if site.is_call else f"a tensor of shape {tuple(site.shape)}"
+        return TargetError(f"{site.address} is {what}; {type(self).__name__} takes {self.takes}")
 
 
 def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Parameter:
     """An unfilled parameter for a patch at `site`."""
     return nn.Parameter(torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device))
+
+
+def set_number(
+    method: Method, name: str, kind: type, allowed: Callable[[Any], bool], what: str
+) -> None:
+    """Makes a hyperparameter a plain `kind` (a sweep may give NumPy's). Raises PeftliteError."""
+    given = getattr(method, name)
+    try:
+        number = operator.index(given) if kind is int else float(given)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(given, bool | str) or not allowed(number):
+        raise PeftliteError(f"{name} must be {what}, not {given!r}")
+    object.__setattr__(method, name, number)

@@ -54,10 +54,13 @@ class Read(Tensor):
         if func == Tensor.grad.__get__:
             return args[0].raw.grad
         if _writes(func, args, kwargs or {}):
+            name = getattr(func, "__name__", str(func))
+            if name in ("__get__", "__set__", "__delete__"):
+                name = f".{getattr(func, '__self__', func).__name__}"
             raise PeftliteError(
-                f"{func.__name__} would write into a patched weight as it is read, and be lost; "
-                "write while nothing is chosen (pl.use(model, None)), or pl.detach first; "
-                "to look at the value, use .detach()"
+                f"{name} writes, or lets write, into a tensor that patches change: what is read "
+                "here is a value of its own, and the writing would be lost. pl.detach first; to "
+                "look at the value, use .detach()"
             )
         args, kwargs = tree_map_only(Read, _form, (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -77,6 +77,13 @@ class Site:
         dim, start, stop = self.index
         return self.whole.narrow(dim, start, stop - start)
 
+    def overlaps(self, other: Site) -> bool:
+        """Whether two sites of one tensor share entries."""
+        if self.index is None or other.index is None:
+            return True
+        (dim, start, stop), (also, begin, end) = self.index, other.index
+        return dim != also or (start < end and begin < stop)
+
     @property
     def shape(self) -> torch.Size:
         return self.tensor.shape
@@ -122,15 +129,22 @@ def raw(module: nn.Module, slot: str) -> Tensor:
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the base under every name it has, deltas left out."""
+    """Every module of the base under every name it has; deltas and TorchScript left out."""
     yield prefix, model
     for name, child in model._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, torch.jit.ScriptModule):
             yield from walk(child, f"{prefix}.{name}" if prefix else name)
 
 
 def sites(model: nn.Module) -> list[Site]:
     """Every tensor and every call of a model, each once, in the order of registration."""
+    if not isinstance(model, nn.Module):
+        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {_kind(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PeftliteError(
+            "a TorchScript module can't be patched, since its code is compiled already: attach to "
+            "the model before torch.jit.script or trace"
+        )
     found: dict[Any, list[tuple[str, tuple[nn.Module, str]]]] = {}
     for path, module in walk(model):
         if isinstance(module, parametrize.ParametrizationList):
@@ -191,27 +205,40 @@ def select(
 
     Raises TargetError if a pattern matches nothing, or nothing that the method can take.
     """
-    left_out = {
-        site.address: site for p in _patterns(exclude) for site in _matches(everything, p, None)
-    }
+    left_out = {s.address for p in _patterns(exclude) for s in _excluded(everything, p)}
     if targets is None:
         picked = {s.address: (s, False) for s in everything if _try(s) and method.default(s)}
         if not picked:
             raise TargetError(
-                f"{type(method).__name__} takes none of this model's tensors by default; name "
-                f"some with targets=, such as {_examples(everything)}"
+                f"{type(method).__name__} takes none of this model's tensors by default; "
+                + _examples(everything, "name some with targets=, such as")
             )
     else:
-        picked = {
-            site.address: (site, True)
-            for p in _patterns(targets)
-            for site in _matches(everything, p, method)
-        }
-    chosen = [pair for address, pair in picked.items() if whole_address(address) not in left_out]
-    chosen = [pair for pair in chosen if pair[0].address not in left_out]
+        patterns = _patterns(targets)
+        if not patterns:
+            raise TargetError("targets is empty; leave it out for the method's own choice")
+        picked = {s.address: (s, True) for p in patterns for s in _matches(everything, p, method)}
+    chosen = [pair for pair in picked.values() if not {*_addresses(pair[0])} & left_out]
     if not chosen:
         raise TargetError(f"exclude={exclude!r} leaves {type(method).__name__} no site to take")
+    whole = {where.address for where, _ in chosen}
+    if parts := [a for a in left_out if whole_address(a) != a and whole_address(a) in whole]:
+        raise TargetError(
+            f"exclude names {parts[0]}, a part of a tensor that is taken whole: name the parts to "
+            "take with targets="
+        )
     return chosen
+
+
+def _addresses(site: Site) -> tuple[str, str]:
+    return site.address, whole_address(site.address)
+
+
+def _excluded(everything: Sequence[Site], pattern: Any) -> list[Site]:
+    try:
+        return _matches(everything, pattern, None)
+    except TargetError as error:
+        raise TargetError(f"in exclude: {error}") from error
 
 
 def locate(model: nn.Module, addresses: Iterable[str]) -> tuple[dict[str, Site], list[str]]:
@@ -231,12 +258,7 @@ def locate(model: nn.Module, addresses: Iterable[str]) -> tuple[dict[str, Site],
 def _patterns(targets: Targets) -> list[Any]:
     if targets is None:
         return []
-    if isinstance(targets, str | re.Pattern) or callable(targets):
-        return [targets]
-    patterns = list(targets)
-    if not patterns:
-        raise TargetError("targets is an empty list; leave it out for the method's own choice")
-    return patterns
+    return list(targets) if isinstance(targets, list | tuple | set | frozenset) else [targets]
 
 
 def _matches(everything: Sequence[Site], pattern: Any, method: Any | None) -> list[Site]:
@@ -246,18 +268,14 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Any | None) -> li
         return method is None or (_try(site) and method.accepts(site))
 
     if not isinstance(pattern, str | re.Pattern):
-        if not callable(pattern):
-            raise TargetError(
-                f"{pattern!r} is no target: give a string, a compiled regex, a predicate of a "
-                "site, or a list of these"
-            )
-        found = [site for site in everything if takes(site) and pattern(site)]
+        found = [site for site in everything if takes(site) and _holds(pattern, site)]
         if not found:
             raise TargetError(f"the predicate {pattern!r} is true for no site")
         return found
-
     text, part = (pattern, None) if isinstance(pattern, re.Pattern) else _split_index(pattern)
     literal = isinstance(text, str) and "*" not in text
+    if text == "":
+        raise TargetError("an empty string names nothing; leave targets out for the default")
     whole = literal and any(text in (*s.names, *_modules_above(s)) for s in everything)
     matches = _matcher(text, whole)
     found, refused = [], []
@@ -273,8 +291,8 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Any | None) -> li
         found = [_slice(site, part) for site in found if not site.is_call]
     if not found and refused:
         raise TargetError(
-            f"{_show(pattern)} matches {few(s.address for s in refused)}, which "
-            f"{type(method).__name__} can't take"
+            f"{_show(pattern)} matches {few(s.address for s in refused)}; but "
+            f"{type(method).__name__} takes {method.takes}"
         )
     if not found:
         raise TargetError(f"{_show(pattern)} matches nothing; {_hint(everything, text)}")
@@ -341,6 +359,12 @@ def _slice(site: Site, part: str) -> Site:
     return replace(site, address=site.address + suffix, names=names, index=index)
 
 
+def path_of(address: str) -> str:
+    """The path of the module that an address is in."""
+    whole = whole_address(address)
+    return whole.removesuffix(CALL) if whole.endswith(CALL) else whole.rpartition(".")[0]
+
+
 def whole_address(address: str) -> str:
     """The address of the tensor that a part is of."""
     return _split_index(address)[0]
@@ -351,23 +375,59 @@ def _try(site: Site) -> bool:
     return site.is_call or site.whole.is_floating_point()
 
 
+def _holds(predicate: Any, site: Site) -> bool:
+    """What a predicate says of a site."""
+    if isinstance(predicate, type | nn.Module) or not callable(predicate):
+        raise TargetError(
+            f"{_kind(predicate)} is no target: give an address such as {site.address!r}, a "
+            "compiled regex, a predicate such as lambda site: isinstance(site.module, nn.Linear), "
+            "or a list of these"
+        )
+    try:
+        return bool(predicate(site))
+    except Exception as error:
+        raise TargetError(
+            f"the predicate {predicate!r} failed at {site.address}: {error!r}; it is given a site, "
+            "with its .address, .module and .shape"
+        ) from error
+
+
+def _kind(thing: Any) -> str:
+    """A stranger's argument, shown short."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    shown = repr(thing)
+    return shown if len(shown) <= 40 else f"a {type(thing).__name__}"
+
+
+def nearest(model: nn.Module, address: str) -> str:
+    """The addresses of a model that are nearest to one it lacks."""
+    return _hint(sites(model), address)
+
+
 def _show(pattern: Any) -> str:
     return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
 
 
-def _examples(everything: Sequence[Site]) -> str:
-    return few([repr(s.address) for s in everything if not s.is_call][:3]) or "(it has none)"
+def _examples(everything: Sequence[Site], introduction: str) -> str:
+    """Some addresses to type."""
+    found = [repr(s.address) for s in everything if not s.is_call][:3]
+    return f"{introduction} {', '.join(found)}" if found else "the model has no parameters"
 
 
 def _hint(everything: Sequence[Site], text: Any) -> str:
     """The addresses nearest to what was asked, as something to type."""
     if isinstance(text, re.Pattern):
-        return "a regex has to match a whole path, such as " + _examples(everything)
+        return _examples(everything, "a regex has to match a whole path, such as")
+    if text in ("all-linear", "all_linear"):
+        return "leave targets out for the weights of all linear maps but the head's"
+    if re.search(r"[\\()|^$+?]", text.removesuffix(CALL)):
+        return "for a regex, pass re.compile(...)"
     names = {n for s in everything for n in s.names} | {
         path for s in everything for path in _modules_above(s) if path
     }
-    words = sorted({piece for name in names for piece in (name, name.rpartition(".")[2])})
-    near = difflib.get_close_matches(text.strip("*.") or text, words, n=4, cutoff=0.5)
-    return (
-        "nearest: " + ", ".join(map(repr, near)) if near else f"there are {_examples(everything)}"
-    )
+    words = {piece.lower(): piece for n in names for piece in (n, n.rpartition(".")[2])}
+    near = difflib.get_close_matches(text.strip("*.").lower(), sorted(words), n=4, cutoff=0.5)
+    if not near:
+        return _examples(everything, "there are such as")
+    return f"nearest: {', '.join(repr(words[word]) for word in near)}"

@@ -80,12 +80,15 @@ def run(cache: Path, fresh: bool = False, settings: Settings = SETTINGS) -> int:
         torch.manual_seed(0)
         delta = pl.attach(trained, settings.lora, name=name)
         untrained[name] = laws.answer(trained, x, name)
-        training.train(trained, delta.parameters(), corpus[name].train, settings.delta, name)
+        training.train(
+            trained, delta.parameters(), corpus[name].train, settings.delta, f"delta {name}"
+        )
         pl.save(delta, files[name])
 
     loaded = copy.deepcopy(base)
     for name in DELTAS:
         pl.load(loaded, files[name], name=name)
+    print("\nheld-out text in bits per byte, and the median time of pl.use:")
     print(f"\n{_scores(loaded, corpus, files, settings)}\n", flush=True)
 
     kept = []

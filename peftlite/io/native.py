@@ -4,21 +4,23 @@ Tensors are named `address:parameter`. One metadata entry, `peftlite`, holds JSO
 
     {"format": 1, "library": "0.1.0", "name": "sql",
      "methods": [{"method": "LoRA", "config": {"rank": 8, …}, "sites": ["layers.0.q.weight", …]}],
-     "base": {"layers.0.q.weight": "<sha-256 of its dtype, shape and bytes>", …}}
+     "base": {"layers.0.q.weight": {"dtype": "float32", "shape": [16, 16], "sha256": "…"}, …}}
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import safetensors
 import safetensors.torch
@@ -26,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from peftlite import site
-from peftlite.delta import Delta, Placed, check, commit
-from peftlite.errors import BaseMismatchError, FileError, PeftliteError
+from peftlite.delta import Delta, Placed, check, commit, gather, usable
+from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError
+from peftlite.merge import base_tensor
 from peftlite.patch import Method
-from peftlite.site import whole_address
+from peftlite.site import Site, whole_address
 from peftlite.table import few, size, table
 
 FORMAT = 1
@@ -43,7 +46,7 @@ class Info:
     name: str
     library: str
     methods: list[tuple[Method, list[str]]]
-    base: dict[str, str]
+    base: dict[str, dict[str, Any]]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     num_bytes: int
 
@@ -71,13 +74,25 @@ def _numel(shape: tuple[int, ...]) -> int:
 def save(delta: Delta, path: str | os.PathLike[str]) -> None:
     """Writes a delta to one file, whole or not at all: an older file stays until the new is safe.
 
-    Saving twice gives the same bytes. Raises FileError.
+    Saving twice gives the same bytes. Under FSDP2 every process has to call it, with one path.
+
+    Raises:
+        FileError: the file can't be written.
+        PeftliteError: a value isn't finite, or is on the meta device.
     """
-    tensors = {key: t.detach().cpu().contiguous() for key, t in delta.state_dict().items()}
-    if on_meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise FileError(f"{on_meta[0]} is on the meta device and has no values to save")
+    if not isinstance(delta, Delta):
+        shown = f"a {type(delta).__name__}"
+        raise PeftliteError(f"save takes a delta, such as pl.deltas(model)['sql']: not {shown}")
+    tensors = {}
+    for key, tensor in delta.state_dict().items():
+        if tensor.is_meta:
+            raise PeftliteError(f"{key} is on the meta device and has no values to save")
+        tensors[key] = gather(tensor).cpu().contiguous()
+        if not tensors[key].isfinite().all():
+            raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     groups: dict[int, list[str]] = {id(method): [] for method in delta.methods}
     for address, placed in delta.placed.items():
+        placed.check()
         groups[id(placed.method)].append(address)
     header = {
         "format": FORMAT,
@@ -86,11 +101,12 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
         "methods": [
             {"method": type(m).__name__, "config": _config(m), "sites": groups[id(m)]}
             for m in delta.methods
+            if groups[id(m)]
         ],
         "base": _fingerprints(delta),
     }
     text = json.dumps(header, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    _write(Path(path), safetensors.torch.save(tensors, {_KEY: text}))
+    _write(_path(path), safetensors.torch.save(tensors, {_KEY: text}))
 
 
 def _library() -> str:
@@ -104,55 +120,80 @@ def _library() -> str:
 
 def _config(method: Method) -> dict[str, Any]:
     """A method's hyperparameters as JSON. Where it sits is in the sites, not in its targets."""
-    config = {
-        f.name: getattr(method, f.name)
-        for f in dataclasses.fields(method)
-        if f.name not in ("targets", "exclude")
-    }
+    config = {name: getattr(method, name) for name in _settings(type(method))}
     if isinstance(config["dtype"], torch.dtype):
         config["dtype"] = str(config["dtype"]).removeprefix("torch.")
     return config
 
 
-def _fingerprints(delta: Delta) -> dict[str, str]:
-    """The digest of every tensor the delta changes, as the base has it without the delta."""
-    originals = delta.originals or {}
+def _settings(kind: type[Method]) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if f.name not in ("targets", "exclude")]
+
+
+def _fingerprints(delta: Delta) -> dict[str, dict[str, Any]]:
+    """What every tensor the delta changes is in the base without the delta."""
     found = {}
     for address, placed in delta.placed.items():
         whole = whole_address(address)
         if not placed.site.is_call and whole not in found:
-            found[whole] = _fingerprint(originals.get(whole, placed.site.whole))
+            tensor = placed.site.whole
+            if delta.merged_in is not None:
+                tensor = base_tensor(delta.merged_in, whole, placed.site, but=delta)
+            found[whole] = _fingerprint(tensor)
     return found
 
 
-def _fingerprint(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    data = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(data.view(torch.uint8).numpy() if data.numel() else b"")
-    return digest.hexdigest()
+def _fingerprint(tensor: Tensor) -> dict[str, Any]:
+    data = gather(tensor.detach()).cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest.hexdigest()}
+
+
+def _path(given: Any) -> Path:
+    if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes):
+        raise PeftliteError(f"a path is a str or an os.PathLike: not a {type(given).__name__}")
+    return Path(given)
 
 
 def _write(path: Path, data: bytes) -> None:
     """Write, flush to the disk, rename, flush the folder: at no moment is there half a file."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        path = Path(os.path.realpath(path))  # what a link stands for is replaced, not the link
+        if path.exists() and not path.is_file():
+            raise FileError(f"can't write {str(path)!r}: it is no regular file")
+        with _replacing(path) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        why = f"there is no folder {str(path.parent)!r}" if missing else _reason(error)
+        raise FileError(f"can't write {str(path)!r}: {why}") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` once its body is done, and is gone if it fails."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise FileError(f"can't write {str(path)!r}: {error}") from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 # -- reading
@@ -190,25 +231,32 @@ def load(
     """
     if check_base not in ("error", "warn", "off"):
         raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")
+    if isinstance(path, nn.Module):
+        raise PeftliteError("load takes the model first, then the path")
     info, tensors = _read(path, values=True)
     check(model, info.name if name is None else name)
-    placed = _place(model, info, path)
-    if check_base != "off":
-        _check_base(info, placed, path, check_base)
+    sites = _locate(model, info, path)
     methods = [method for method, _ in info.methods]
-    delta = Delta(info.name if name is None else name, methods, placed)
-    _fill(delta, tensors, path)
-    delta.requires_grad_(trainable)
+    # a skeleton without memory first: a file may ask for more than there is
+    _fit(Delta(info.name, methods, _build(info, sites, path, on="meta")), tensors, path)
+    if check_base != "off":
+        _check_base(info, sites, path, check_base)
+    delta = Delta(info.name if name is None else name, methods, _build(info, sites, path))
+    for key, parameter in delta.named_tensors():
+        parameter.data = tensors[key].to(parameter.device)
+    delta.requires_grad_(bool(trainable))
     return commit(model, delta)
 
 
-def _read(path: str | os.PathLike[str], values: bool) -> tuple[Info, dict[str, Tensor]]:
-    shown = str(path)
+def _read(path: Any, values: bool) -> tuple[Info, dict[str, Tensor]]:
+    shown = str(_path(path))
     tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if os.path.isdir(shown):
+        raise FileError(f"{shown!r} is a folder: name the file in it")
     try:
         with safetensors.safe_open(shown, framework="pt") as file:
             metadata = file.metadata() or {}
-            shapes = {}
             for key in sorted(file.keys()):
                 part = file.get_slice(key)
                 shapes[key] = (part.get_dtype(), tuple(part.get_shape()))
@@ -216,101 +264,143 @@ def _read(path: str | os.PathLike[str], values: bool) -> tuple[Info, dict[str, T
                     tensors[key] = file.get_tensor(key)
     except FileNotFoundError as error:
         raise FileError(f"there is no file {shown!r}") from error
-    except (safetensors.SafetensorError, OSError) as error:
-        raise FileError(f"{shown!r} is no safetensors file, or is damaged: {error}") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileError(
+            f"{shown!r} is no safetensors file, or is damaged: {_reason(error)}"
+        ) from error
     if _KEY not in metadata:
-        raise FileError(f"{shown!r} is a safetensors file, but not one that pl.save wrote")
+        held = few([*metadata, *shapes]) or "nothing"
+        raise FileError(f"{shown!r} is not of pl.save's making; it holds {held}")
     try:
         header = json.loads(metadata[_KEY])
-        if header["format"] > FORMAT:
-            raise FileError(
-                f"{shown!r} has format {header['format']}, and this peftlite reads up to {FORMAT}: "
-                "upgrade peftlite"
-            )
-        info = Info(
-            name=header["name"],
-            library=header["library"],
-            methods=[(_method(entry, shown), list(entry["sites"])) for entry in header["methods"]],
-            base=dict(header["base"]),
-            tensors=shapes,
-            num_bytes=os.path.getsize(shown),
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{shown!r} has a header that is no JSON: {error}") from error
+    return _info(header, shapes, shown), tensors
+
+
+def _info(header: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], shown: str) -> Info:
+    """The header, each part of it looked at before it is believed."""
+
+    def part(of: Any, name: str, kind: type) -> Any:
+        value = of.get(name) if isinstance(of, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise FileError(f"{shown!r} has a broken header: its {name!r} is {value!r}")
+        return value
+
+    version = part(header, "format", int)
+    if version > FORMAT:
+        raise FileError(
+            f"{shown!r} has format {version}, and this peftlite reads up to {FORMAT}: upgrade "
+            "peftlite"
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"{shown!r} has a header that can't be read: {error!r}") from error
-    return info, tensors
+    methods = []
+    for entry in part(header, "methods", list):
+        addresses = part(entry, "sites", list)
+        if not addresses or not all(isinstance(address, str) for address in addresses):
+            raise FileError(f"{shown!r} has a broken header: its 'sites' are {addresses!r}")
+        method = _method(part(entry, "method", str), part(entry, "config", dict), shown)
+        methods.append((method, addresses))
+    base = part(header, "base", dict)
+    for address, entry in base.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "sha256"}:
+            raise FileError(f"{shown!r} has a broken header: its base has {address!r}: {entry!r}")
+    return Info(
+        name=part(header, "name", str),
+        library=part(header, "library", str),
+        methods=methods,
+        base=base,
+        tensors=shapes,
+        num_bytes=os.path.getsize(shown),
+    )
 
 
-def _method(entry: Mapping[str, Any], shown: str) -> Method:
-    kind = Method.known.get(entry["method"])
+def _method(name: str, config: dict[str, Any], shown: str) -> Method:
+    kind = Method.known.get(name)
     if kind is None:
         raise FileError(
-            f"{shown!r} holds the method {entry['method']!r}, which isn't known here; known are "
+            f"{shown!r} holds the method {name!r}, which isn't known here; known are "
             f"{', '.join(sorted(Method.known))} (a method of your own: import it first)"
         )
-    config = dict(entry["config"])
-    if config.get("dtype") is not None:
-        config["dtype"] = getattr(torch, config["dtype"])
-    fields = {f.name for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(config) - fields):
-        raise FileError(f"{shown!r}: {entry['method']} has no setting {unknown[0]!r} here")
+    settings = _settings(kind)
+    for key in sorted({*config} ^ {*settings}):
+        what = "has no" if key in config else "needs the"
+        raise FileError(f"{shown!r}: here {name} {what} setting {key!r}")
+    if isinstance(config["dtype"], str):
+        config = {**config, "dtype": getattr(torch, config["dtype"], config["dtype"])}
     try:
         return kind(**config)
-    except PeftliteError as error:
-        raise FileError(f"{shown!r} has an impossible setting: {error}") from error
+    except (PeftliteError, TypeError) as error:
+        raise FileError(f"{shown!r} has an impossible setting of {name}: {error}") from error
 
 
-def _place(model: nn.Module, info: Info, path: Any) -> list[Placed]:
+def _locate(model: nn.Module, info: Info, path: Any) -> dict[str, Site]:
+    """The sites in the model that a file names, by the address in the file."""
     addresses = [address for _, where in info.methods for address in where]
-    if len(set(addresses)) < len(addresses):
-        raise FileError(f"{str(path)!r} names a site twice")
-    found, missing = site.locate(model, addresses)
+    if twice := [address for address, count in Counter(addresses).items() if count > 1]:
+        raise FileError(f"{str(path)!r} names the site {twice[0]} twice")
+    try:
+        found, missing = site.locate(model, addresses)
+        for where in found.values():
+            usable(where)
+    except TargetError as error:
+        raise FileError(f"{str(path)!r} doesn't fit this model: {error}") from error
     if missing:
         raise FileError(
-            f"{str(path)!r} is for a model with other sites: this one has no {few(missing)}"
+            f"{str(path)!r} is for a model with other sites: of {len(addresses)}, this one lacks "
+            f"{len(missing)}: {few(missing)}; {site.nearest(model, missing[0])}"
         )
+    return found
+
+
+def _build(info: Info, sites: Mapping[str, Site], path: Any, on: str | None = None) -> list[Placed]:
     try:
         return [
-            Placed.build(found[address], method)
+            Placed.build(dataclasses.replace(sites[address], address=address, on=on), method)
             for method, where in info.methods
             for address in where
         ]
-    except PeftliteError as error:
+    except (PeftliteError, RuntimeError, OverflowError, TypeError) as error:
         raise FileError(f"{str(path)!r} doesn't fit this model: {error}") from error
 
 
-def _check_base(info: Info, placed: Iterable[Placed], path: Any, mode: str) -> None:
-    wholes = {whole_address(p.site.address): p.site.whole for p in placed if not p.site.is_call}
-    wrong = [
-        address
-        for address, tensor in wholes.items()
-        if not tensor.is_meta and info.base.get(address) != _fingerprint(tensor)
-    ]
+def _fit(delta: Delta, tensors: Mapping[str, Tensor], path: Any) -> None:
+    """Raises FileError unless the tensors of a file are those of the delta, and sound."""
+    own = dict(delta.named_tensors())
+    problems = [f"no {key}" for key in own if key not in tensors]
+    problems += [f"{key}, which nothing asks for" for key in tensors if key not in own]
+    for key in own.keys() & tensors.keys():
+        mine, theirs = own[key], tensors[key]
+        if mine.shape != theirs.shape:
+            problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
+        elif mine.is_floating_point() != theirs.is_floating_point() or theirs.itemsize < 2:
+            problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
+        elif not theirs.isfinite().all():
+            problems.append(f"{key} with values that aren't finite")
+    if problems:
+        raise FileError(f"{str(path)!r} doesn't fit this model: it has {few(sorted(problems))}")
+
+
+def _check_base(info: Info, sites: Mapping[str, Site], path: Any, mode: str) -> None:
+    wrong = []
+    wholes = {whole_address(a): where for a, where in sites.items() if not where.is_call}
+    for address, where in wholes.items():
+        theirs, tensor = info.base.get(address), where.whole
+        if theirs is None:
+            raise FileError(f"{str(path)!r} lacks the fingerprint of {address}")
+        if tensor.is_meta:
+            continue
+        mine = _fingerprint(tensor)
+        for what in ("dtype", "shape", "sha256"):
+            if mine[what] != theirs[what]:
+                values = "" if what == "sha256" else f" ({what} {theirs[what]}, here {mine[what]})"
+                wrong.append(address + values)
+                break
     if not wrong:
         return
     message = (
         f"{str(path)!r} was made for other base weights: {len(wrong)} of {len(wholes)} tensors "
-        f"differ, {few(wrong)}; load it into the base it was trained on, or pass check_base='warn'"
+        f"differ: {few(wrong)}; load it into the base it was trained on, or pass check_base='warn'"
     )
     if mode == "error":
         raise BaseMismatchError(message)
     warnings.warn(message, stacklevel=3)
-
-
-def _fill(delta: Delta, tensors: Mapping[str, Tensor], path: Any) -> None:
-    """Gives a delta, not yet attached, the values of a file, in the file's dtypes."""
-    own = delta.state_dict()
-    problems = [f"no {key}" for key in own if key not in tensors]
-    problems += [f"{key}, which nothing asks for" for key in tensors if key not in own]
-    for key in own:
-        if key in tensors:
-            mine, theirs = own[key], tensors[key]
-            if mine.shape != theirs.shape:
-                problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
-            elif mine.is_floating_point() != theirs.is_floating_point():
-                problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
-            elif not theirs.isfinite().all():
-                problems.append(f"{key} with values that aren't finite")
-    if problems:
-        raise FileError(f"{str(path)!r} doesn't fit this model: it has {few(problems)}")
-    for key, parameter in delta.named_tensors():
-        parameter.data = tensors[key].to(parameter.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftlite.errors import TargetError
 from peftlite.methods.full import AddPatch
 from peftlite.patch import Method
 from peftlite.site import Site
@@ -17,6 +16,8 @@ class BitFit(Method):
     By default it takes every bias of the model. Ben Zaken et al., "BitFit", arXiv:2106.10199.
     """
 
+    takes = "biases, which have 1 dimension"
+
     def accepts(self, site: Site) -> bool:
         # torch's own spellings: bias, bias_ih_l0, in_proj_bias; bias_k of attention is a token
         name = site.slot
@@ -25,5 +26,5 @@ class BitFit(Method):
 
     def build(self, site: Site) -> AddPatch:
         if site.is_call or site.whole.dim() != 1:
-            raise TargetError(f"{site.address} is not a bias; BitFit changes 1-D tensors")
+            raise self.refuse(site)
         return AddPatch(site, self.dtype)

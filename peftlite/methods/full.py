@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftlite.errors import TargetError
 from peftlite.patch import Method, Patch, trainable
 from peftlite.site import Site
 
@@ -34,10 +33,12 @@ class FullTuning(Method):
     takes every floating-point parameter; `targets="head"` is the usual use.
     """
 
+    takes = "tensors"
+
     def accepts(self, site: Site) -> bool:
         return not site.is_call
 
     def build(self, site: Site) -> AddPatch:
-        if site.is_call:
-            raise TargetError(f"{site.address} is a call; FullTuning changes tensors")
+        if not self.accepts(site):
+            raise self.refuse(site)
         return AddPatch(site, self.dtype)

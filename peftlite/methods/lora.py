@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.maps import Map, widen
-from peftlite.patch import Method, Patch, trainable
+from peftlite.patch import Method, Patch, set_number, trainable
 from peftlite.site import Site
 
 Scaling = Literal["alpha/r", "rslora"]
@@ -84,17 +84,19 @@ class LoRAPatch(Patch):
         return (a.mT, b.mT) if self.transposed else (b, a)
 
     def value(self, w: Tensor) -> Tensor:
-        a, a0 = self.a, self.a0
+        # in fp32 at least, so that W' is rounded once
+        wide = torch.promote_types(torch.promote_types(w.dtype, self.a.dtype), torch.float32)
+        a, b = self.a.to(wide), self.b.to(wide)
+        a0 = self.a0.to(wide) if self.fixed else None
         if self.training and self.dropout:
             # a dropped input feature is a dropped column of A; rows of a batch share the mask
             kept = F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
             a, a0 = a * kept, None if a0 is None else a0 * kept
-        left, right = self._factors(a, self.b)
+        left, right = self._factors(a, b)
         change = left @ right
         if a0 is not None:
-            left, right = self._factors(a0, self.b0)
+            left, right = self._factors(a0, self.b0.to(wide))
             change = change - left @ right
-        # rounds once, from the wider of the two dtypes
         return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -136,7 +138,7 @@ class LoRA(Method):
     map but the output head's.
 
     Args:
-        rank: r, at most the smaller of i and o.
+        rank: r.
         alpha: the numerator of the scaling. Default: equal to `rank`.
         dropout: probability of dropping an input feature of A, in training.
         scaling: s = "alpha/r", or "rslora": alpha/√r (Kalajdzievski, arXiv:2312.03732).
@@ -153,13 +155,14 @@ class LoRA(Method):
     scaling: Scaling = "alpha/r"
     init: Init = "kaiming"
 
+    takes = "tensors of 2 or more dimensions"
+
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise PeftliteError(f"rank must be a whole number from 1 up, not {self.rank!r}")
-        if not 0 <= self.dropout < 1:
-            raise PeftliteError(f"dropout must be in [0, 1), not {self.dropout!r}")
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise PeftliteError(f"alpha must be finite, not {self.alpha!r}")
+        super().__post_init__()
+        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
+        set_number(self, "dropout", float, lambda p: 0 <= p < 1, "in [0, 1)")
+        if self.alpha is not None:
+            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
         for name, kind in (("scaling", Scaling), ("init", Init)):
             if getattr(self, name) not in get_args(kind):
                 raise PeftliteError(
@@ -181,10 +184,7 @@ class LoRA(Method):
 
     def build(self, site: Site) -> LoRAPatch:
         if not self.accepts(site):
-            what = "a call" if site.is_call else f"of shape {tuple(site.shape)}"
-            raise TargetError(
-                f"{site.address} is {what}; LoRA takes tensors of 2 dimensions or more"
-            )
+            raise self.refuse(site)
         _, matrix = _as_matrices(site.tensor, site.module)
         if self.rank > min(matrix) and self.init in ("pissa", "olora", "orthogonal"):
             raise TargetError(

@@ -18,7 +18,7 @@ from peftlite.choice import Choice, Names, Rows, Scope
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.patch import Method, Patch
 from peftlite.site import Site
-from peftlite.table import few, size, table
+from peftlite.table import few, shown, size, table
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -105,15 +105,17 @@ class Delta:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies values into the delta, in place. Raises PeftliteError, all or none copied."""
         if not isinstance(tensors, Mapping):
-            raise PeftliteError(f"load_state_dict takes a dict of tensors, not {tensors!r}")
+            raise PeftliteError(f"load_state_dict takes a dict of tensors, not {shown(tensors)}")
         own = self.state_dict()
         problems = [f"missing {key}" for key in own if key not in tensors]
         problems += [f"unexpected {key}" for key in tensors if key not in own]
-        problems += [
-            f"{key} is {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
-            for key in own
-            if key in tensors and tensors[key].shape != own[key].shape
-        ]
+        for key in own.keys() & tensors.keys():
+            if not isinstance(tensors[key], Tensor):
+                problems.append(f"{key} is no tensor but {shown(tensors[key])}")
+            elif tensors[key].shape != own[key].shape:
+                problems.append(
+                    f"{key} is {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+                )
         if problems:
             raise PeftliteError(f"these tensors don't fit {self.name!r}: {few(problems)}")
         for key, tensor in own.items():
@@ -166,8 +168,7 @@ class Registry:
 def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
     """The root and registry of a model, or of the one inside it (under DDP, torch.compile, …)."""
     if not isinstance(model, nn.Module):
-        shown = repr(model) if isinstance(model, str | Delta) else f"a {type(model).__name__}"
-        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {shown}")
+        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {shown(model)}")
     found = []
     for module in model.modules():
         hosted = module.__dict__.get(host.ATTRIBUTE)
@@ -257,8 +258,8 @@ def check(model: nn.Module, name: str) -> None:
         )
     if _foreign(model, registry.choice):
         raise PeftliteError(
-            "this module is part of a model that has deltas: attach to that model, and name this "
-            "part with targets="
+            "some of these modules have deltas that were attached to another module, inside this "
+            "one or around it: attach to that one, or detach them there first"
         )
     changeable(registry)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -337,9 +338,9 @@ def commit(root: nn.Module, delta: Delta) -> Delta:
     try:
         host.make_host(root, registry.choice).registry = registry
         for address, placed in delta.placed.items():
-            for module, slot in placed.site.owners:
+            for i, (module, slot) in enumerate(placed.site.owners):
                 key = slot + address[len(site.whole_address(address)) :]
-                host.plant(module, delta.name, key, placed.patch, registry.choice)
+                host.plant(module, delta.name, key, placed.patch, registry.choice, owner=i == 0)
     except BaseException:
         _uproot(root, registry, delta)
         raise
@@ -492,8 +493,8 @@ class _Row:
 class Plan:
     """What `attach` would do; printing it shows a table.
 
-    `addresses` are the sites, `num_parameters` and `num_bytes` what would be trained there, and
-    `base_parameters` the size of the model.
+    `addresses` are the sites, `num_parameters` what would be trained there, `num_bytes` what a file
+    of it would hold, and `base_parameters` the size of the model.
     """
 
     rows: list[_Row]
@@ -509,7 +510,7 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        return sum(p.nbytes for p in _parameters(self.rows))
+        return _bytes(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -534,6 +535,12 @@ def _parameters(rows: Iterable[_Row]) -> list[nn.Parameter]:
     return list({id(p): p for row in rows for p in row.patch.parameters()}.values())
 
 
+def _bytes(rows: Iterable[_Row]) -> int:
+    """Of the parameters and buffers, shared ones once."""
+    tensors = (t for row in rows for t in row.patch.state_dict(keep_vars=True).values())
+    return sum(tensor.nbytes for tensor in {id(t): t for t in tensors}.values())
+
+
 def _describe(rows: list[_Row]) -> str:
     """A table of sites, those that differ only in a block's number in one line."""
     groups: dict[tuple[str, str, str], list[_Row]] = {}
@@ -548,7 +555,7 @@ def _describe(rows: list[_Row]) -> str:
     kinds = Counter(row.method for row in rows)
     parameters = _parameters(rows)
     total = f"{sum(p.numel() for p in parameters):,} parameters, "
-    total += f"{size(sum(p.nbytes for p in parameters))}"
+    total += size(_bytes(rows))
     made = ", ".join(f"{kind} at {count}" for kind, count in kinds.items())
     head = table(["site", "sites", "method", "shape", "parameters"], lines)
     return f"{head}\n{made} sites: {total}"

@@ -59,14 +59,18 @@ class Patches(nn.Module):
 
 
 class Group(nn.Module):
-    """One delta's patches on a module; a slot has several where each changes a part of it."""
+    """One delta's patches on a module; a slot has several where each changes a part of it.
+
+    Of the modules that share a tied tensor, the first has the patch as a child; the rest use it.
+    """
 
     def __init__(self):
         super().__init__()
         self.by_slot: dict[str, tuple[Patch, ...]] = {}
 
-    def put(self, key: str, patch: Patch) -> None:
-        self._modules[key] = patch
+    def put(self, key: str, patch: Patch, owner: bool) -> None:
+        if owner:
+            self._modules[key] = patch
         self.by_slot[patch.slot] = (*self.by_slot.get(patch.slot, ()), patch)
 
 
@@ -77,7 +81,8 @@ def _no_fused_path(*_: Any) -> None:
 class Host:
     """What a swapped class adds: the patches travel wherever the module's own tensors go."""
 
-    peftlite: Patches
+    # a class made from a host's, as `type(model)(config)` does, has none of its own
+    peftlite: Patches = Patches(Choice())
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -87,7 +92,14 @@ class Host:
             return
         yield from super().named_modules(memo, prefix, remove_duplicate)
         inside = f"{prefix}.{ATTRIBUTE}" if prefix else ATTRIBUTE
-        yield from self.peftlite.named_modules(memo, inside, remove_duplicate)
+        if self.peftlite._modules:
+            yield from self.peftlite.named_modules(memo, inside, remove_duplicate)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        # torch reads the attribute, and what a patched one shows is no parameter
+        path, _, name = target.rpartition(".")
+        parameter = self.get_submodule(path)._parameters.get(name)
+        return super().get_parameter(target) if parameter is None else parameter
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         # `.to()`, `.train()` and fully_shard find the patches here
@@ -265,11 +277,11 @@ _FLAT_WEIGHTS = property(
 
 def make_host(module: nn.Module, choice: Choice) -> Patches:
     """Makes a module a host without patches; no change if it is one. Raises PeftliteError."""
-    if isinstance(module, Host):
+    if ATTRIBUTE in module.__dict__ and isinstance(module, Host):
         if not module.peftlite._modules:
             module.peftlite.choice = choice  # it was left inert
         return module.peftlite
-    if hasattr(module, ATTRIBUTE):
+    if not isinstance(module, Host) and hasattr(module, ATTRIBUTE):
         raise PeftliteError(
             f"a {type(module).__name__} has an attribute {ATTRIBUTE!r} of its own, where its "
             "patches would go: rename it"
@@ -279,7 +291,7 @@ def make_host(module: nn.Module, choice: Choice) -> Patches:
     hosted.kind = kind_of(module) if own_forward is None else None
     hosted.own_forward = own_forward
     try:
-        module.__class__ = host_class(type(module), frozenset())
+        module.__class__ = host_class(base_class(module), frozenset())
         module.__dict__[ATTRIBUTE] = hosted
     except Exception as error:
         raise PeftliteError(
@@ -290,12 +302,14 @@ def make_host(module: nn.Module, choice: Choice) -> Patches:
     return hosted
 
 
-def plant(module: nn.Module, name: str, key: str, patch: Patch, choice: Choice) -> None:
+def plant(
+    module: nn.Module, name: str, key: str, patch: Patch, choice: Choice, owner: bool
+) -> None:
     """Puts a delta's patch on a module, under a key that tells it from the delta's others."""
     hosted = make_host(module, choice)
     if name not in hosted._modules:
         hosted._modules[name] = Group()
-    hosted._modules[name].put(key, patch)
+    hosted._modules[name].put(key, patch, owner)
     _swap_class(module)
 
 

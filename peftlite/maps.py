@@ -90,7 +90,8 @@ class Embedding(Map):
     transposed = True
 
     def __call__(self, input: Tensor) -> Tensor:
-        return self._look_up(input, self.weight, self.module.sparse)
+        # a weight that patches formed has a dense gradient
+        return self._look_up(input, self.weight, self.module.sparse and self.weight.is_leaf)
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         change = self._look_up(input, left, sparse=False) @ right

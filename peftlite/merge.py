@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftlite import read, site
+from peftlite import read
 from peftlite.choice import Names
 from peftlite.delta import Delta, Registry, changeable, remove, require
 from peftlite.errors import PeftliteError
 from peftlite.patch import Patch
 from peftlite.site import Site, walk, whole_address
-from peftlite.table import size, table
+from peftlite.table import few, size, table
 
 Backup = Literal["device", "host", "none"]
 
@@ -120,7 +120,7 @@ def unmerge(model: nn.Module, name: str) -> None:
     _, registry = require(model, name)
     changeable(registry)
     if name not in registry.merged:
-        raise PeftliteError(f"{name!r} is not merged; merged are: {list(registry.merged)}")
+        raise PeftliteError(f"{name!r} is not merged; merged are: {few(registry.merged) or 'none'}")
     record = registry.merged[name]
     record.undo(registry)
     if name in record.standing:
@@ -137,7 +137,7 @@ def _mergeable(
     if backup not in ("device", "host", "none"):
         raise PeftliteError(f"backup must be 'device', 'host' or 'none', not {backup!r}")
     if name in registry.merged:
-        raise PeftliteError(f"{name!r} is merged already")
+        raise PeftliteError(f"{name!r} is merged already: pl.unmerge it first")
     if calls := [a for a, placed in delta.placed.items() if not placed.patch.has_value]:
         raise PeftliteError(
             f"{name!r} changes calls, which no weight can hold: {calls[0]} ({len(calls)} sites); "
@@ -147,13 +147,18 @@ def _mergeable(
         raise PeftliteError(
             f"{name!r} is chosen by a view, which would apply it twice: delete the view first"
         )
-    at_home = dict(walk(root))
+    holders: dict[int, set[tuple[int, str]]] = {}
+    for _, module in walk(root):
+        for slot, tensor in module._parameters.items():
+            holders.setdefault(id(tensor), set()).add((id(module), slot))
     for address, placed in delta.placed.items():
         placed.check()
-        if at_home.get(site.path_of(address)) is not placed.site.module:
+        owners = {(id(module), slot) for module, slot in placed.site.owners}
+        stored = placed.site.slot in placed.site.module._parameters
+        if stored and holders.get(id(placed.site.whole)) != owners:
             raise PeftliteError(
-                f"the module of {address} was replaced since {name!r} was attached: pl.detach it, "
-                "and attach to the model as it is now"
+                f"{address} was replaced, or tied to another, since {name!r} was attached: "
+                "pl.detach it, and attach to the model as it is now"
             )
     touched = _by_tensor(delta)
     for address, (where, _) in touched.items():

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from peftlite import maps
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.table import few
+from peftlite.table import few, shown
 
 Pattern = "str | re.Pattern[str] | Callable[[Site], bool]"
 Targets = Any  # Pattern | Sequence[Pattern] | None
@@ -123,8 +123,9 @@ class Site:
 def raw(module: nn.Module, slot: str) -> Tensor:
     """The tensor in a slot as the base has it, patched or not, parametrized or not."""
     tensor = module._parameters.get(slot)
-    if tensor is None:
-        tensor = module.parametrizations[slot]()
+    if tensor is None:  # made by a parametrization, or by a hook of the older kind
+        made = parametrize.is_parametrized(module, slot)
+        tensor = module.parametrizations[slot]() if made else getattr(module, slot)
     return tensor
 
 
@@ -139,7 +140,7 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
 def sites(model: nn.Module) -> list[Site]:
     """Every tensor and every call of a model, each once, in the order of registration."""
     if not isinstance(model, nn.Module):
-        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {_kind(model)}")
+        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {shown(model)}")
     if isinstance(model, torch.jit.ScriptModule):
         raise PeftliteError(
             "a TorchScript module can't be patched, since its code is compiled already: attach to "
@@ -190,10 +191,16 @@ def output_head(model: nn.Module) -> nn.Module | None:
             head = None
         if head is not None:
             return head
-    linear = {id(m): (path, m) for path, m in walk(model) if maps.is_linear(m)}
-    if len(linear) < 2:
+    linear = [(path, module) for path, module in walk(model) if maps.is_linear(module)]
+    weights = {
+        id(raw(module, slot))
+        for _, module in walk(model)
+        for slot in _slots(module)
+        if maps.is_weight(module, slot)
+    }
+    if not linear or len(weights) < 2:
         return None
-    path, last = list(linear.values())[-1]
+    path, last = linear[-1]
     *parents, _ = path.split(".")
     return None if any(part.isdigit() for part in parents) else last
 
@@ -248,7 +255,7 @@ def locate(model: nn.Module, addresses: Iterable[str]) -> tuple[dict[str, Site],
     for address in addresses:
         text, part = _split_index(address)
         site = by_name.get(text)
-        if site is None:
+        if site is None or (part is not None and site.is_call):
             missing.append(address)
         else:
             found[address] = site if part is None else _slice(site, part)
@@ -270,7 +277,11 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Any | None) -> li
     if not isinstance(pattern, str | re.Pattern):
         found = [site for site in everything if takes(site) and _holds(pattern, site)]
         if not found:
-            raise TargetError(f"the predicate {pattern!r} is true for no site")
+            offered = [site.address for site in everything if takes(site)]
+            raise TargetError(
+                f"the predicate {shown(pattern)} is true for none of the {len(offered)} sites "
+                f"offered to it: {few(offered)}"
+            )
         return found
     text, part = (pattern, None) if isinstance(pattern, re.Pattern) else _split_index(pattern)
     literal = isinstance(text, str) and "*" not in text
@@ -353,16 +364,13 @@ def _slice(site: Site, part: str) -> Site:
         index = (dim, int(found[2] or 0), int(found[3] or shape[dim]))
     dim, start, stop = index
     if not 0 <= start < stop <= shape[dim]:
-        raise TargetError(f"[{part}] is empty or beyond {site.address} of shape {tuple(shape)}")
+        whole = f"[0:{shape[0]}]" if dim == 0 else f"[:, 0:{shape[1]}]"
+        raise TargetError(
+            f"[{part}] is empty or beyond {site.address} of shape {tuple(shape)}: it is {whole}"
+        )
     suffix = f"[{start}:{stop}]" if dim == 0 else f"[:, {start}:{stop}]"
     names = tuple(name + suffix for name in site.names)
     return replace(site, address=site.address + suffix, names=names, index=index)
-
-
-def path_of(address: str) -> str:
-    """The path of the module that an address is in."""
-    whole = whole_address(address)
-    return whole.removesuffix(CALL) if whole.endswith(CALL) else whole.rpartition(".")[0]
 
 
 def whole_address(address: str) -> str:
@@ -379,7 +387,7 @@ def _holds(predicate: Any, site: Site) -> bool:
     """What a predicate says of a site."""
     if isinstance(predicate, type | nn.Module) or not callable(predicate):
         raise TargetError(
-            f"{_kind(predicate)} is no target: give an address such as {site.address!r}, a "
+            f"{shown(predicate)} is no target: give an address such as {site.address!r}, a "
             "compiled regex, a predicate such as lambda site: isinstance(site.module, nn.Linear), "
             "or a list of these"
         )
@@ -387,17 +395,9 @@ def _holds(predicate: Any, site: Site) -> bool:
         return bool(predicate(site))
     except Exception as error:
         raise TargetError(
-            f"the predicate {predicate!r} failed at {site.address}: {error!r}; it is given a site, "
-            "with its .address, .module and .shape"
+            f"the predicate {shown(predicate)} failed at {site.address}: {error!r}; it is given a "
+            "site, with its .address, .module and .shape"
         ) from error
-
-
-def _kind(thing: Any) -> str:
-    """A stranger's argument, shown short."""
-    if isinstance(thing, type):
-        return f"the class {thing.__name__}"
-    shown = repr(thing)
-    return shown if len(shown) <= 40 else f"a {type(thing).__name__}"
 
 
 def nearest(model: nn.Module, address: str) -> str:

@@ -1,6 +1,7 @@
 """Plain-text tables, for everything that prints."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,6 +35,20 @@ def few(items: Iterable[str], most: int = 4) -> str:
     """The first of many things, and how many more there are."""
     items = list(items)
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if items[most:] else "")
+
+
+def shown(thing: Any) -> str:
+    """A stranger's argument, short enough for an error."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    name = getattr(thing, "__qualname__", None)
+    if name is not None:
+        return name.rpartition(".")[2]
+    text = repr(thing)
+    if len(text) <= 60 and "\n" not in text:
+        return text
+    kind = type(thing).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
 
 
 def _is_number(cell: str) -> bool:

@@ -362,10 +362,10 @@ def test_law_12_a_failure_leaves_the_model_as_it_was(row: Row, kind: Kind) -> No
     while True:
         countdown = iter(range(failures, -1, -1))
 
-        def failing(*args, countdown=countdown):
+        def failing(*args, countdown=countdown, **kwargs):
             if next(countdown) == 0:
                 raise MemoryError
-            plant(*args)
+            plant(*args, **kwargs)
 
         try:
             with mock.patch.object(host, "plant", failing):

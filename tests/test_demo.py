@@ -47,7 +47,7 @@ def _losses(out: str) -> dict[str, list[float]]:
     return {name: [float(cell) for cell in re.findall(r"\d\.\d{3}", row)] for name, row in rows}
 
 
-def test_prints_a_table_and_every_law(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_a_table_and_every_law(capsys: pytest.CaptureFixture[str], base: Path) -> None:
     out, err = capsys.readouterr()
     assert re.search(r"^corpus [0-9a-f]{12}: ", out, re.M)
     losses = _losses(out)
@@ -58,7 +58,7 @@ def test_prints_a_table_and_every_law(base: Path, capsys: pytest.CaptureFixture[
     assert all(f"{bar}: 100%" in err for bar in ("pretrain the base", "delta docs", "delta names"))
 
 
-def test_a_second_run_reads_the_base(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_reads_the_base(capsys: pytest.CaptureFixture[str], base: Path) -> None:
     first, _ = capsys.readouterr()
     written = base.stat().st_mtime_ns
     assert cli.main(["demo", "--cache", str(base.parents[1])]) == 0

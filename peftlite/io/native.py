@@ -33,7 +33,7 @@ from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetE
 from peftlite.merge import base_tensor
 from peftlite.patch import Method
 from peftlite.site import Site, whole_address
-from peftlite.table import few, size, table
+from peftlite.table import few, shown, size, table
 
 FORMAT = 1
 _KEY = "peftlite"
@@ -81,8 +81,9 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
         PeftliteError: a value isn't finite, or is on the meta device.
     """
     if not isinstance(delta, Delta):
-        shown = f"a {type(delta).__name__}"
-        raise PeftliteError(f"save takes a delta, such as pl.deltas(model)['sql']: not {shown}")
+        raise PeftliteError(
+            f"save takes a delta, such as pl.deltas(model)['sql']: not {shown(delta)}"
+        )
     tensors = {}
     for key, tensor in delta.state_dict().items():
         if tensor.is_meta:
@@ -152,7 +153,7 @@ def _fingerprint(tensor: Tensor) -> dict[str, Any]:
 
 def _path(given: Any) -> Path:
     if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes):
-        raise PeftliteError(f"a path is a str or an os.PathLike: not a {type(given).__name__}")
+        raise PeftliteError(f"a path is a str or an os.PathLike: not {shown(given)}")
     return Path(given)
 
 
@@ -161,7 +162,8 @@ def _write(path: Path, data: bytes) -> None:
     try:
         path = Path(os.path.realpath(path))  # what a link stands for is replaced, not the link
         if path.exists() and not path.is_file():
-            raise FileError(f"can't write {str(path)!r}: it is no regular file")
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise FileError(f"can't write {str(path)!r}: it is {kind}")
         with _replacing(path) as file:
             file.write(data)
             file.flush()
@@ -173,8 +175,8 @@ def _write(path: Path, data: bytes) -> None:
             finally:
                 os.close(folder)
     except (OSError, ValueError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        why = f"there is no folder {str(path.parent)!r}" if missing else _reason(error)
+        folder = str(path.parent)
+        why = _reason(error) if os.path.isdir(folder) else f"there is no folder {folder!r}"
         raise FileError(f"can't write {str(path)!r}: {why}") from error
 
 
@@ -193,7 +195,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 # -- reading
@@ -249,13 +251,13 @@ def load(
 
 
 def _read(path: Any, values: bool) -> tuple[Info, dict[str, Tensor]]:
-    shown = str(_path(path))
+    at = str(_path(path))
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    if os.path.isdir(shown):
-        raise FileError(f"{shown!r} is a folder: name the file in it")
+    if os.path.isdir(at):
+        raise FileError(f"{at!r} is a folder: name the file in it")
     try:
-        with safetensors.safe_open(shown, framework="pt") as file:
+        with safetensors.safe_open(at, framework="pt") as file:
             metadata = file.metadata() or {}
             for key in sorted(file.keys()):
                 part = file.get_slice(key)
@@ -263,74 +265,73 @@ def _read(path: Any, values: bool) -> tuple[Info, dict[str, Tensor]]:
                 if values:
                     tensors[key] = file.get_tensor(key)
     except FileNotFoundError as error:
-        raise FileError(f"there is no file {shown!r}") from error
+        raise FileError(f"there is no file {at!r}") from error
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FileError(
-            f"{shown!r} is no safetensors file, or is damaged: {_reason(error)}"
+            f"{at!r} is no safetensors file, or is damaged: {_reason(error)}"
         ) from error
     if _KEY not in metadata:
         held = few([*metadata, *shapes]) or "nothing"
-        raise FileError(f"{shown!r} is not of pl.save's making; it holds {held}")
+        raise FileError(f"{at!r} is not of pl.save's making; it holds {held}")
     try:
         header = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{shown!r} has a header that is no JSON: {error}") from error
-    return _info(header, shapes, shown), tensors
+        raise FileError(f"{at!r} has a header that is no JSON: {error}") from error
+    return _info(header, shapes, at), tensors
 
 
-def _info(header: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], shown: str) -> Info:
+def _info(header: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], at: str) -> Info:
     """The header, each part of it looked at before it is believed."""
 
     def part(of: Any, name: str, kind: type) -> Any:
         value = of.get(name) if isinstance(of, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise FileError(f"{shown!r} has a broken header: its {name!r} is {value!r}")
+            raise FileError(f"{at!r} has a broken header: its {name!r} is {value!r}")
         return value
 
     version = part(header, "format", int)
     if version > FORMAT:
         raise FileError(
-            f"{shown!r} has format {version}, and this peftlite reads up to {FORMAT}: upgrade "
-            "peftlite"
+            f"{at!r} has format {version}, and this peftlite reads up to {FORMAT}: upgrade peftlite"
         )
     methods = []
     for entry in part(header, "methods", list):
         addresses = part(entry, "sites", list)
         if not addresses or not all(isinstance(address, str) for address in addresses):
-            raise FileError(f"{shown!r} has a broken header: its 'sites' are {addresses!r}")
-        method = _method(part(entry, "method", str), part(entry, "config", dict), shown)
+            raise FileError(f"{at!r} has a broken header: its 'sites' are {addresses!r}")
+        method = _method(part(entry, "method", str), part(entry, "config", dict), at)
         methods.append((method, addresses))
     base = part(header, "base", dict)
     for address, entry in base.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "sha256"}:
-            raise FileError(f"{shown!r} has a broken header: its base has {address!r}: {entry!r}")
+            raise FileError(f"{at!r} has a broken header: its base has {address!r}: {entry!r}")
     return Info(
         name=part(header, "name", str),
         library=part(header, "library", str),
         methods=methods,
         base=base,
         tensors=shapes,
-        num_bytes=os.path.getsize(shown),
+        num_bytes=os.path.getsize(at),
     )
 
 
-def _method(name: str, config: dict[str, Any], shown: str) -> Method:
+def _method(name: str, config: dict[str, Any], at: str) -> Method:
     kind = Method.known.get(name)
     if kind is None:
         raise FileError(
-            f"{shown!r} holds the method {name!r}, which isn't known here; known are "
+            f"{at!r} holds the method {name!r}, which isn't known here; known are "
             f"{', '.join(sorted(Method.known))} (a method of your own: import it first)"
         )
     settings = _settings(kind)
     for key in sorted({*config} ^ {*settings}):
         what = "has no" if key in config else "needs the"
-        raise FileError(f"{shown!r}: here {name} {what} setting {key!r}")
+        raise FileError(f"{at!r}: here {name} {what} setting {key!r}")
     if isinstance(config["dtype"], str):
         config = {**config, "dtype": getattr(torch, config["dtype"], config["dtype"])}
     try:
         return kind(**config)
     except (PeftliteError, TypeError) as error:
-        raise FileError(f"{shown!r} has an impossible setting of {name}: {error}") from error
+        raise FileError(f"{at!r} has an impossible setting of {name}: {error}") from error
 
 
 def _locate(model: nn.Module, info: Info, path: Any) -> dict[str, Site]:
@@ -340,8 +341,17 @@ def _locate(model: nn.Module, info: Info, path: Any) -> dict[str, Site]:
         raise FileError(f"{str(path)!r} names the site {twice[0]} twice")
     try:
         found, missing = site.locate(model, addresses)
-        for where in found.values():
+        taken: dict[tuple[int, str], list[Site]] = {}
+        for address, where in found.items():
             usable(where)
+            others = taken.setdefault((id(where.module), where.slot), [])
+            if any(where.overlaps(other) for other in others):
+                raise TargetError(f"{address} shares entries with another site of the file here")
+            others.append(where)
+            if not where.is_call and where.whole.is_meta:
+                raise TargetError(
+                    f"{address} is on the meta device: give the model its weights, then load"
+                )
     except TargetError as error:
         raise FileError(f"{str(path)!r} doesn't fit this model: {error}") from error
     if missing:
@@ -360,7 +370,7 @@ def _build(info: Info, sites: Mapping[str, Site], path: Any, on: str | None = No
             for address in where
         ]
     except (PeftliteError, RuntimeError, OverflowError, TypeError) as error:
-        raise FileError(f"{str(path)!r} doesn't fit this model: {error}") from error
+        raise FileError(f"{str(path)!r} doesn't fit this model: {_reason(error)}") from error
 
 
 def _fit(delta: Delta, tensors: Mapping[str, Tensor], path: Any) -> None:

@@ -1,0 +1,810 @@
+"""Errors: every message the library has, read by a stranger who must act on it; none leaves a trace.
+
+A new `raise` joins with one row: what the stranger does, and the whole message (… stands for what
+differs from machine to machine). The last test finds the raises that nobody has read.
+"""
+
+import ast
+import copy
+import functools
+import itertools
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import peftlite as pl
+from peftlite.demo import text
+from tests.digest import digest
+from tests.zoo import KINDS
+
+ZOO = {kind.name: kind for kind in KINDS}
+PACKAGE = Path(pl.__file__).parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a stranger does to a model (and a path), and what it says."""
+
+    act: Callable[[Any, Path], Any]
+    says: str
+    kind: type[Exception] = pl.PeftliteError
+    model: Callable[[], Any] | None = None  # two deltas on a small GPT, if None
+    file: Callable[[Path], Any] | None = None  # what stands at the path before
+
+
+def bare() -> nn.Module:
+    return ZOO["gpt"].model()
+
+
+SMALL = pl.LoRA(rank=2, targets=["q_proj", "v_proj"])
+
+
+def two() -> nn.Module:
+    model = bare()
+    pl.attach(model, SMALL, "sql")
+    pl.attach(model, SMALL, "chat")
+    return model
+
+
+def on(kind: str) -> Callable[[], nn.Module]:
+    return ZOO[kind].model
+
+
+def linears(n: int = 2, **options: Any) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(4, 4, **options) for _ in range(n)))
+
+
+# -- attach and plan: the arguments
+
+
+def attaching(method: Any, name: Any = "new") -> Callable[[Any, Path], Any]:
+    return lambda model, _: pl.attach(model, method, name)
+
+
+def taking(targets: Any, exclude: Any = None) -> Callable[[Any, Path], Any]:
+    """LoRA at some targets, made as late as it is attached."""
+    return lambda model, _: pl.attach(model, pl.LoRA(targets=targets, exclude=exclude), "new")
+
+
+A_METHOD = "give a method such as pl.LoRA(rank=8), or a list of them: not "
+A_MODEL = "the model comes first, a torch.nn.Module: not "
+A_NAME = " can't name a delta: use letters, digits, '_' and '-', at most 128"
+
+ARGUMENTS = [
+    Case(attaching(pl.LoRA), "LoRA is a class: write pl.LoRA()"),
+    Case(attaching([pl.LoRA(), pl.BitFit]), "BitFit is a class: write pl.BitFit()"),
+    Case(attaching("lora"), A_METHOD + "'lora'"),
+    Case(attaching(None), A_METHOD + "None"),
+    Case(attaching([]), A_METHOD + "[]"),
+    Case(attaching({"rank": 8}), A_METHOD + "{'rank': 8}"),
+    Case(lambda model, _: pl.attach(model, "sql", pl.LoRA()), A_METHOD + "'sql'"),
+    Case(lambda model, _: pl.plan(model, 8), A_METHOD + "8"),
+    Case(lambda model, _: pl.attach(pl.LoRA(), model), A_METHOD + "a GPT"),
+    Case(lambda model, _: pl.attach([model], pl.LoRA()), A_MODEL + "a list"),
+    Case(lambda model, _: pl.attach(model.state_dict(), pl.LoRA()), A_MODEL + "a OrderedDict"),
+    Case(lambda model, _: pl.attach(type(model), pl.LoRA()), A_MODEL + "a type"),
+    Case(lambda model, _: pl.plan(None, pl.LoRA()), A_MODEL + "None"),
+    Case(lambda model, _: pl.use("sql", model), A_MODEL + "'sql'"),
+    Case(lambda model, _: pl.detach("sql", model), A_MODEL + "'sql'"),
+    Case(attaching(pl.Method()), "Method is no method: it doesn't override `accepts`"),
+    Case(attaching(pl.Method(targets="lm_head.weight")),
+         "Method is no method: it doesn't override `accepts`"),
+    *(Case(attaching(SMALL, name), f"{name!r}{A_NAME}")
+      for name in ("../x", "", "a.b", "a b", "a/b", "-a", "a\n", "\0", "é", "x" * 129, 3, None)),
+    Case(attaching(SMALL, "sql"), "a delta named 'sql' is attached already: choose another name=, "
+         "or pl.detach(model, 'sql') first"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HalfMethod(pl.Method):
+    """A stranger's method, half written."""
+
+    takes = "anything"
+
+    def accepts(self, site: pl.Site) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Calls(pl.Method):
+    """A method that changes calls."""
+
+    takes = "calls"
+
+    def accepts(self, site: pl.Site) -> bool:
+        return site.is_call
+
+    def build(self, site: pl.Site) -> pl.Patch:
+        return pl.Patch()
+
+
+RANK = "rank must be a whole number from 1 up, not "
+DROPOUT = "dropout must be in [0, 1), not "
+ALPHA = "alpha must be finite and above 0, not "
+DTYPE = "dtype must be such as torch.float32 or bfloat16, not "
+INIT = "init must be one of 'kaiming', 'gaussian', 'orthogonal', 'pissa', 'olora', not "
+
+
+def setting(name: str, value: Any, says: str) -> Case:
+    return Case(lambda *_: pl.LoRA(**{name: value}), says + repr(value), model=bare)
+
+
+SETTINGS = [
+    *(setting("rank", value, RANK) for value in (0, -1, 8.0, "8", True, None, [8])),
+    *(setting("dropout", value, DROPOUT) for value in (1, -0.1, float("nan"), "0.1", None, True)),
+    *(setting("alpha", value, ALPHA)
+      for value in (0, -16, float("nan"), float("inf"), "16", 1j, False, [16])),
+    *(setting("dtype", value, DTYPE)
+      for value in ("float16", torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, float)),
+    *(setting("init", value, INIT) for value in ("zeros", True, None, [])),
+    setting("scaling", 2.0, "scaling must be one of 'alpha/r', 'rslora', not "),
+    Case(lambda *_: pl.BitFit(dtype="half"), DTYPE + "'half'"),
+    Case(attaching(pl.LoRA(rank=13, init="pissa", targets="v_proj")),
+         "blocks.0.attn.v_proj.weight has matrices of 12×16, whose rank is at most 12: "
+         "init='pissa' has no 13 directions to take", pl.TargetError),
+    Case(attaching(HalfMethod(targets="lm_head.weight")),
+         "HalfMethod is no method: it doesn't override `build`"),
+]  # fmt: skip
+
+
+# -- targets
+
+
+def target(targets: Any, says: str, exclude: Any = None, model: Any = bare) -> Case:
+    return Case(taking(targets, exclude), says, pl.TargetError, model)
+
+
+NO_TARGET = (
+    " is no target: give an address such as 'embed.weight', a compiled regex, a predicate such as "
+    "lambda site: isinstance(site.module, nn.Linear), or a list of these"
+)
+PREDICATE = "the predicate <function <lambda> at …> "
+A_SITE = "; it is given a site, with its .address, .module and .shape"
+NEAR_Q = "nearest: 'q_proj', 'q_proj()', 'v_proj', 'o_proj'"
+REGEX = "for a regex, pass re.compile(...)"
+PARTS = "; give rows as [0:64], columns of a matrix as [:, 0:64], or [q], [k], [v]"
+NO_PART = " is no part of lm_head.weight of shape (29, 16)" + PARTS
+BEYOND = " is empty or beyond lm_head.weight of shape (29, 16)"
+TWO_OR_MORE = "LoRA takes tensors of 2 or more dimensions"
+
+
+class Integers(nn.Module):
+    """A quantised tensor beside a plain layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+        self.plain = nn.Linear(4, 4)
+
+
+TARGETS = [
+    # nothing of that name
+    target("q_prj", f"'q_prj' matches nothing; {NEAR_Q}"),
+    target(" q_proj", f"' q_proj' matches nothing; {NEAR_Q}"),
+    target(".q_proj", f"'.q_proj' matches nothing; {NEAR_Q}"),
+    target("Q_PROJ", f"'Q_PROJ' matches nothing; {NEAR_Q}"),
+    target(["q_proj", "q_prj"], f"'q_prj' matches nothing; {NEAR_Q}"),
+    target("*.q_prj", f"'*.q_prj' matches nothing; {NEAR_Q}"),
+    target("proj", "'proj' matches nothing; nearest: 'v_proj', 'q_proj', 'o_proj', 'k_proj'"),
+    target("q_proj,v_proj",
+           "'q_proj,v_proj' matches nothing; nearest: 'v_proj', 'q_proj', 'v_proj()', 'q_proj()'"),
+    target("blocks.9.attn", "'blocks.9.attn' matches nothing; nearest: 'blocks.1.attn', "
+           "'blocks.0.attn', 'blocks.1.attn()', 'blocks.0.attn()'"),
+    target("transformer.h.0", "'transformer.h.0' matches nothing; there are such as "
+           "'embed.weight', 'position.weight', 'blocks.0.attn_norm.weight'"),
+    target("all-linear", "'all-linear' matches nothing; leave targets out for the weights of all "
+           "linear maps but the head's"),
+    target(r".*\.(q|v)_proj", rf"'.*\\.(q|v)_proj' matches nothing; {REGEX}"),
+    target("?_proj", f"'?_proj' matches nothing; {REGEX}"),
+    target(re.compile("q_proj"), "'q_proj' matches nothing; a regex has to match a whole path, "
+           "such as 'embed.weight', 'position.weight', 'blocks.0.attn_norm.weight'"),
+    target("", "an empty string names nothing; leave targets out for the default"),
+    target([], "targets is empty; leave it out for the method's own choice"),
+    target(None, "LoRA takes none of this model's tensors by default; name some with targets=, "
+           "such as 'weight', 'bias'", model=lambda: nn.LayerNorm(4)),
+    target(None, "LoRA takes none of this model's tensors by default; the model has no parameters",
+           model=nn.ReLU),
+    # nothing that can be a target
+    target(3, "3" + NO_TARGET),
+    target([None], "None" + NO_TARGET),
+    target([["q_proj"]], "['q_proj']" + NO_TARGET),
+    target({"q_proj": 8}, "{'q_proj': 8}" + NO_TARGET),
+    target(b"q_proj", "b'q_proj'" + NO_TARGET),
+    target(nn.Linear, "the class Linear" + NO_TARGET),
+    target(nn.Linear(4, 4), "a Linear" + NO_TARGET),
+    target(torch.zeros(16, 16), "a Tensor" + NO_TARGET),
+    target(iter(["q_proj"]), "a list_iterator" + NO_TARGET),
+    target(lambda site: False, PREDICATE + "is true for no site"),
+    target(lambda name: "q_proj" in name,
+           PREDICATE + "failed at embed.weight: TypeError(\"argument of type 'Site' is not …\")"
+           + A_SITE),
+    target(lambda name, module: True,
+           PREDICATE + "failed at embed.weight: TypeError(\"<lambda>() missing 1 required "
+           "positional argument: 'module'\")" + A_SITE),
+    # nothing the method can take
+    target("norm", f"'norm' matches norm(); norm.weight; norm.bias; but {TWO_OR_MORE}"),
+    target("norm.bias", f"norm.bias is a tensor of shape (16,); {TWO_OR_MORE}"),
+    target("blocks.0.attn()", f"blocks.0.attn() is a call; {TWO_OR_MORE}"),
+    target("codes", "codes holds torch.int8: no gradient can flow through it", model=Integers),
+    target(lambda site: site.slot == "codes", PREDICATE + "is true for no site", model=Integers),
+    Case(attaching(pl.BitFit(targets="lm_head")), "'lm_head' matches lm_head(); lm_head.weight; "
+         "but BitFit takes biases, which have 1 dimension", pl.TargetError),
+    Case(attaching(pl.BitFit(targets="lm_head.weight")), "lm_head.weight is a tensor of shape "
+         "(29, 16); BitFit takes biases, which have 1 dimension", pl.TargetError),
+    Case(attaching(pl.FullTuning(targets="attn()")),
+         "blocks.0.attn() is a call; FullTuning takes tensors", pl.TargetError),
+    Case(attaching(pl.BitFit()), "BitFit takes none of this model's tensors by default; name some "
+         "with targets=, such as 'model.embed_tokens.weight', "
+         "'model.layers.0.self_attn.q_proj.weight', 'model.layers.0.self_attn.k_proj.weight'",
+         pl.TargetError, on("hf_llama")),
+    # parts
+    *(target(f"lm_head.weight[{part}]", f"[{part}]{NO_PART}")
+      for part in ("3", "x", "-5:", "::2", "0:4, 0:4", "Q", "...")),
+    target("norm.bias[:, 0:4]", "[:, 0:4] is no part of norm.bias of shape (16,)" + PARTS),
+    target("w_in[:, 0:4]", "[:, 0:4] is no part of w_in of shape (3, 20, 16)" + PARTS,
+           model=on("experts")),
+    target("lm_head.weight[0:99]", "[0:99]" + BEYOND),
+    target("lm_head.weight[5:5]", "[5:5]" + BEYOND),
+    target("lm_head.weight[:, 16:]", "[:, 16:]" + BEYOND),
+    target("lm_head[q]", "lm_head.weight has 29 outputs, which is no three equal parts; give the "
+           "rows: [0:64]"),
+    target("blocks.0.attn()[0:4]", "'blocks.0.attn()[0:4]' matches nothing; nearest: "
+           "'blocks.0.attn()', 'blocks.1.attn()', 'blocks.0.attn', 'blocks.1.attn'"),
+    # what is left out
+    target(None, f"in exclude: 'q_prj' matches nothing; {NEAR_Q}", exclude="q_prj"),
+    target(None, "in exclude: 3 is no target: give an address such as '()', a compiled regex, a "
+           "predicate such as lambda site: isinstance(site.module, nn.Linear), or a list of these",
+           exclude=3),
+    target(None, f"in exclude: {PREDICATE}is true for no site", exclude=lambda site: False),
+    target(None, "exclude='*' leaves LoRA no site to take", exclude="*"),
+    target("q_proj", "exclude=['attn', 'mlp'] leaves LoRA no site to take",
+           exclude=["attn", "mlp"]),
+    target(None, "exclude names blocks.0.attn.q_proj.weight[0:4], a part of a tensor that is taken "
+           "whole: name the parts to take with targets=", exclude="blocks.0.attn.q_proj[0:4]"),
+    # several methods
+    Case(attaching([pl.LoRA(targets="q_proj"), pl.FullTuning(targets="attn")]),
+         "blocks.0.attn.q_proj.weight is taken by LoRA at blocks.0.attn.q_proj.weight and by "
+         "FullTuning: name it once, or leave it out of one with exclude=", pl.TargetError, bare),
+    Case(attaching([pl.LoRA(), pl.LoRA(rank=4)]),
+         "blocks.0.attn.q_proj.weight is taken by LoRA at blocks.0.attn.q_proj.weight and by LoRA: "
+         "name it once, or leave it out of one with exclude=", pl.TargetError, bare),
+    target(["lm_head.weight[0:8]", "lm_head.weight[4:12]"],
+           "lm_head.weight[4:12] is taken by LoRA at lm_head.weight[0:8] and by LoRA: name it once, "
+           "or leave it out of one with exclude="),
+]  # fmt: skip
+
+
+# -- models that can't be patched
+
+
+class Closed(nn.Linear):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no subclasses, please")
+
+
+class Final(type):
+    def __new__(mcs, name: str, bases: tuple, body: dict) -> type:
+        if any(isinstance(base, Final) for base in bases):
+            raise RuntimeError(f"{bases[0].__name__} is final")
+        return super().__new__(mcs, name, bases, body)
+
+
+class Sealed(nn.Linear, metaclass=Final):
+    pass
+
+
+class Guarded(nn.Linear):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError("keeps its class")
+        super().__setattr__(name, value)
+
+
+class Named(nn.Linear):
+    peftlite = "mine"
+
+
+def after(layer: nn.Module) -> nn.Module:
+    """A model in which the layer comes last: when it fails, others are patched already."""
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), layer)
+
+
+@torch.inference_mode()
+def made_in_inference_mode() -> nn.Module:
+    return linears()
+
+
+def sharded() -> nn.Module:
+    """As fully_shard leaves a model, as far as one process can tell."""
+    model = linears()
+    for parameter in model.parameters():
+        parameter.placements = ("Shard",)
+    return model
+
+
+def sharded_later() -> nn.Module:
+    model = linears()
+    pl.attach(model, pl.FullTuning())
+    for module in model:
+        shard = module.weight.raw.detach().as_subclass(Shard)
+        module._parameters["weight"] = shard
+    return model
+
+
+class Shard(Tensor):
+    placements = ("Shard",)
+
+
+def traced() -> nn.Module:
+    return torch.jit.trace(linears(), torch.zeros(1, 4))
+
+
+def under_inference(model: nn.Module, _: Path) -> None:
+    with torch.inference_mode():
+        pl.attach(model, SMALL)
+
+
+def cant(name: str, why: str) -> str:
+    return (
+        f"{name} can't be patched, since Python refuses to subclass it or to swap its class "
+        f"({why}); wrap it in a plain nn.Module and attach to that"
+    )
+
+
+ALL = attaching(pl.LoRA(rank=2, targets="*"))
+LAZY = " is lazy and not yet initialised: run the model once on a batch, then attach"
+SCRIPT = (
+    "a TorchScript module can't be patched, since its code is compiled already: attach to the "
+    "model before torch.jit.script or trace"
+)
+
+MODELS = [
+    Case(ALL, cant("Closed", "no subclasses, please"), model=lambda: after(Closed(4, 4))),
+    Case(ALL, cant("Sealed", "Sealed is final"), model=lambda: after(Sealed(4, 4))),
+    Case(ALL, cant("Guarded", "keeps its class"), model=lambda: after(Guarded(4, 4))),
+    Case(ALL, cant("Closed", "no subclasses, please"), model=lambda: Closed(4, 4)),
+    Case(ALL, "a Named has an attribute 'peftlite' of its own, where its patches would go: rename "
+         "it", model=lambda: after(Named(4, 4))),
+    Case(ALL, "2.weight" + LAZY, model=lambda: after(nn.LazyLinear(4))),
+    Case(lambda model, _: pl.plan(model, pl.LoRA()), "weight" + LAZY, model=lambda: nn.LazyLinear(4)),
+    Case(ALL, SCRIPT, model=traced),
+    Case(lambda model, _: pl.plan(model, pl.LoRA()), SCRIPT, model=traced),
+    Case(under_inference, "under torch.inference_mode no gradient can ever flow: attach outside of "
+         "it (torch.no_grad is fine)", model=bare),
+    Case(ALL, "0.weight was made under torch.inference_mode, so autograd can't use it: build or "
+         "load the model outside of it", model=made_in_inference_mode),
+    Case(ALL, "0.weight is sharded over devices: attach before fully_shard, so that the delta is "
+         "sharded and its gradients are synchronised too", model=sharded),
+    Case(lambda model, _: model(torch.zeros(1, 4)), "this weight is sharded over devices while it "
+         "is used, as tensor parallelism does: patches can't ride on a shard; attach before "
+         "fully_shard, or gather the weight", model=sharded_later),
+]  # fmt: skip
+
+
+# -- the module that a verb is given
+
+
+def wrapped() -> nn.Module:
+    return nn.Sequential(two())
+
+
+def two_roots() -> nn.Module:
+    model = linears()
+    for name, part in zip("ab", model, strict=True):
+        pl.attach(part, pl.LoRA(), name)
+    return model
+
+
+PART = "this module is part of a model that has deltas: attach to that model, and name this part "
+NO_DELTAS = "this model has no deltas; pl.attach or pl.load one first"
+SEVERAL = (
+    "deltas are attached to several modules inside this one: pass the module that pl.attach was "
+    "given"
+)
+
+ROOTS = [
+    Case(lambda model, _: pl.attach(model.blocks[0], pl.LoRA()), PART + "with targets="),
+    Case(lambda model, _: pl.attach(model.blocks[0].attn.q_proj, pl.LoRA()), PART + "with targets="),
+    Case(lambda model, _: pl.use(model.blocks[0], "sql"),
+         "this is a part of a model that has deltas: pass that model"),
+    Case(attaching(pl.LoRA()), "deltas ['sql', 'chat'] are attached to the GPT inside this module: "
+         "attach to that one, or detach them first", model=wrapped),
+    Case(attaching(pl.LoRA()), SEVERAL, model=two_roots),
+    Case(lambda model, _: pl.deltas(model), SEVERAL, model=two_roots),
+    *(Case(verb, NO_DELTAS, model=bare) for verb in (
+        lambda model, _: pl.use(model, "sql"),
+        lambda model, _: pl.use(model, None),
+        lambda model, _: pl.using(model, "sql"),
+        lambda model, _: pl.view(model, None),
+        lambda model, _: pl.detach(model, "sql"),
+        lambda model, _: pl.merge(model, "sql"),
+    )),
+]  # fmt: skip
+
+
+# -- views
+
+
+class Faced(nn.Module):
+    """A model and its view, side by side so that both are watched."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = two()
+        self.face = pl.view(self.model, "sql")
+
+
+IS_VIEW = "this is a view, whose choice is fixed: do it on the model that pl.view was given"
+
+VIEWS = [
+    *(Case(verb, IS_VIEW, model=Faced) for verb in (
+        lambda both, _: pl.attach(both.face, SMALL),
+        lambda both, _: pl.detach(both.face, "sql"),
+        lambda both, _: pl.use(both.face, "chat"),
+        lambda both, _: pl.using(both.face, "chat"),
+        lambda both, _: pl.merge(both.face, "sql"),
+        lambda both, _: pl.unmerge(both.face, "sql"),
+    )),
+    Case(lambda both, _: pl.attach(both.face.blocks[0], SMALL), PART + "with targets=", model=Faced),
+    Case(lambda both, _: pl.merge(both.model, "sql"), "'sql' is chosen by a view, which would apply "
+         "it twice: delete the view first", model=Faced),
+    Case(lambda model, _: pl.view(model, None), "a model under fully_shard can't be copied, so it "
+         "can have no view", model=sharded_later),
+]  # fmt: skip
+
+
+# -- choosing
+
+
+def merged() -> nn.Module:
+    model = two()
+    pl.merge(model, "sql")
+    return model
+
+
+def delta(model: nn.Module) -> pl.Delta:
+    return pl.deltas(model)["sql"]
+
+
+def verbs(name: Callable[[Any], Any]) -> list[Callable[[Any, Path], Any]]:
+    """Every verb that takes a delta's name."""
+    return [
+        lambda model, _: pl.detach(model, name(model)),
+        lambda model, _: pl.merge(model, name(model)),
+        lambda model, _: pl.unmerge(model, name(model)),
+        lambda model, _: pl.use(model, name(model)),
+        lambda model, _: pl.use(model, ["chat", name(model)]),
+        lambda model, _: pl.using(model, name(model)),
+        lambda model, _: pl.using(model, rows=[None, name(model)]),
+        lambda model, _: pl.view(model, name(model)),
+    ]
+
+
+THERE = " in this model; there are: 'sql', 'chat'"
+BY_NAME = "a delta goes by its name here: 'sql', not Delta('sql', LoRA, 224 parameters)"
+A_CHOICE = "a choice is a delta's name, a list of names, or None: not "
+ROWS = "rows= is a list with one choice per batch row, in place of a name: not "
+
+CHOICES = [
+    *(Case(verb, f"no delta is named 'typo'{THERE}") for verb in verbs(lambda _: "typo")),
+    *(Case(verb, BY_NAME) for verb in verbs(delta)),
+    Case(lambda model, _: pl.detach(model, None), f"no delta is named None{THERE}"),
+    Case(lambda model, _: pl.detach(model, ["sql"]), f"no delta is named ['sql']{THERE}"),
+    Case(lambda model, _: pl.use(model, [None]), f"no delta is named None{THERE}"),
+    Case(lambda model, _: pl.use(model, [["sql"]]), f"no delta is named ['sql']{THERE}"),
+    Case(lambda model, _: pl.using(model, ["sql", None]), f"no delta is named None{THERE}"),
+    Case(lambda model, _: pl.use(model, 3), A_CHOICE + "3"),
+    Case(lambda model, _: pl.use(model, True), A_CHOICE + "True"),
+    Case(lambda model, _: pl.use(model, {"sql": 0.5}), A_CHOICE + "{'sql': 0.5}"),
+    Case(lambda model, _: pl.using(model, rows=[0, 1]), A_CHOICE + "0"),
+    Case(lambda model, _: pl.using(model, rows="sql"), ROWS + "'sql'"),
+    Case(lambda model, _: pl.using(model, rows=[]), ROWS + "[]"),
+    Case(lambda model, _: pl.using(model, rows=4), ROWS + "4"),
+    Case(lambda model, _: pl.using(model, "sql", rows=["chat"]), ROWS + "['chat']"),
+    Case(lambda model, _: pl.using(model, rows=torch.tensor([0, 1])), ROWS + "tensor([0, 1])"),
+    Case(lambda model, _: pl.using(model, rows=np.array([0, 1])), ROWS + "array([0, 1])"),
+    Case(lambda model, _: pl.use(model, ["sql", "sql"]),
+         "['sql', 'sql'] names a delta twice; each applies once"),
+    Case(lambda model, _: pl.use(model, "sql"), "'sql' is merged into the base, so it is on "
+         "already: pl.unmerge it to choose it", model=merged),
+    Case(lambda model, _: pl.view(model, ["chat", "sql"]), "'sql' is merged into the base, so it "
+         "is on already: pl.unmerge it to choose it", model=merged),
+]  # fmt: skip
+
+
+# -- rows
+
+
+class Returns(nn.Module):
+    """A model that returns what `shape` makes of its rows."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]):
+        super().__init__()
+        self.body, self.head, self.shape = nn.Linear(4, 4), nn.Linear(4, 4), shape
+        pl.attach(self, pl.LoRA(), "sql")
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape(self.head(self.body(x)))
+
+
+def with_rows(rows: list[Any], b: int) -> Callable[[Any, Path], None]:
+    def act(model: nn.Module, _: Path) -> None:
+        with pl.using(model, rows=rows):
+            model(torch.zeros(b, 4, dtype=torch.long if hasattr(model, "embed") else None))
+
+    return act
+
+
+def read_under_rows(model: nn.Module, _: Path) -> None:
+    with pl.using(model, rows=["sql", None]):
+        model.blocks[0].attn.q_proj.weight.sum()
+
+
+def not_per_row(shape: Callable[[Tensor], Any], what: str) -> Case:
+    says = (
+        f"rows= can't put back an output that has no row per input row ({what}): ask the model for "
+        "outputs per row (no loss, no cache: use_cache=False), or call it once per delta"
+    )
+    return Case(with_rows(["sql", None, "sql"], 3), says, model=lambda: Returns(shape))
+
+
+IN_ROWS = [
+    *(Case(with_rows(rows, 3), f"rows= names {len(rows)} rows, but no tensor of this call has "
+           f"{len(rows)} rows in its first dimension; the shapes are [(3, 4)]")
+      for rows in ([None, "sql"], ["sql"] * 4)),
+    Case(read_under_rows, "'weight' is read outside of a call of its module while rows= is in "
+         "force: call the model itself, so that the rows can be told apart"),
+    not_per_row(lambda y: y.sum(), "a tensor of shape ()"),
+    not_per_row(lambda y: (y, y.mean(0)), "a tensor of shape (4,)"),
+    not_per_row(lambda y: (y, object()), "a object"),
+    not_per_row(lambda y: [*y], "of another structure for each group of rows"),
+]  # fmt: skip
+
+
+# -- writing into a weight while it is read through patches
+
+
+def q_weight(model: nn.Module) -> Tensor:
+    return model.blocks[0].attn.q_proj.weight
+
+
+def writes(name: str, act: Callable[[Tensor], Any]) -> Case:
+    says = (
+        f"{name} writes, or lets write, into a tensor that patches change: what is read here is a "
+        "value of its own, and the writing would be lost. pl.detach first; to look at the value, "
+        "use .detach()"
+    )
+    return Case(lambda model, _: torch.no_grad()(act)(q_weight(model)), says)
+
+
+def below_autograd(model: nn.Module, _: Path) -> None:
+    weight = q_weight(model)
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.add(weight, weight)
+
+
+WRITES = [
+    writes("copy_", lambda w: w.copy_(torch.zeros(12, 16))),
+    writes("mul_", lambda w: w.mul_(2)),
+    writes("zero_", lambda w: nn.init.zeros_(w)),
+    writes("__setitem__", lambda w: w.__setitem__(0, 0.0)),
+    writes("add_", lambda w: w.__iadd__(1)),
+    writes("add", lambda w: torch.add(torch.zeros(12, 16), 1, out=w)),
+    writes("_foreach_add_", lambda w: torch._foreach_add_([w], 1.0)),
+    writes("requires_grad_", lambda w: w.requires_grad_(True)),
+    writes(".data", lambda w: w.data),
+    writes(".data", lambda w: setattr(w, "data", torch.zeros(12, 16))),
+    writes(".grad", lambda w: setattr(w, "grad", None)),
+    writes(".requires_grad", lambda w: setattr(w, "requires_grad", True)),
+    Case(below_autograd, "aten.add.Tensor reached a patched weight below autograd; use .clone() of "
+         "it"),
+]  # fmt: skip
+
+
+# -- merge
+
+
+def with_calls() -> nn.Module:
+    model = bare()
+    pl.attach(model, Calls(targets="attn"), "sql")
+    return model
+
+
+@torch.no_grad()
+def poisoned() -> nn.Module:
+    model = two()
+    next(delta(model).parameters()).fill_(float("nan"))
+    return model
+
+
+@torch.no_grad()
+def overflowing() -> nn.Module:
+    model = linears().half()
+    pl.attach(model, pl.FullTuning(), "sql")
+    for parameter in delta(model).parameters():
+        parameter.fill_(1e6)
+    return model
+
+
+def attached(model: nn.Module, method: pl.Method) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        twin = copy.deepcopy(model)
+        pl.attach(twin, method, "sql")
+        return twin
+
+    return build
+
+
+def resized() -> nn.Module:
+    model = two()
+    q_proj = model.blocks[0].attn.q_proj
+    q_proj._parameters["weight"] = nn.Parameter(torch.zeros(20, 16))
+    return model
+
+
+def replaced() -> nn.Module:
+    model = two()
+    model.blocks[0].attn.q_proj = nn.Linear(16, 12, bias=False)
+    return model
+
+
+def merging(model: nn.Module, _: Path) -> None:
+    pl.merge(model, "sql")
+
+
+RESIZED = (
+    "blocks.0.attn.q_proj.weight is (20, 16) now, and was (12, 16) when the delta was attached: "
+    "pl.detach, then resize, then attach"
+)
+
+MERGES = [
+    Case(lambda model, _: pl.merge(model, "sql", backup="disk"),
+         "backup must be 'device', 'host' or 'none', not 'disk'"),
+    Case(lambda model, _: pl.merge(model, "sql", backup=True),
+         "backup must be 'device', 'host' or 'none', not True"),
+    Case(merging, "'sql' is merged already", model=merged),
+    Case(lambda model, _: pl.unmerge(model, "sql"), "'sql' is not merged; merged are: []"),
+    Case(lambda model, _: pl.unmerge(model, "chat"), "'chat' is not merged; merged are: ['sql']",
+         model=merged),
+    Case(lambda model, _: pl.merge(model, "chat", backup="none"), "blocks.0.attn.q_proj.weight "
+         "holds another merged delta: unmerge that first", model=merged),
+    Case(merging, "'sql' changes calls, which no weight can hold: blocks.0.attn() (2 sites); keep "
+         "it attached", model=with_calls),
+    Case(merging, "merging 'sql' would make blocks.0.attn.q_proj.weight infinite or NaN; nothing "
+         "was merged", model=poisoned),
+    Case(merging, "merging 'sql' would make 0.weight infinite or NaN; nothing was merged",
+         model=overflowing),
+    Case(merging, "0.weight is on the meta device and has no values to merge into",
+         model=attached(linears(device="meta"), pl.LoRA(rank=2))),
+    Case(merging, "0.weight is computed by a parametrization, not stored: remove it first with "
+         "torch.nn.utils.parametrize.remove_parametrizations",
+         model=attached(nn.Sequential(weight_norm(nn.Linear(4, 4))), pl.LoRA(rank=2))),
+    Case(merging, RESIZED, model=resized),
+    Case(merging, "the module of blocks.0.attn.q_proj.weight was replaced since 'sql' was "
+         "attached: pl.detach it, and attach to the model as it is now", model=replaced),
+    Case(lambda *_: pl.Patch().value(torch.zeros(2)), "Patch changes calls, not tensors"),
+]  # fmt: skip
+
+
+# -- save
+
+
+def saving(model: nn.Module, path: Path) -> None:
+    pl.save(delta(model), path)
+
+
+def saved(given: Callable[[nn.Module, Path], Any], why: str) -> Case:
+    return Case(lambda model, path: pl.save(delta(model), given(model, path)), why, pl.FileError)
+
+
+def loading_state(tensors: Callable[[dict[str, Tensor]], Any]) -> Callable[[Any, Path], None]:
+    return lambda model, _: delta(model).load_state_dict(tensors(delta(model).state_dict()))
+
+
+A_DELTA = "save takes a delta, such as pl.deltas(model)['sql']: not "
+A_PATH = "a path is a str or an os.PathLike: not "
+Q = "blocks.0.attn.q_proj.weight"
+
+SAVES = [
+    Case(lambda _, path: pl.save("sql", path), A_DELTA + "a str"),
+    Case(lambda model, path: pl.save(model, path), A_DELTA + "a GPT"),
+    Case(lambda model, path: pl.save(path, delta(model)), A_DELTA + "a PosixPath"),
+    Case(lambda model, _: pl.save(delta(model), None), A_PATH + "a NoneType"),
+    Case(lambda model, _: pl.save(delta(model), b"sql"), A_PATH + "a bytes"),
+    saved(lambda _, path: path.parent, "can't write '…': it is no regular file"),
+    saved(lambda _, path: path / "deeper" / "sql", "can't write '…/deeper/sql': there is no folder "
+          "'…/deeper'"),
+    saved(lambda _, path: path.with_name("x" * 300), f"can't write '…{'x' * 300}': File name too "
+          "long"),
+    saved(lambda _, path: f"{path}\0", r"can't write '…\x00': embedded null byte"),
+    Case(lambda model, path: pl.save(delta(model), path / "sql"),
+         "can't write '…/sql.safetensors/sql': Not a directory", pl.FileError,
+         file=lambda path: path.write_bytes(b"")),
+    Case(saving, "blocks.0.attn.q_proj.weight:a has values that aren't finite, so it could not be "
+         "loaded", model=poisoned, file=lambda path: path.write_bytes(b"older")),
+    Case(saving, "0.weight:a is on the meta device and has no values to save",
+         model=attached(linears(device="meta"), pl.LoRA(rank=2))),
+    Case(saving, RESIZED, model=resized),
+    Case(loading_state(lambda own: None), "load_state_dict takes a dict of tensors, not None"),
+    Case(loading_state(lambda own: {}), f"these tensors don't fit 'sql': missing {Q}:a; missing "
+         f"{Q}:b; missing {Q.replace('0', '1')}:a; missing {Q.replace('0', '1')}:b; and 4 more"),
+    Case(loading_state(lambda own: {**own, "x": own[f"{Q}:a"]}),
+         "these tensors don't fit 'sql': unexpected x"),
+    Case(loading_state(lambda own: {**own, f"{Q}:a": torch.zeros(8, 16)}),
+         f"these tensors don't fit 'sql': {Q}:a is (8, 16), not (2, 16)"),
+]  # fmt: skip
+
+
+# -- load and inspect
+
+
+@functools.cache
+def good() -> bytes:
+    """A sound file."""
+    model = bare()
+    path = Path("sql.safetensors")
+    with mock.patch.object(pl.io.native, "_write", lambda path, data: written.append(data)):
+        written: list[bytes] = []
+        pl.save(pl.attach(model, SMALL, "sql"), path)
+    return written[0]
+
+
+def parts() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a sound file."""
+    (length,) = struct.unpack("<Q", good()[:8])
+    header = json.loads(json.loads(good()[8 : 8 + length])["__metadata__"]["peftlite"])
+    return header, safetensors.torch.load(good())
+
+
+def header(**changes: Any) -> Callable[[Path], None]:
+    """A file with other entries in its header; None leaves one out."""
+    return edited(lambda old, _: old.update(changes))
+
+
+def method(**changes: Any) -> Callable[[Path], None]:
+    """A file with other entries for its method."""
+    return edited(lambda old, _: old["methods"][0].update(changes))
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    """A file with other settings of its method."""
+    return edited(lambda old, _: old["methods"][0]["config"].update(changes))
+
+
+def more_sites(*addresses: str) -> Callable[[Path], None]:
+    return edited(lambda old, _: old["methods"][0]["sites"].extend(addresses))
+
+
+def tensors(**changes: Any) -> Callable[[Path], None]:
+    """A file with another tensor in the place of the first."""
+    return edited(lambda _, old: old.update({f"{Q}:a": change(old[f"{Q}:a"])}))
+
+
+def edited(edit: Callable[[dict, dict], Any]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        head, values = parts()
+        edit(head, values)
+        path.write_bytes(safetensors.torch.save(values, {"peftlite": json.dumps(head)}))
+
+    return write
+
+
+def raw(data: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(data)
+
+
+def metadata(entries: dict[str, str] | None) -> Callable[[Path], Any]:
+    return raw(safetensors.torch.save({"layer.lora_A": torch.zeros(2)}, entries))

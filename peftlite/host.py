@@ -29,6 +29,9 @@ from peftlite.site import CALL, raw
 ATTRIBUTE = "peftlite"
 
 
+_NONE: dict[str, tuple[Patch, ...]] = {}
+
+
 class Patches(nn.Module):
     """What hangs on a host: its patches as `{delta: {slot: patch}}`, and the model's choice."""
 
@@ -41,13 +44,18 @@ class Patches(nn.Module):
         # torch's fused transformer layer bypasses its parts unless one of them has a hook
         self._forward_hooks[0] = _no_fused_path
 
-    def at(self, slot: str, names: Names) -> tuple[Patch, ...]:
-        """The patches that `names` activate at a slot, in the order in which they apply."""
-        groups = self._modules
-        if len(names) == 1:  # the common case, in the time of two look-ups
+    def active(self, names: Names) -> dict[str, tuple[Patch, ...]]:
+        """The patches that `names` activate, by slot, in the order in which they apply."""
+        groups: dict[str, Any] = self._modules
+        if len(names) == 1:
             group = groups.get(names[0])
-            return () if group is None else group.by_slot.get(slot, ())
-        return tuple(p for n in names if n in groups for p in groups[n].by_slot.get(slot, ()))
+            return _NONE if group is None else group.by_slot
+        found: dict[str, tuple[Patch, ...]] = {}
+        for name in names:
+            if name in groups:
+                for slot, patches in groups[name].by_slot.items():
+                    found[slot] = found.get(slot, ()) + patches
+        return found
 
     def forward(self, x: Any) -> Any:
         """x: for a model that runs its `children()` in turn, a step that does nothing."""
@@ -171,13 +179,15 @@ def host_class(base: type, slots: frozenset[str]) -> type:
             names = choice.now()
             if type(names) is not tuple:
                 return _apart(self, names, args, kwargs)
-        inner, patches = None, ()
-        if names:
-            if hosted.kind is not None:
-                inner, patches = _mapped(self, hosted.kind, hosted, names)
-            patches += hosted.at(CALL, names)
+        active = hosted.active(names) if names else _NONE
+        inner: Any = None
+        patches = None
+        if hosted.kind is not None and active:
+            inner, patches = _mapped(self, hosted.kind, active)
         if inner is None:
             inner = hosted.own_forward or functools.partial(base.forward, self)
+        if CALL in active:
+            patches = (patches or ()) + active[CALL]
         if not patches:
             return inner(*args, **kwargs)
         for patch in patches[:-1]:
@@ -217,7 +227,7 @@ def _read(module: nn.Module, slot: str) -> Tensor:
             f"{slot!r} is read outside of a call of its module while rows= is in force: "
             "call the model itself, so that the rows can be told apart"
         )
-    patches = hosted.at(slot, names)
+    patches = hosted.active(names).get(slot)
     # FSDP looks for its own shard by name
     if not patches or _is_sharded(w):
         return w
@@ -236,12 +246,12 @@ def _apart(module: Any, names: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _mapped(
-    module: nn.Module, kind: type[Map], hosted: Patches, names: Names
-) -> tuple[Map | None, tuple[Patch, ...]]:
+    module: nn.Module, kind: type[Map], active: dict[str, tuple[Patch, ...]]
+) -> tuple[Map | None, tuple[Patch, ...] | None]:
     """A linear map, and the patches to lay over it: all on its weight can, or they are read in."""
-    on_weight, on_bias = hosted.at("weight", names), hosted.at("bias", names)
+    on_weight, on_bias = active.get("weight"), active.get("bias")
     if not on_weight and not on_bias:
-        return None, ()
+        return None, None
     weight, bias = raw(module, "weight"), module._parameters.get("bias")
     if type(weight) is not nn.Parameter and _is_sharded(weight):
         raise PeftliteError(
@@ -250,9 +260,9 @@ def _mapped(
         )
     if on_bias:
         bias = read.apply(on_bias, bias)
-    for patch in on_weight:
+    for patch in on_weight or ():
         if patch.call is None:
-            return kind(module, read.apply(on_weight, weight), bias), ()
+            return kind(module, read.apply(on_weight, weight), bias), None
     return kind(module, weight, bias), on_weight
 
 

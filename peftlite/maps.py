@@ -70,7 +70,10 @@ class Linear(Map):
         self, left: Tensor, right: Tensor, scale: float, x: Tensor, input: Tensor
     ) -> Tensor:
         y = F.linear(input, self.weight, self.bias)
-        return torch.add(y, F.linear(F.linear(x, right), left), alpha=scale)
+        h = F.linear(x, right)
+        if y.dim() == 2:
+            return torch.addmm(y, h, left.t(), alpha=scale)
+        return torch.add(y, F.linear(h, left), alpha=scale)
 
 
 class TransposedLinear(Map):

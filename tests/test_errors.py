@@ -1,4 +1,4 @@
-"""Errors: every message the library has, read by a stranger who must act on it; none leaves a trace.
+"""Errors: every message of the library, read by a stranger who must act on it; no trace is left.
 
 A new `raise` joins with one row: what the stranger does, and the whole message (… stands for what
 differs from machine to machine). The last test finds the raises that nobody has read.
@@ -7,7 +7,6 @@ differs from machine to machine). The last test finds the raises that nobody has
 import ast
 import copy
 import functools
-import itertools
 import json
 import re
 import struct
@@ -28,6 +27,8 @@ import peftlite as pl
 from peftlite.demo import text
 from tests.digest import digest
 from tests.zoo import KINDS
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 ZOO = {kind.name: kind for kind in KINDS}
 PACKAGE = Path(pl.__file__).parent
@@ -93,8 +94,8 @@ ARGUMENTS = [
     Case(lambda model, _: pl.plan(model, 8), A_METHOD + "8"),
     Case(lambda model, _: pl.attach(pl.LoRA(), model), A_METHOD + "a GPT"),
     Case(lambda model, _: pl.attach([model], pl.LoRA()), A_MODEL + "a list"),
-    Case(lambda model, _: pl.attach(model.state_dict(), pl.LoRA()), A_MODEL + "a OrderedDict"),
-    Case(lambda model, _: pl.attach(type(model), pl.LoRA()), A_MODEL + "a type"),
+    Case(lambda model, _: pl.attach(model.state_dict(), pl.LoRA()), A_MODEL + "an OrderedDict"),
+    Case(lambda model, _: pl.attach(type(model), pl.LoRA()), A_MODEL + "the class GPT"),
     Case(lambda model, _: pl.plan(None, pl.LoRA()), A_MODEL + "None"),
     Case(lambda model, _: pl.use("sql", model), A_MODEL + "'sql'"),
     Case(lambda model, _: pl.detach("sql", model), A_MODEL + "'sql'"),
@@ -147,8 +148,8 @@ SETTINGS = [
     *(setting("dropout", value, DROPOUT) for value in (1, -0.1, float("nan"), "0.1", None, True)),
     *(setting("alpha", value, ALPHA)
       for value in (0, -16, float("nan"), float("inf"), "16", 1j, False, [16])),
-    *(setting("dtype", value, DTYPE)
-      for value in ("float16", torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, float)),
+    *(setting("dtype", value, DTYPE) for value in ("float16", float, torch.int8, torch.bool,
+                                                   torch.complex64, torch.float8_e4m3fn)),
     *(setting("init", value, INIT) for value in ("zeros", True, None, [])),
     setting("scaling", 2.0, "scaling must be one of 'alpha/r', 'rslora', not "),
     Case(lambda *_: pl.BitFit(dtype="half"), DTYPE + "'half'"),
@@ -171,13 +172,17 @@ NO_TARGET = (
     " is no target: give an address such as 'embed.weight', a compiled regex, a predicate such as "
     "lambda site: isinstance(site.module, nn.Linear), or a list of these"
 )
-PREDICATE = "the predicate <function <lambda> at …> "
+PREDICATE = "the predicate <lambda> "
+OF_15 = (
+    "is true for none of the 15 sites offered to it: embed.weight; position.weight; "
+    "blocks.0.attn.q_proj.weight; blocks.0.attn.k_proj.weight; and 11 more"
+)
 A_SITE = "; it is given a site, with its .address, .module and .shape"
 NEAR_Q = "nearest: 'q_proj', 'q_proj()', 'v_proj', 'o_proj'"
 REGEX = "for a regex, pass re.compile(...)"
 PARTS = "; give rows as [0:64], columns of a matrix as [:, 0:64], or [q], [k], [v]"
 NO_PART = " is no part of lm_head.weight of shape (29, 16)" + PARTS
-BEYOND = " is empty or beyond lm_head.weight of shape (29, 16)"
+BEYOND = " is empty or beyond lm_head.weight of shape (29, 16): it is "
 TWO_OR_MORE = "LoRA takes tensors of 2 or more dimensions"
 
 
@@ -224,10 +229,10 @@ TARGETS = [
     target({"q_proj": 8}, "{'q_proj': 8}" + NO_TARGET),
     target(b"q_proj", "b'q_proj'" + NO_TARGET),
     target(nn.Linear, "the class Linear" + NO_TARGET),
-    target(nn.Linear(4, 4), "a Linear" + NO_TARGET),
+    target(nn.Linear(4, 4), "Linear(in_features=4, out_features=4, bias=True)" + NO_TARGET),
     target(torch.zeros(16, 16), "a Tensor" + NO_TARGET),
-    target(iter(["q_proj"]), "a list_iterator" + NO_TARGET),
-    target(lambda site: False, PREDICATE + "is true for no site"),
+    target(iter(["q_proj"]), "<list_iterator object at …>" + NO_TARGET),
+    target(lambda site: False, PREDICATE + OF_15),
     target(lambda name: "q_proj" in name,
            PREDICATE + "failed at embed.weight: TypeError(\"argument of type 'Site' is not …\")"
            + A_SITE),
@@ -239,7 +244,8 @@ TARGETS = [
     target("norm.bias", f"norm.bias is a tensor of shape (16,); {TWO_OR_MORE}"),
     target("blocks.0.attn()", f"blocks.0.attn() is a call; {TWO_OR_MORE}"),
     target("codes", "codes holds torch.int8: no gradient can flow through it", model=Integers),
-    target(lambda site: site.slot == "codes", PREDICATE + "is true for no site", model=Integers),
+    target(lambda site: site.slot == "codes",
+           PREDICATE + "is true for none of the 1 sites offered to it: plain.weight", model=Integers),
     Case(attaching(pl.BitFit(targets="lm_head")), "'lm_head' matches lm_head(); lm_head.weight; "
          "but BitFit takes biases, which have 1 dimension", pl.TargetError),
     Case(attaching(pl.BitFit(targets="lm_head.weight")), "lm_head.weight is a tensor of shape "
@@ -256,9 +262,9 @@ TARGETS = [
     target("norm.bias[:, 0:4]", "[:, 0:4] is no part of norm.bias of shape (16,)" + PARTS),
     target("w_in[:, 0:4]", "[:, 0:4] is no part of w_in of shape (3, 20, 16)" + PARTS,
            model=on("experts")),
-    target("lm_head.weight[0:99]", "[0:99]" + BEYOND),
-    target("lm_head.weight[5:5]", "[5:5]" + BEYOND),
-    target("lm_head.weight[:, 16:]", "[:, 16:]" + BEYOND),
+    target("lm_head.weight[0:99]", "[0:99]" + BEYOND + "[0:29]"),
+    target("lm_head.weight[5:5]", "[5:5]" + BEYOND + "[0:29]"),
+    target("lm_head.weight[:, 16:]", "[:, 16:]" + BEYOND + "[:, 0:16]"),
     target("lm_head[q]", "lm_head.weight has 29 outputs, which is no three equal parts; give the "
            "rows: [0:64]"),
     target("blocks.0.attn()[0:4]", "'blocks.0.attn()[0:4]' matches nothing; nearest: "
@@ -268,7 +274,8 @@ TARGETS = [
     target(None, "in exclude: 3 is no target: give an address such as '()', a compiled regex, a "
            "predicate such as lambda site: isinstance(site.module, nn.Linear), or a list of these",
            exclude=3),
-    target(None, f"in exclude: {PREDICATE}is true for no site", exclude=lambda site: False),
+    target(None, f"in exclude: {PREDICATE}is true for none of the 63 sites offered to it: (); "
+           "embed(); embed.weight; position(); and 59 more", exclude=lambda site: False),
     target(None, "exclude='*' leaves LoRA no site to take", exclude="*"),
     target("q_proj", "exclude=['attn', 'mlp'] leaves LoRA no site to take",
            exclude=["attn", "mlp"]),
@@ -282,8 +289,8 @@ TARGETS = [
          "blocks.0.attn.q_proj.weight is taken by LoRA at blocks.0.attn.q_proj.weight and by LoRA: "
          "name it once, or leave it out of one with exclude=", pl.TargetError, bare),
     target(["lm_head.weight[0:8]", "lm_head.weight[4:12]"],
-           "lm_head.weight[4:12] is taken by LoRA at lm_head.weight[0:8] and by LoRA: name it once, "
-           "or leave it out of one with exclude="),
+           "lm_head.weight[4:12] is taken by LoRA at lm_head.weight[0:8] and by LoRA: name it "
+           "once, or leave it out of one with exclude="),
 ]  # fmt: skip
 
 
@@ -298,7 +305,7 @@ class Closed(nn.Linear):
 class Final(type):
     def __new__(mcs, name: str, bases: tuple, body: dict) -> type:
         if any(isinstance(base, Final) for base in bases):
-            raise RuntimeError(f"{bases[0].__name__} is final")
+            raise RuntimeError("the class is final")
         return super().__new__(mcs, name, bases, body)
 
 
@@ -352,6 +359,10 @@ def traced() -> nn.Module:
     return torch.jit.trace(linears(), torch.zeros(1, 4))
 
 
+def planning(model: nn.Module, _: Path) -> None:
+    pl.plan(model, pl.LoRA())
+
+
 def under_inference(model: nn.Module, _: Path) -> None:
     with torch.inference_mode():
         pl.attach(model, SMALL)
@@ -373,15 +384,15 @@ SCRIPT = (
 
 MODELS = [
     Case(ALL, cant("Closed", "no subclasses, please"), model=lambda: after(Closed(4, 4))),
-    Case(ALL, cant("Sealed", "Sealed is final"), model=lambda: after(Sealed(4, 4))),
+    Case(ALL, cant("Sealed", "the class is final"), model=lambda: after(Sealed(4, 4))),
     Case(ALL, cant("Guarded", "keeps its class"), model=lambda: after(Guarded(4, 4))),
     Case(ALL, cant("Closed", "no subclasses, please"), model=lambda: Closed(4, 4)),
     Case(ALL, "a Named has an attribute 'peftlite' of its own, where its patches would go: rename "
          "it", model=lambda: after(Named(4, 4))),
     Case(ALL, "2.weight" + LAZY, model=lambda: after(nn.LazyLinear(4))),
-    Case(lambda model, _: pl.plan(model, pl.LoRA()), "weight" + LAZY, model=lambda: nn.LazyLinear(4)),
+    Case(planning, "weight" + LAZY, model=lambda: nn.LazyLinear(4)),
     Case(ALL, SCRIPT, model=traced),
-    Case(lambda model, _: pl.plan(model, pl.LoRA()), SCRIPT, model=traced),
+    Case(planning, SCRIPT, model=traced),
     Case(under_inference, "under torch.inference_mode no gradient can ever flow: attach outside of "
          "it (torch.no_grad is fine)", model=bare),
     Case(ALL, "0.weight was made under torch.inference_mode, so autograd can't use it: build or "
@@ -408,7 +419,10 @@ def two_roots() -> nn.Module:
     return model
 
 
-PART = "this module is part of a model that has deltas: attach to that model, and name this part "
+PART = (
+    "some of these modules have deltas that were attached to another module, inside this one or "
+    "around it: attach to that one, or detach them there first"
+)
 NO_DELTAS = "this model has no deltas; pl.attach or pl.load one first"
 SEVERAL = (
     "deltas are attached to several modules inside this one: pass the module that pl.attach was "
@@ -416,8 +430,8 @@ SEVERAL = (
 )
 
 ROOTS = [
-    Case(lambda model, _: pl.attach(model.blocks[0], pl.LoRA()), PART + "with targets="),
-    Case(lambda model, _: pl.attach(model.blocks[0].attn.q_proj, pl.LoRA()), PART + "with targets="),
+    Case(lambda model, _: pl.attach(model.blocks[0], pl.LoRA()), PART),
+    Case(lambda model, _: pl.attach(model.blocks[0].attn.q_proj, pl.LoRA()), PART),
     Case(lambda model, _: pl.use(model.blocks[0], "sql"),
          "this is a part of a model that has deltas: pass that model"),
     Case(attaching(pl.LoRA()), "deltas ['sql', 'chat'] are attached to the GPT inside this module: "
@@ -458,9 +472,9 @@ VIEWS = [
         lambda both, _: pl.merge(both.face, "sql"),
         lambda both, _: pl.unmerge(both.face, "sql"),
     )),
-    Case(lambda both, _: pl.attach(both.face.blocks[0], SMALL), PART + "with targets=", model=Faced),
-    Case(lambda both, _: pl.merge(both.model, "sql"), "'sql' is chosen by a view, which would apply "
-         "it twice: delete the view first", model=Faced),
+    Case(lambda both, _: pl.attach(both.face.blocks[0], SMALL), PART, model=Faced),
+    Case(lambda both, _: pl.merge(both.model, "sql"), "'sql' is chosen by a view, which would "
+         "apply it twice: delete the view first", model=Faced),
     Case(lambda model, _: pl.view(model, None), "a model under fully_shard can't be copied, so it "
          "can have no view", model=sharded_later),
 ]  # fmt: skip
@@ -675,9 +689,9 @@ MERGES = [
          "backup must be 'device', 'host' or 'none', not 'disk'"),
     Case(lambda model, _: pl.merge(model, "sql", backup=True),
          "backup must be 'device', 'host' or 'none', not True"),
-    Case(merging, "'sql' is merged already", model=merged),
-    Case(lambda model, _: pl.unmerge(model, "sql"), "'sql' is not merged; merged are: []"),
-    Case(lambda model, _: pl.unmerge(model, "chat"), "'chat' is not merged; merged are: ['sql']",
+    Case(merging, "'sql' is merged already: pl.unmerge it first", model=merged),
+    Case(lambda model, _: pl.unmerge(model, "sql"), "'sql' is not merged; merged are: none"),
+    Case(lambda model, _: pl.unmerge(model, "chat"), "'chat' is not merged; merged are: sql",
          model=merged),
     Case(lambda model, _: pl.merge(model, "chat", backup="none"), "blocks.0.attn.q_proj.weight "
          "holds another merged delta: unmerge that first", model=merged),
@@ -693,7 +707,7 @@ MERGES = [
          "torch.nn.utils.parametrize.remove_parametrizations",
          model=attached(nn.Sequential(weight_norm(nn.Linear(4, 4))), pl.LoRA(rank=2))),
     Case(merging, RESIZED, model=resized),
-    Case(merging, "the module of blocks.0.attn.q_proj.weight was replaced since 'sql' was "
+    Case(merging, "blocks.0.attn.q_proj.weight was replaced, or tied to another, since 'sql' was "
          "attached: pl.detach it, and attach to the model as it is now", model=replaced),
     Case(lambda *_: pl.Patch().value(torch.zeros(2)), "Patch changes calls, not tensors"),
 ]  # fmt: skip
@@ -719,19 +733,20 @@ A_PATH = "a path is a str or an os.PathLike: not "
 Q = "blocks.0.attn.q_proj.weight"
 
 SAVES = [
-    Case(lambda _, path: pl.save("sql", path), A_DELTA + "a str"),
+    Case(lambda _, path: pl.save("sql", path), A_DELTA + "'sql'"),
     Case(lambda model, path: pl.save(model, path), A_DELTA + "a GPT"),
     Case(lambda model, path: pl.save(path, delta(model)), A_DELTA + "a PosixPath"),
-    Case(lambda model, _: pl.save(delta(model), None), A_PATH + "a NoneType"),
-    Case(lambda model, _: pl.save(delta(model), b"sql"), A_PATH + "a bytes"),
-    saved(lambda _, path: path.parent, "can't write '…': it is no regular file"),
+    Case(lambda model, _: pl.save(delta(model), None), A_PATH + "None"),
+    Case(lambda model, _: pl.save(delta(model), b"sql"), A_PATH + "b'sql'"),
+    saved(lambda _, path: path.parent, "can't write '…': it is a folder"),
+    saved(lambda *_: "/dev/null", "can't write '/dev/null': it is no regular file"),
     saved(lambda _, path: path / "deeper" / "sql", "can't write '…/deeper/sql': there is no folder "
           "'…/deeper'"),
     saved(lambda _, path: path.with_name("x" * 300), f"can't write '…{'x' * 300}': File name too "
           "long"),
     saved(lambda _, path: f"{path}\0", r"can't write '…\x00': embedded null byte"),
     Case(lambda model, path: pl.save(delta(model), path / "sql"),
-         "can't write '…/sql.safetensors/sql': Not a directory", pl.FileError,
+         "can't write '…/sql.safetensors/sql': there is no folder '…'", pl.FileError,
          file=lambda path: path.write_bytes(b"")),
     Case(saving, "blocks.0.attn.q_proj.weight:a has values that aren't finite, so it could not be "
          "loaded", model=poisoned, file=lambda path: path.write_bytes(b"older")),
@@ -788,7 +803,7 @@ def more_sites(*addresses: str) -> Callable[[Path], None]:
     return edited(lambda old, _: old["methods"][0]["sites"].extend(addresses))
 
 
-def tensors(**changes: Any) -> Callable[[Path], None]:
+def tensor(change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
     """A file with another tensor in the place of the first."""
     return edited(lambda _, old: old.update({f"{Q}:a": change(old[f"{Q}:a"])}))
 
@@ -808,3 +823,307 @@ def raw(data: bytes) -> Callable[[Path], Any]:
 
 def metadata(entries: dict[str, str] | None) -> Callable[[Path], Any]:
     return raw(safetensors.torch.save({"layer.lora_A": torch.zeros(2)}, entries))
+
+
+def loading(**options: Any) -> Callable[[Any, Path], Any]:
+    return lambda model, path: pl.load(model, path, **options)
+
+
+def bad_file(
+    file: Callable[[Path], Any] | None,
+    says: str,
+    kind: type[Exception] = pl.FileError,
+    model: Callable[[], Any] = bare,
+    **options: Any,
+) -> Case:
+    return Case(loading(**options), says, kind, model, file)
+
+
+DAMAGED = "'…' is no safetensors file, or is damaged: …"
+BROKEN = "'…' has a broken header: its "
+FOREIGN = "'…' is not of pl.save's making; it holds "
+
+# what is wrong with a file whatever the model: pl.inspect says the same
+UNREADABLE = [
+    (None, "there is no file '…'"),
+    (Path.mkdir, "'…' is a folder: name the file in it"),
+    *((raw(data), DAMAGED) for data in (
+        b"", b"\x80\x04K\x01.", b"PK\x03\x04" * 9, b"text" * 9, good()[:7], good()[:200],
+        good()[:-1], good() + b"\0", good()[:8] + b"}" + good()[9:],
+        struct.pack("<Q", 2**63) + good()[8:], struct.pack("<Q", 0) + good()[8:],
+    )),
+    (metadata(None), FOREIGN + "layer.lora_A"),
+    (metadata({"format": "pt"}), FOREIGN + "format; layer.lora_A"),
+    (raw(safetensors.torch.save({})), FOREIGN + "nothing"),
+    *((metadata({"peftlite": data}), "'…' has a header that is no JSON: …")
+      for data in ("", "{", "peftlite", "[" * 100_000)),
+    *((metadata({"peftlite": data}), BROKEN + "'format' is None") for data in ("null", "[]", "3")),
+    (header(format=2), "'…' has format 2, and this peftlite reads up to 1: upgrade peftlite"),
+    *((header(format=value), f"{BROKEN}'format' is {value!r}") for value in (None, "1", True, 0.5)),
+    (header(name=None), BROKEN + "'name' is None"),
+    (header(library=3), BROKEN + "'library' is 3"),
+    (header(base=[]), BROKEN + "'base' is []"),
+    (header(base={"a": 3}), "'…' has a broken header: its base has 'a': 3"),
+    (header(methods={}), BROKEN + "'methods' is {}"),
+    (header(methods=["LoRA"]), BROKEN + "'sites' is None"),
+    *((method(sites=value), f"{BROKEN}'sites' is {value!r}") for value in (None, "a.weight", {})),
+    *((method(sites=value), f"{BROKEN}'sites' are {value!r}") for value in ([], [3], [["a"]])),
+    (method(method=["LoRA"]), BROKEN + "'method' is ['LoRA']"),
+    (method(config=None), BROKEN + "'config' is None"),
+    *((method(method=name), f"'…' holds the method '{name}', which isn't known here; known are "
+       "…, LoRA… (a method of your own: import it first)")
+      for name in ("Frobnicate", "Method", "os.system", "")),
+    (method(method="BitFit"), "'…': here BitFit has no setting 'alpha'"),
+    (method(config={}), "'…': here LoRA needs the setting 'alpha'"),
+    (config(frob=1), "'…': here LoRA has no setting 'frob'"),
+    (config(targets="*"), "'…': here LoRA has no setting 'targets'"),
+    *((config(rank=value), f"'…' has an impossible setting of LoRA: {RANK}{value!r}")
+      for value in (0, "2", True, 1.5, None)),
+    (config(alpha=float("nan")), f"'…' has an impossible setting of LoRA: {ALPHA}nan"),
+    *((config(dtype=value), f"'…' has an impossible setting of LoRA: {DTYPE}…")
+      for value in ("frob", "nn", "load", "int8", 3)),
+]  # fmt: skip
+
+
+def otherwise(change: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+    """A model whose weights are others than the file's."""
+
+    def build() -> nn.Module:
+        model = bare()
+        with torch.no_grad():
+            change(model)
+        return model
+
+    return build
+
+
+def q_proj(linear: nn.Module) -> Callable[[nn.Module], None]:
+    return lambda model: setattr(model.blocks[0].attn, "q_proj", linear)
+
+
+def integers(model: nn.Module) -> None:
+    codes = torch.ones(12, 16, dtype=torch.int8)
+    model.blocks[0].attn.q_proj.weight = nn.Parameter(codes, requires_grad=False)
+
+
+MISFIT = "'…' doesn't fit this model: "
+OTHER = "'…' was made for other base weights: "
+LOAD_IT = "; load it into the base it was trained on, or pass check_base='warn'"
+SITES = "'…' is for a model with other sites: of "
+LACKS_ALL = (
+    "4, this one lacks 4: blocks.0.attn.q_proj.weight; blocks.1.attn.q_proj.weight; "
+    "blocks.0.attn.v_proj.weight; blocks.1.attn.v_proj.weight; "
+)
+
+FILES = [
+    *(bad_file(file, says) for file, says in UNREADABLE),
+    *(Case(lambda _, path: pl.inspect(path), says, pl.FileError, nn.ReLU, file)
+      for file, says in UNREADABLE),
+    # the arguments
+    Case(lambda model, path: pl.load(path, model), "load takes the model first, then the path"),
+    Case(lambda model, _: pl.load(model, model.state_dict()), A_PATH + "an OrderedDict"),
+    Case(lambda model, _: pl.inspect(delta(model)), A_PATH + "Delta('sql', LoRA, 224 parameters)"),
+    bad_file(raw(good()), "check_base must be 'error', 'warn' or 'off', not False",
+             pl.PeftliteError, check_base=False),
+    bad_file(raw(good()), "a delta named 'sql' is attached already: choose another name=, or "
+             "pl.detach(model, 'sql') first", pl.PeftliteError, two),
+    bad_file(raw(good()), f"'a.b'{A_NAME}", pl.PeftliteError, name="a.b"),
+    bad_file(header(name="../sql"), f"'../sql'{A_NAME}", pl.PeftliteError),
+    Case(torch.inference_mode()(loading()), "under torch.inference_mode no gradient can ever flow: "
+         "attach outside of it (torch.no_grad is fine)", pl.PeftliteError, bare, raw(good())),
+    # another model
+    bad_file(raw(good()), SITES + LACKS_ALL + "there are such as '0.weight', '0.bias', '2.weight'",
+             model=on("mlp")),
+    bad_file(raw(good()), SITES + LACKS_ALL + "nearest: 'blocks.0.attn.o_proj.weight', "
+             "'blocks.1.attn.o_proj.weight', 'blocks.0.attn.qkv.weight', "
+             "'blocks.0.attn_norm.weight'", model=on("gpt_fused")),
+    bad_file(more_sites("lm_head"), SITES + "5, this one lacks 1: lm_head; nearest: 'lm_head', "
+             "'lm_head()', 'lm_head.weight'"),
+    bad_file(more_sites("*.k_proj"), SITES + "5, this one lacks 1: *.k_proj; nearest: …"),
+    bad_file(more_sites("blocks.0.attn()[0:4]"),
+             SITES + "5, this one lacks 1: blocks.0.attn()[0:4]; …"),
+    bad_file(more_sites(Q), f"'…' names the site {Q} twice"),
+    bad_file(more_sites("lm_head.weight[0:99]"), MISFIT + "[0:99]" + BEYOND + "[0:29]"),
+    bad_file(more_sites("lm_head.weight[zz]"), MISFIT + "[zz]" + NO_PART),
+    bad_file(more_sites("norm.weight"), f"{MISFIT}norm.weight is a tensor of shape (16,); "
+             + TWO_OR_MORE),
+    bad_file(more_sites("blocks.0.attn()"), f"{MISFIT}blocks.0.attn() is a call; {TWO_OR_MORE}"),
+    bad_file(raw(good()), f"{MISFIT}{Q} holds torch.int8: no gradient can flow through it",
+             model=otherwise(integers)),
+    bad_file(raw(good()), f"{MISFIT}it has {Q}:a as (2, 16), not (2, 32)",
+             model=otherwise(q_proj(nn.Linear(32, 12, bias=False)))),
+    # other tensors than it says
+    bad_file(edited(lambda _, old: old.pop(f"{Q}:a")), f"{MISFIT}it has no {Q}:a"),
+    bad_file(edited(lambda _, old: old.update(x=torch.zeros(2))),
+             f"{MISFIT}it has x, which nothing asks for"),
+    bad_file(header(methods=[]), f"{MISFIT}it has {Q}:a, which nothing asks for; …; and 4 more"),
+    bad_file(tensor(lambda a: a[0]), f"{MISFIT}it has {Q}:a as (16,), not (2, 16)"),
+    *(bad_file(tensor(lambda a, by=by: a * by), f"{MISFIT}it has {Q}:a with values that aren't "
+               "finite") for by in (torch.nan, torch.inf)),
+    *(bad_file(tensor(lambda a, dtype=dtype: a.to(dtype)),
+               f"{MISFIT}it has {Q}:a as {dtype}, not torch.float32")
+      for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)),
+    bad_file(config(rank=3), f"{MISFIT}it has {Q}:a as (2, 16), not (3, 16); …; and 4 more"),
+    bad_file(config(rank=10**9), f"{MISFIT}it has {Q}:a as (2, 16), not (1000000000, 16); …"),
+    bad_file(config(rank=10**18), f"{MISFIT}Storage size calculation overflowed…"),
+    bad_file(config(init="pissa"), f"{MISFIT}it has no {Q}:a0; …; and 4 more"),
+    bad_file(config(init="pissa", rank=100), f"{MISFIT}blocks.0.attn.q_proj.weight has matrices of "
+             "12×16, whose rank is at most 12: init='pissa' has no 100 directions to take"),
+    # another base
+    bad_file(raw(good()), f"{OTHER}1 of 4 tensors differ: {Q}{LOAD_IT}", pl.BaseMismatchError,
+             otherwise(lambda model: model.blocks[0].attn.q_proj.weight[0, 0].add_(1e-3))),
+    bad_file(raw(good()), f"{OTHER}4 of 4 tensors differ: {Q} (dtype float32, here bfloat16); …"
+             f"{LOAD_IT}", pl.BaseMismatchError, otherwise(nn.Module.bfloat16)),
+    bad_file(edited(lambda old, _: old["base"].pop(Q)), f"'…' lacks the fingerprint of {Q}"),
+]  # fmt: skip
+
+
+# -- the demo
+
+
+@mock.patch("sysconfig.get_path")
+def without_sources(get_path: Any) -> None:
+    get_path.return_value = "/nowhere"
+    text.code()
+
+
+DEMO = [
+    Case(lambda *_: without_sources(), "the demo reads Python's own source, but /nowhere has 0 "
+         "modules as text; run it with a Python whose standard library is installed as .py files"),
+]  # fmt: skip
+
+CASES = [
+    *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
+    *(MERGES + SAVES + FILES + DEMO),
+]
+
+
+# -- the laws
+
+
+def trace(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """All that an error may not disturb."""
+    files = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+    return {
+        **snapshot(model),
+        "choice": [hosted.choice.__dict__.copy() for hosted in hosts(model)],
+        "deltas": [list(hosted.registry.deltas) for hosted in hosts(model) if hosted.registry],
+        "files": files,
+    }
+
+
+def hosts(model: nn.Module) -> Iterator[Any]:
+    return (m.peftlite for m in model.modules() if isinstance(m, pl.host.Host))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """The digest, or what there is of it in a model whose tensors can't be looked at."""
+    try:
+        return digest(model)
+    except (KeyError, ValueError):
+        return {path: (type(m), sorted(m.__dict__)) for path, m in model.named_modules()}
+
+
+def provoke(case: Case, folder: Path) -> Exception:
+    """What the case raises, once it has left no trace."""
+    model, path = (case.model or two)(), folder / "sql.safetensors"
+    if case.file is not None:
+        case.file(path)
+    before = trace(model, folder)
+    try:
+        case.act(model, path)
+    except pl.PeftliteError as error:
+        assert trace(model, folder) == before
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def matches(pattern: str, message: str) -> bool:
+    """Whether a message is what was written down, … standing for anything."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("…"))), message) is not None
+
+
+def name(case: Case) -> str:
+    return re.sub(r"\W+", "_", case.says)[:60]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_says_what_to_do_and_leaves_no_trace(case: Case, tmp_path: Path) -> None:
+    error = provoke(case, tmp_path)
+    assert matches(case.says, str(error)), str(error)
+    assert type(error) is case.kind
+
+
+def raise_statements() -> Iterator[tuple[str, int, int]]:
+    """Every `raise` of an error in the package: its file, first and last line."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                if ast.unparse(node.exc) != "NotImplementedError":
+                    yield str(path), node.lineno, node.end_lineno or 0
+
+
+def raised_at(error: BaseException | None) -> Iterator[tuple[str, int]]:
+    """Where an error was raised, and whatever it came from."""
+    while error is not None:
+        *_, last = iterate(error.__traceback__)
+        yield last.tb_frame.f_code.co_filename, last.tb_lineno
+        error = error.__cause__
+
+
+def iterate(traceback: Any) -> Iterator[Any]:
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def test_every_error_is_read_here(tmp_path: Path) -> None:
+    seen = set()
+    for i, case in enumerate(CASES):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        seen.update(raised_at(provoke(case, folder)))
+    unread = [
+        f"{Path(file).relative_to(PACKAGE)}:{first}"
+        for file, first, last in raise_statements()
+        if not any((file, line) in seen for line in range(first, last + 1))
+    ]
+    assert not unread
+
+
+# -- what is let through
+
+
+def test_the_numbers_of_a_sweep_are_numbers(tmp_path: Path) -> None:
+    for rank, alpha, dropout in (
+        (np.int64(2), np.float32(4), np.float64(0.5)),
+        (torch.tensor(2), torch.tensor(4.0), torch.tensor(0.5)),
+    ):
+        method = pl.LoRA(rank=rank, alpha=alpha, dropout=dropout)
+        assert method == pl.LoRA(rank=2, alpha=4.0, dropout=0.5)
+        pl.save(pl.attach(bare(), method), tmp_path / "sweep.safetensors")
+        ((read, _),) = pl.inspect(tmp_path / "sweep.safetensors").methods
+        assert read == method
+
+
+def test_another_base_can_be_let_through(tmp_path: Path) -> None:
+    path = tmp_path / "sql.safetensors"
+    path.write_bytes(good())
+    model = bare().bfloat16()
+    with pytest.warns(UserWarning, match="made for other base weights: 4 of 4 tensors differ"):
+        pl.load(model, path, name="warned", check_base="warn")
+    pl.load(model, path, name="off", check_base="off")
+    assert list(pl.deltas(model)) == ["warned", "off"]
+
+
+def test_a_scripted_part_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    assert pl.plan(model, pl.LoRA(targets="*")).addresses == ["0.weight"]
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    model = two()
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    pl.save(delta(model), tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "run"]

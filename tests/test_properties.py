@@ -82,12 +82,13 @@ def disturb(delta: pl.Delta) -> pl.Delta:
 
 def change(patch: pl.Patch, of: Callable[[Tensor], Tensor] = itself) -> Tensor:
     """What a patch adds to its tensor, in fp64 and the layout of a Linear: D, or s·(BA − B₀A₀)."""
-    t = {name: of(tensor.double()) for name, tensor in patch.state_dict().items()}
+    t = {name: tensor.double() for name, tensor in patch.state_dict().items()}
     if "difference" in t:
-        return t["difference"]
-    s = torch.tensor(patch.scale, dtype=torch.float64)
-    fixed = of(-s) * (t["b0"] @ t["a0"]) if "a0" in t else 0
-    return of(s) * (t["b"] @ t["a"]) + fixed
+        return of(t["difference"])
+    s, a, b = patch.scale, t["a"], t["b"]
+    if "a0" not in t:
+        return s * (of(b) @ of(a))
+    return s * (of(b - t["b0"]) @ of(a) + of(t["b0"]) @ of(a - t["a0"]))
 
 
 def tensors(
@@ -254,6 +255,19 @@ def begins(init: str, r: int, s: float, a: Tensor, b: Tensor, w: Tensor) -> None
         close((b @ a)[:, :r], w[:, :r])
     else:
         assert not (a.any() and b.any())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@given(case=layers())
+def test_a_small_step_from_fixed_factors_counts(init, case: Layer) -> None:
+    layer, x = case
+    delta = pl.attach(layer, pl.LoRA(rank=1, init=init))
+    with torch.no_grad():
+        for p in layer.parameters(recurse=False):
+            p.zero_()  # the change alone is left
+        for p in delta.parameters():
+            p.mul_(1 + 1e-4 * torch.randn_like(p))
+    within(layer(x), exact(layer, [delta], x))
 
 
 @given(seed=seeds, r=st.integers(1, 8), i=st.integers(8, 300))

@@ -190,9 +190,10 @@ def host_class(base: type, slots: frozenset[str]) -> type:
             patches = (patches or ()) + active[CALL]
         if not patches:
             return inner(*args, **kwargs)
+        last: Any = patches[-1]
         for patch in patches[:-1]:
             inner = Over(patch, inner)
-        return patches[-1].call(inner, *args, **kwargs)
+        return last.call(inner, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(base.forward)
     body: dict[str, Any] = {"forward": forward, "_base": base, "__module__": base.__module__}

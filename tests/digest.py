@@ -32,7 +32,8 @@ def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor."""
     if tensor.is_meta:
         return b""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    whole = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return whole.view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ differs from machine to machine). The last test finds the raises that nobody has
 import ast
 import copy
 import functools
+import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import peftlite as pl
 from peftlite.demo import text
-from tests.digest import digest
+from tests.digest import bits, digest
 from tests.zoo import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -244,8 +246,8 @@ TARGETS = [
     target("norm.bias", f"norm.bias is a tensor of shape (16,); {TWO_OR_MORE}"),
     target("blocks.0.attn()", f"blocks.0.attn() is a call; {TWO_OR_MORE}"),
     target("codes", "codes holds torch.int8: no gradient can flow through it", model=Integers),
-    target(lambda site: site.slot == "codes",
-           PREDICATE + "is true for none of the 1 sites offered to it: plain.weight", model=Integers),
+    target(lambda site: site.slot == "codes", PREDICATE + "is true for none of the 1 sites offered "
+           "to it: plain.weight", model=Integers),
     Case(attaching(pl.BitFit(targets="lm_head")), "'lm_head' matches lm_head(); lm_head.weight; "
          "but BitFit takes biases, which have 1 dimension", pl.TargetError),
     Case(attaching(pl.BitFit(targets="lm_head.weight")), "lm_head.weight is a tensor of shape "
@@ -739,12 +741,13 @@ SAVES = [
     Case(lambda model, _: pl.save(delta(model), None), A_PATH + "None"),
     Case(lambda model, _: pl.save(delta(model), b"sql"), A_PATH + "b'sql'"),
     saved(lambda _, path: path.parent, "can't write '…': it is a folder"),
-    saved(lambda *_: "/dev/null", "can't write '/dev/null': it is no regular file"),
     saved(lambda _, path: path / "deeper" / "sql", "can't write '…/deeper/sql': there is no folder "
           "'…/deeper'"),
     saved(lambda _, path: path.with_name("x" * 300), f"can't write '…{'x' * 300}': File name too "
           "long"),
     saved(lambda _, path: f"{path}\0", r"can't write '…\x00': embedded null byte"),
+    Case(saving, "can't write '…/sql.safetensors': it is no regular file", pl.FileError,
+         file=os.mkfifo),
     Case(lambda model, path: pl.save(delta(model), path / "sql"),
          "can't write '…/sql.safetensors/sql': there is no folder '…'", pl.FileError,
          file=lambda path: path.write_bytes(b"")),
@@ -785,7 +788,7 @@ def parts() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def header(**changes: Any) -> Callable[[Path], None]:
-    """A file with other entries in its header; None leaves one out."""
+    """A file with other entries in its header."""
     return edited(lambda old, _: old.update(changes))
 
 
@@ -809,12 +812,26 @@ def tensor(change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
 
 
 def edited(edit: Callable[[dict, dict], Any]) -> Callable[[Path], None]:
+    """A file as someone would write it who knows the format, digests and all."""
+
     def write(path: Path) -> None:
         head, values = parts()
+        del head["sha256"]
         edit(head, values)
-        path.write_bytes(safetensors.torch.save(values, {"peftlite": json.dumps(head)}))
+        if "tensors" in head:
+            head["tensors"] = {key: sha256(value) for key, value in values.items()}
+        head["sha256"] = hashlib.sha256(canonical(head).encode()).hexdigest()
+        path.write_bytes(safetensors.torch.save(values, {"peftlite": canonical(head)}))
 
     return write
+
+
+def canonical(head: dict[str, Any]) -> str:
+    return json.dumps(head, sort_keys=True, ensure_ascii=False)
+
+
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(bits(tensor)).hexdigest()
 
 
 def raw(data: bytes) -> Callable[[Path], Any]:
@@ -859,10 +876,19 @@ UNREADABLE = [
       for data in ("", "{", "peftlite", "[" * 100_000)),
     *((metadata({"peftlite": data}), BROKEN + "'format' is None") for data in ("null", "[]", "3")),
     (header(format=2), "'…' has format 2, and this peftlite reads up to 1: upgrade peftlite"),
-    *((header(format=value), f"{BROKEN}'format' is {value!r}") for value in (None, "1", True, 0.5)),
+    *((header(format=value), f"{BROKEN}'format' is {value!r}")
+      for value in (None, "1", True, 0.5, 0, -1)),
     (header(name=None), BROKEN + "'name' is None"),
     (header(library=3), BROKEN + "'library' is 3"),
     (header(base=[]), BROKEN + "'base' is []"),
+    (edited(lambda old, _: old.pop("tensors")), BROKEN + "'tensors' is None"),
+    (raw(good().replace(b"alpha", b"alphb")), "'…': here LoRA needs the setting 'alpha'"),
+    (raw(good().replace(b"rank", b"ranc")), "'…': here LoRA has no setting 'ranc'"),
+    *((raw(good().replace(old, new)), "'…' is damaged: its header isn't what was saved; copy it "
+       "again") for old, new in ((b"float32", b"float23"), (b"sql", b"sqk"))),
+    *((metadata({"peftlite": json.dumps({**parts()[0], **changes})}), "'…' is damaged: its header "
+       "isn't what was saved; copy it again")
+      for changes in ({"sha256": "0"}, {"library": "\ud800"}, {"more": float("nan")}, {})),
     (header(base={"a": 3}), "'…' has a broken header: its base has 'a': 3"),
     (header(methods={}), BROKEN + "'methods' is {}"),
     (header(methods=["LoRA"]), BROKEN + "'sites' is None"),
@@ -943,6 +969,12 @@ FILES = [
     bad_file(more_sites("blocks.0.attn()[0:4]"),
              SITES + "5, this one lacks 1: blocks.0.attn()[0:4]; …"),
     bad_file(more_sites(Q), f"'…' names the site {Q} twice"),
+    bad_file(more_sites(Q + "[0:4]"),
+             f"{MISFIT}{Q}[0:4] shares entries with another site of the file here"),
+    bad_file(more_sites("embed.weight", "lm_head.weight"), f"{MISFIT}lm_head.weight shares entries "
+             "with another site of the file here", model=on("gpt_tied")),
+    bad_file(raw(good()), f"{MISFIT}{Q} is on the meta device: give the model its weights, then "
+             "load", model=lambda: bare().to("meta")),
     bad_file(more_sites("lm_head.weight[0:99]"), MISFIT + "[0:99]" + BEYOND + "[0:29]"),
     bad_file(more_sites("lm_head.weight[zz]"), MISFIT + "[zz]" + NO_PART),
     bad_file(more_sites("norm.weight"), f"{MISFIT}norm.weight is a tensor of shape (16,); "
@@ -953,6 +985,8 @@ FILES = [
     bad_file(raw(good()), f"{MISFIT}it has {Q}:a as (2, 16), not (2, 32)",
              model=otherwise(q_proj(nn.Linear(32, 12, bias=False)))),
     # other tensors than it says
+    bad_file(raw(good()[:-1] + bytes([good()[-1] ^ 1])),
+             "'…' is damaged: blocks.1.attn.v_proj.weight:b isn't what was saved; copy it again"),
     bad_file(edited(lambda _, old: old.pop(f"{Q}:a")), f"{MISFIT}it has no {Q}:a"),
     bad_file(edited(lambda _, old: old.update(x=torch.zeros(2))),
              f"{MISFIT}it has x, which nothing asks for"),

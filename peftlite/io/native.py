@@ -4,7 +4,11 @@ Tensors are named `address:parameter`. One metadata entry, `peftlite`, holds JSO
 
     {"format": 1, "library": "0.1.0", "name": "sql",
      "methods": [{"method": "LoRA", "config": {"rank": 8, …}, "sites": ["layers.0.q.weight", …]}],
-     "base": {"layers.0.q.weight": {"dtype": "float32", "shape": [16, 16], "sha256": "…"}, …}}
+     "base": {"layers.0.q.weight": {"dtype": "float32", "shape": [16, 16], "sha256": "…"}, …},
+     "tensors": {"layers.0.q.weight:a": "<sha-256 of its bytes>", …},
+     "sha256": "<of this header without this entry>"}
+
+The digests find damage, not forgery.
 """
 
 from __future__ import annotations
@@ -88,7 +92,7 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
     for key, tensor in delta.state_dict().items():
         if tensor.is_meta:
             raise PeftliteError(f"{key} is on the meta device and has no values to save")
-        tensors[key] = gather(tensor).cpu().contiguous()
+        tensors[key] = gather(tensor).cpu().clone(memory_format=torch.contiguous_format)
         if not tensors[key].isfinite().all():
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     groups: dict[int, list[str]] = {id(method): [] for method in delta.methods}
@@ -105,9 +109,10 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
             if groups[id(m)]
         ],
         "base": _fingerprints(delta),
+        "tensors": {key: _sha256(tensor) for key, tensor in tensors.items()},
     }
-    text = json.dumps(header, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    _write(_path(path), safetensors.torch.save(tensors, {_KEY: text}))
+    header["sha256"] = _digest(header)
+    _write(_path(path), safetensors.torch.save(tensors, {_KEY: _canonical(header)}))
 
 
 def _library() -> str:
@@ -145,10 +150,24 @@ def _fingerprints(delta: Delta) -> dict[str, dict[str, Any]]:
 
 
 def _fingerprint(tensor: Tensor) -> dict[str, Any]:
-    data = gather(tensor.detach()).cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"")
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest.hexdigest()}
+    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": _sha256(gather(tensor))}
+
+
+def _sha256(tensor: Tensor) -> str:
+    # a dimension of one may have any stride, and still passes for contiguous
+    data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return hashlib.sha256(data.view(torch.uint8).numpy() if data.numel() else b"").hexdigest()
+
+
+def _canonical(header: dict[str, Any]) -> str:
+    return json.dumps(header, ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+
+def _digest(header: dict[str, Any]) -> str:
+    """Of a header, but for the digest in it."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(_canonical(rest).encode()).hexdigest()
 
 
 def _path(given: Any) -> Path:
@@ -245,7 +264,8 @@ def load(
         _check_base(info, sites, path, check_base)
     delta = Delta(info.name if name is None else name, methods, _build(info, sites, path))
     for key, parameter in delta.named_tensors():
-        parameter.data = tensors[key].to(parameter.device)
+        # in memory of torch's own: another alignment moves the last bits of a product
+        parameter.data = tensors[key].to(parameter.device).clone()
     delta.requires_grad_(bool(trainable))
     return commit(model, delta)
 
@@ -277,7 +297,14 @@ def _read(path: Any, values: bool) -> tuple[Info, dict[str, Tensor]]:
         header = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
         raise FileError(f"{at!r} has a header that is no JSON: {error}") from error
-    return _info(header, shapes, at), tensors
+    info = _info(header, shapes, at)
+    if _digest(header) != header.get("sha256") or _canonical(header) != metadata[_KEY]:
+        raise FileError(f"{at!r} is damaged: its header isn't what was saved; copy it again")
+    if damaged := [
+        k for k, tensor in tensors.items() if header["tensors"].get(k) != _sha256(tensor)
+    ]:
+        raise FileError(f"{at!r} is damaged: {few(damaged)} isn't what was saved; copy it again")
+    return info, tensors
 
 
 def _info(header: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], at: str) -> Info:
@@ -290,6 +317,8 @@ def _info(header: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], at: str) 
         return value
 
     version = part(header, "format", int)
+    if version < 1:
+        raise FileError(f"{at!r} has a broken header: its 'format' is {version}")
     if version > FORMAT:
         raise FileError(
             f"{at!r} has format {version}, and this peftlite reads up to {FORMAT}: upgrade peftlite"
@@ -301,6 +330,7 @@ def _info(header: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], at: str) 
             raise FileError(f"{at!r} has a broken header: its 'sites' are {addresses!r}")
         method = _method(part(entry, "method", str), part(entry, "config", dict), at)
         methods.append((method, addresses))
+    part(header, "tensors", dict)
     base = part(header, "base", dict)
     for address, entry in base.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "sha256"}:

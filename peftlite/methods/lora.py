@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -79,45 +79,36 @@ class LoRAPatch(Patch):
         for tensor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
             tensor.copy_(value)
 
-    def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Left and right, whose product is laid out as the tensor is."""
-        return (a.mT, b.mT) if self.transposed else (b, a)
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A and B; with a fixed start A₀, B₀ those of BA − B₀A₀ = (B−B₀)A + B₀(A−A₀)."""
+        own: Any = self._parameters  # nn.Module's attribute access costs as much as a small matmul
+        a, b = own["a"], own["b"]
+        if self.fixed:  # subtracted in their own dtype: no step is too small to be seen
+            a, b = torch.cat([a, a - self.a0], -2), torch.cat([b - self.b0, self.b0], -1)
+        return a, b
 
     def value(self, w: Tensor) -> Tensor:
+        a, b = self._factors()
         # in fp32 at least, so that W' is rounded once
-        wide = torch.promote_types(torch.promote_types(w.dtype, self.a.dtype), torch.float32)
-        a, b = self.a.to(wide), self.b.to(wide)
-        a0 = self.a0.to(wide) if self.fixed else None
+        wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
+        a, b = a.to(wide), b.to(wide)
         if self.training and self.dropout:
             # a dropped input feature is a dropped column of A; rows of a batch share the mask
-            kept = F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
-            a, a0 = a * kept, None if a0 is None else a0 * kept
-        left, right = self._factors(a, b)
-        change = left @ right
-        if a0 is not None:
-            left, right = self._factors(a0, self.b0.to(wide))
-            change = change - left @ right
+            a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
+        change = a.mT @ b.mT if self.transposed else b @ a
         return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         x = input
         if self.training and self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
-        own = self._parameters  # nn.Module's attribute access costs as much as a small matmul
-        left, right = self._beside(inner.weight, own["a"], own["b"])
-        if not self.fixed:
-            return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)
-        y = inner(input, *args, **kwargs)
-        change = inner.low_rank(x, y, left, right)
-        change = change - inner.low_rank(x, y, *self._beside(inner.weight, self.a0, self.b0))
-        return torch.add(y, change, alpha=self.scale)
-
-    def _beside(self, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors to use beside `w`: in its dtype, and as wide."""
+        w, (a, b) = inner.weight, self._factors()
         if a.dtype is not w.dtype:
             a, b = a.to(w.dtype), b.to(w.dtype)
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        return (left, right) if self.index is None else widen(left, right, self.index, w.shape)
+        if self.index is not None:
+            left, right = widen(left, right, self.index, w.shape)
+        return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)
 
 
 def _as_matrices(w: Tensor, module: nn.Module) -> tuple[list[int], tuple[int, int]]:

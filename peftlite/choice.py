@@ -8,17 +8,20 @@ can't see: while one is in force, compiled code steps aside for eager code, or r
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from peftlite import recompute
 from peftlite.errors import PeftliteError
 
 Names = tuple[str, ...]
@@ -38,8 +41,22 @@ class Hidden:
 HIDDEN = Hidden()
 
 
-_EMPTY: Mapping[Choice, Names | Rows] = MappingProxyType({})
-_scopes: ContextVar[Mapping[Choice, Names | Rows]] = ContextVar("peftlite", default=_EMPTY)
+@dataclass(eq=False)
+class Scope:
+    """A choice in force inside a `with`, for the context that opened it.
+
+    It holds in the backward pass that it was opened in, or outside of any: a backward pass may run
+    in another thread, long after.
+    """
+
+    choice: Choice
+    names: Names | Rows
+    backward_pass: int = field(default_factory=recompute.backward_pass)
+    checkpoints: WeakSet[Any] = field(default_factory=recompute.around)
+    open: bool = True
+
+
+_scopes: ContextVar[tuple[Scope, ...]] = ContextVar("peftlite", default=())
 _lock = threading.Lock()
 
 
@@ -57,15 +74,42 @@ class Choice:
         """The choice in force for the code that asks."""
         if not self.scoped:
             return self.standing
-        if self.traced is not None:
-            return self.traced
         if torch.compiler.is_dynamo_compiling():
-            return HIDDEN
-        return _scopes.get().get(self, self.standing)
+            return HIDDEN if self.traced is None else self.traced
+        here = recompute.backward_pass()
+        for scope in reversed(_scopes.get()):
+            if scope.choice is self and scope.open and scope.backward_pass == here:
+                if recompute.at_work():
+                    recompute.carry(scope.checkpoints, functools.partial(self.scope, scope.names))
+                return scope.names
+        return self.standing
 
-    def scope(self, names: Names | Rows) -> Scope:
-        """A context manager in which the choice is `names`, for this context alone."""
-        return Scope(self, names)
+    @contextmanager
+    def scope(self, names: Names | Rows) -> Iterator[None]:
+        """A context in which the choice is `names`, for the thread or task that opens it alone."""
+        # a generator: code that torch.compile leaves eager would have a plain `__enter__` compiled
+        if torch.compiler.is_dynamo_compiling():
+            outer = self.traced, self.scoped
+            self.traced, self.scoped = names, True
+            try:
+                yield
+            finally:
+                self.traced, self.scoped = outer
+            return
+        scope = Scope(self, names)
+        self._count(1)
+        _scopes.set((*_scopes.get(), scope))
+        try:
+            yield
+        finally:
+            scope.open = False  # also where the context was copied, as it is for a new task
+            _scopes.set(tuple(other for other in _scopes.get() if other.open))
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with _lock:
+            self._scopes_open += change
+            self.scoped = self._scopes_open > 0
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model begins outside of every scope
@@ -75,35 +119,6 @@ class Choice:
         self.__init__(**state)
 
 
-class Scope:
-    """A choice in force inside a `with`, seen by this context alone."""
-
-    def __init__(self, choice: Choice, names: Names | Rows):
-        self.choice, self.names = choice, names
-        self.outer: Any = None
-
-    def __enter__(self) -> None:
-        choice = self.choice
-        if torch.compiler.is_dynamo_compiling():
-            self.outer = choice.traced, choice.scoped
-            choice.traced, choice.scoped = self.names, True
-            return
-        with _lock:
-            choice._scopes_open += 1
-            choice.scoped = True
-        self.outer = _scopes.set({**_scopes.get(), choice: self.names})
-
-    def __exit__(self, *_: object) -> None:
-        choice = self.choice
-        if torch.compiler.is_dynamo_compiling():
-            choice.traced, choice.scoped = self.outer
-            return
-        _scopes.reset(self.outer)
-        with _lock:
-            choice._scopes_open -= 1
-            choice.scoped = choice._scopes_open > 0
-
-
 def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, for a hidden choice: run eagerly by compiled code, an error under fullgraph."""
     why = (
@@ -111,8 +126,12 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         "it inside the compiled function, or choose with pl.use or pl.view"
     )
 
+    disabled: list[Callable[..., Any]] = []
+
     def eager(*args: Any) -> Any:
-        return torch.compiler.disable(fn)(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(fn))
+        return disabled[0](*args)
 
     # the marks that torch.compiler.disable leaves; calling it here would import the compiler, 1 s
     vars(eager).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=why)

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite import host, site
-from peftlite.choice import Choice, Names, Rows, Scope
+from peftlite.choice import Choice, Names, Rows
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.patch import Method, Patch
 from peftlite.site import Site
@@ -35,7 +36,16 @@ class Placed:
     @classmethod
     def build(cls, where: Site, method: Method) -> Placed:
         """A patch for a site, its parameters not yet filled. Raises TargetError."""
-        patch = method.build(where).train(where.module.training)
+        patch = method.build(where)
+        kind = type(method).__name__
+        if not isinstance(patch, Patch):
+            raise PeftliteError(
+                f"{kind}.build gave {shown(patch)} for {where.address}: no pl.Patch"
+            )
+        if not (patch.call if where.is_call else patch.has_value):
+            need = "call" if where.is_call else "value"
+            raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {where.address}")
+        patch.train(where.module.training)
         patch.slot, patch.index = where.slot, where.index
         return cls(where, method, patch, None if where.is_call else where.whole.shape)
 
@@ -106,20 +116,28 @@ class Delta:
         """Copies values into the delta, in place. Raises PeftliteError, all or none copied."""
         if not isinstance(tensors, Mapping):
             raise PeftliteError(f"load_state_dict takes a dict of tensors, not {shown(tensors)}")
+        if problems := self.misfits(tensors):
+            raise PeftliteError(f"these tensors don't fit {self.name!r}: there is {few(problems)}")
         own = self.state_dict()
-        problems = [f"missing {key}" for key in own if key not in tensors]
-        problems += [f"unexpected {key}" for key in tensors if key not in own]
-        for key in own.keys() & tensors.keys():
-            if not isinstance(tensors[key], Tensor):
-                problems.append(f"{key} is no tensor but {shown(tensors[key])}")
-            elif tensors[key].shape != own[key].shape:
-                problems.append(
-                    f"{key} is {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
-                )
-        if problems:
-            raise PeftliteError(f"these tensors don't fit {self.name!r}: {few(problems)}")
         for key, tensor in own.items():
             tensor.copy_(scatter(tensors[key], tensor))
+
+    def misfits(self, tensors: Mapping[str, Any]) -> list[str]:
+        """What keeps tensors from being this delta's, in words."""
+        own = dict(self.named_tensors())
+        problems = [f"no {key}" for key in own if key not in tensors]
+        problems += [f"{key}, which nothing asks for" for key in tensors if key not in own]
+        for key, mine in own.items():
+            theirs = tensors.get(key, mine)
+            if not isinstance(theirs, Tensor):
+                problems.append(f"{key} as {shown(theirs)}, no tensor")
+            elif theirs.shape != mine.shape:
+                problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
+            elif theirs.is_floating_point() != mine.is_floating_point() or theirs.itemsize < 2:
+                problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
+            elif theirs is not mine and theirs.is_meta:
+                problems.append(f"{key} on the meta device, without values")
+        return problems
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(method).__name__ for method in self.methods)
@@ -414,7 +432,7 @@ def using(
     names: str | Sequence[str] | None = None,
     *,
     rows: Sequence[str | Sequence[str] | None] | None = None,
-) -> Scope:
+) -> AbstractContextManager[None]:
     """A `with` in which the choice is `names`, or one per batch row, for this context alone.
 
     Threads and async tasks never see one another's. With `rows`, the outermost patched module that

@@ -57,7 +57,7 @@ class Patches(nn.Module):
                     found[slot] = found.get(slot, ()) + patches
         return found
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
         """x: for a model that runs its `children()` in turn, a step that does nothing."""
         return x
 

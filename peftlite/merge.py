@@ -87,6 +87,11 @@ def merge(model: nn.Module, name: str, *, backup: Backup = "device") -> Receipt:
     values, originals = {}, {}
     for address, (where, patches) in touched.items():
         values[address] = _applied(patches, where.whole)
+        if values[address].shape != where.whole.shape:
+            raise PeftliteError(
+                f"the value of {address} came out as {tuple(values[address].shape)}, not "
+                f"{tuple(where.whole.shape)}: a patch's value keeps the shape"
+            )
         if not values[address].isfinite().all():
             raise PeftliteError(
                 f"merging {name!r} would make {address} infinite or NaN; nothing was merged"

@@ -298,13 +298,20 @@ def _read(path: Any, values: bool) -> tuple[Info, dict[str, Tensor]]:
     except (ValueError, RecursionError) as error:
         raise FileError(f"{at!r} has a header that is no JSON: {error}") from error
     info = _info(header, shapes, at)
-    if _digest(header) != header.get("sha256") or _canonical(header) != metadata[_KEY]:
+    if not _intact(header, metadata[_KEY]):
         raise FileError(f"{at!r} is damaged: its header isn't what was saved; copy it again")
     if damaged := [
         k for k, tensor in tensors.items() if header["tensors"].get(k) != _sha256(tensor)
     ]:
-        raise FileError(f"{at!r} is damaged: {few(damaged)} isn't what was saved; copy it again")
+        raise FileError(f"{at!r} is damaged, copy it again: not what was saved is {few(damaged)}")
     return info, tensors
+
+
+def _intact(header: dict[str, Any], text: str) -> bool:
+    try:
+        return _digest(header) == header.get("sha256") and _canonical(header) == text
+    except ValueError:  # not text, or not a number, that pl.save could have written
+        return False
 
 
 def _info(header: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], at: str) -> Info:
@@ -376,7 +383,9 @@ def _locate(model: nn.Module, info: Info, path: Any) -> dict[str, Site]:
             usable(where)
             others = taken.setdefault((id(where.module), where.slot), [])
             if any(where.overlaps(other) for other in others):
-                raise TargetError(f"{address} shares entries with another site of the file here")
+                raise TargetError(
+                    f"{address} and {others[0].address} share entries of one tensor in this model"
+                )
             others.append(where)
             if not where.is_call and where.whole.is_meta:
                 raise TargetError(
@@ -405,19 +414,14 @@ def _build(info: Info, sites: Mapping[str, Site], path: Any, on: str | None = No
 
 def _fit(delta: Delta, tensors: Mapping[str, Tensor], path: Any) -> None:
     """Raises FileError unless the tensors of a file are those of the delta, and sound."""
-    own = dict(delta.named_tensors())
-    problems = [f"no {key}" for key in own if key not in tensors]
-    problems += [f"{key}, which nothing asks for" for key in tensors if key not in own]
-    for key in own.keys() & tensors.keys():
-        mine, theirs = own[key], tensors[key]
-        if mine.shape != theirs.shape:
-            problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
-        elif mine.is_floating_point() != theirs.is_floating_point() or theirs.itemsize < 2:
-            problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
-        elif not theirs.isfinite().all():
-            problems.append(f"{key} with values that aren't finite")
+    problems = delta.misfits(tensors)
+    problems += [
+        f"{key} with values that aren't finite"
+        for key, tensor in tensors.items()
+        if tensor.itemsize > 1 and not tensor.isfinite().all()
+    ]
     if problems:
-        raise FileError(f"{str(path)!r} doesn't fit this model: it has {few(sorted(problems))}")
+        raise FileError(f"{str(path)!r} doesn't fit this model: it has {few(problems)}")
 
 
 def _check_base(info: Info, sites: Mapping[str, Site], path: Any, mode: str) -> None:

@@ -1,14 +1,9 @@
 """peftlite: parameter-efficient fine-tuning that attaches to any torch module."""
 
+from peftlite.attach import attach as attach
+from peftlite.attach import deltas as deltas
+from peftlite.attach import detach as detach
 from peftlite.delta import Delta as Delta
-from peftlite.delta import Plan as Plan
-from peftlite.delta import attach as attach
-from peftlite.delta import deltas as deltas
-from peftlite.delta import detach as detach
-from peftlite.delta import plan as plan
-from peftlite.delta import use as use
-from peftlite.delta import using as using
-from peftlite.delta import view as view
 from peftlite.errors import BaseMismatchError as BaseMismatchError
 from peftlite.errors import FileError as FileError
 from peftlite.errors import PeftliteError as PeftliteError
@@ -25,4 +20,9 @@ from peftlite.methods import FullTuning as FullTuning
 from peftlite.methods import LoRA as LoRA
 from peftlite.patch import Method as Method
 from peftlite.patch import Patch as Patch
+from peftlite.plan import Plan as Plan
+from peftlite.plan import plan as plan
 from peftlite.site import Site as Site
+from peftlite.use import use as use
+from peftlite.use import using as using
+from peftlite.use import view as view

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlite import read
+from peftlite.attach import Registry, changeable, remove, require
 from peftlite.choice import Names
-from peftlite.delta import Delta, Registry, changeable, remove, require
+from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.patch import Patch
 from peftlite.site import Site, walk, whole_address

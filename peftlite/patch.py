@@ -7,9 +7,9 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from peftlite.errors import PeftliteError, TargetError
 
 if TYPE_CHECKING:
-    from peftlite.site import Site, Targets
+    import re
+
+    from peftlite.site import Site
+
+
+Target: TypeAlias = "str | re.Pattern[str] | Callable[[Site], bool]"
+Targets: TypeAlias = "Target | Collection[Target] | None"
 
 
 class Patch(nn.Module):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,9 +18,31 @@ from tests.digest import bits
 from tests.test_contract import close, disturb
 from tests.zoo import GPT, KINDS, Kind, seeded
 
+
+class CheckpointedGPT(GPT):
+    """The small GPT with its blocks recomputed in the backward pass."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
+        if not x.requires_grad:  # the reentrant kind passes no gradient on where its input has none
+            x.requires_grad_()
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.lm_head(self.norm(x))
+
+
+def checkpointed(reentrant: bool) -> Kind:
+    return replace(GPT_KIND, name="gpt_checkpointed", make=lambda: CheckpointedGPT(reentrant))
+
+
 WORLD = 2
 METHODS = (pl.LoRA(rank=2), pl.BitFit(), pl.FullTuning())
-SPREAD = [kind for kind in KINDS if kind.name in ("gpt", "gpt_tied", "mha_encoder")]
+GPT_KIND, *OTHERS = (k for k in KINDS if k.name in ("gpt", "gpt_tied", "mha_encoder"))
+SPREAD = (GPT_KIND, *OTHERS, checkpointed(reentrant=False))
 
 Grads = dict[str, Tensor]
 
@@ -87,15 +108,30 @@ def trains_as_one(
     mine = {key: rows[2 * rank : 2 * rank + 2] for key, rows in batch.items()}
     all_close(train(kind, wrapped, delta, mine), expected)
     all_close({name: whole(t) for name, t in delta.state_dict().items()}, trained)
+    assert pl.deltas(wrapped) == {"a": delta}
+    chooses_and_merges(kind, wrapped.eval(), base, batch)
+    saves_as_one(rank, folder, kind, wrapped, batch)
     now = dict(model.named_parameters())
     for name, parameter in base.named_parameters():
         assert bits(whole(now[name])) == bits(parameter), name
-
-    assert pl.deltas(wrapped) == {"a": delta}
-    saves_as_one(rank, folder, kind, wrapped.eval(), batch)
     pl.detach(wrapped, "a")
     assert list(model.state_dict()) == list(base.state_dict())
     close(kind.run(wrapped, batch), kind.run(base, batch))
+
+
+def chooses_and_merges(
+    kind: Kind, model: nn.Module, base: nn.Module, batch: dict[str, Tensor]
+) -> None:
+    on, off = kind.run(model, batch), kind.run(base, batch)
+    with pl.using(model, None):
+        close(kind.run(model, batch), off)
+    with pl.using(model, rows=["a", None] * WORLD):
+        mixed = kind.run(model, batch)
+    close(mixed[::2], on[::2])
+    close(mixed[1::2], off[1::2])
+    pl.merge(model, "a")
+    close(kind.run(model, batch), on)
+    pl.unmerge(model, "a")
 
 
 def saves_as_one(
@@ -106,19 +142,24 @@ def saves_as_one(
     pl.save(pl.deltas(model)["a"], path)
     dist.barrier()
     assert path.read_bytes() == (folder / "0.safetensors").read_bytes()
-    plain = kind.model()
-    pl.load(plain, path)
-    close(kind.run(model, batch), kind.run(plain, batch))
+    plain, output = kind.model(), kind.run(model, batch)
+    loaded = pl.load(plain, path)
+    close(kind.run(plain, batch), output)
+    with torch.no_grad():
+        for parameter in pl.deltas(model)["a"].parameters():
+            parameter.zero_()
+    pl.deltas(model)["a"].load_state_dict(loaded.state_dict())
+    close(kind.run(model, batch), output)
     dist.barrier()  # the next check writes there again
 
 
 def sharded_after_attaching() -> None:
     """Patches that come after `fully_shard` would train without their gradients in step."""
-    kind = SPREAD[0]
+    kind = GPT_KIND
     model = fsdp(kind.model())
     with pytest.raises(pl.PeftliteError, match="before fully_shard"):
         pl.attach(model, METHODS[0])
-    model, delta = attached(kind, METHODS[0])
+    model, _ = attached(kind, METHODS[0])
     pl.detach(fsdp(model), "a")
     with pytest.raises(pl.PeftliteError, match="before fully_shard"):
         pl.attach(model, METHODS[0])
@@ -144,32 +185,11 @@ def test_ddp_and_fsdp2_train_as_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=WORLD)
 
 
-# -- activation checkpointing
-
-
-class CheckpointedGPT(GPT):
-    """The small GPT with its blocks recomputed in the backward pass."""
-
-    def __init__(self, **how: Any):
-        super().__init__()
-        self.how = how
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
-        if not x.requires_grad:  # the reentrant kind passes no gradient on where its input has none
-            x.requires_grad_()
-        for block in self.blocks:
-            x = checkpoint(block, x, **self.how)
-        return self.lm_head(self.norm(x))
-
-
 @pytest.mark.parametrize("method", [*METHODS, pl.LoRA(rank=2, dropout=0.5)])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks_give_the_same_gradients(method: pl.Method, reentrant: bool) -> None:
-    plain = SPREAD[0]
-    again = replace(plain, make=lambda: CheckpointedGPT(use_reentrant=reentrant))
-    expected, found = ({}, {})
-    for kind, grads in ((plain, expected), (again, found)):
+    expected, found = {}, {}
+    for kind, grads in ((GPT_KIND, expected), (checkpointed(reentrant), found)):
         model, delta = attached(kind, method)
         with seeded(2):  # for dropout
             kind.run(model, kind.batch()).square().mean().backward()

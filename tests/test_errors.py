@@ -70,6 +70,15 @@ def linears(n: int = 2, **options: Any) -> nn.Module:
     return nn.Sequential(*(nn.Linear(4, 4, **options) for _ in range(n)))
 
 
+def attached(model: nn.Module, method: pl.Method) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        twin = copy.deepcopy(model)
+        pl.attach(twin, method, "sql")
+        return twin
+
+    return build
+
+
 # -- attach and plan: the arguments
 
 
@@ -123,6 +132,23 @@ class HalfMethod(pl.Method):
 
 
 @dataclass(frozen=True)
+class Mine(HalfMethod):
+    """The other half, but not right."""
+
+    patch: Any = None
+
+    def build(self, site: pl.Site) -> Any:
+        return self.patch
+
+
+class Narrow(pl.Patch):
+    """A value of another shape."""
+
+    def value(self, w: Tensor) -> Tensor:
+        return w[:1]
+
+
+@dataclass(frozen=True)
 class Calls(pl.Method):
     """A method that changes calls."""
 
@@ -132,7 +158,12 @@ class Calls(pl.Method):
         return site.is_call
 
     def build(self, site: pl.Site) -> pl.Patch:
-        return pl.Patch()
+        return CallPatch()
+
+
+class CallPatch(pl.Patch):
+    def call(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
 
 
 RANK = "rank must be a whole number from 1 up, not "
@@ -161,6 +192,13 @@ SETTINGS = [
          "init='pissa' has no 13 directions to take", pl.TargetError),
     Case(attaching(HalfMethod(targets="lm_head.weight")),
          "HalfMethod is no method: it doesn't override `build`"),
+    Case(attaching(Mine(targets="norm")), "Mine.build gave None for norm(): no pl.Patch"),
+    Case(attaching(Mine(patch=nn.ReLU(), targets="norm.weight")),
+         "Mine.build gave ReLU() for norm.weight: no pl.Patch"),
+    Case(attaching(Mine(patch=pl.Patch(), targets="norm.weight")),
+         "Mine's patch needs a `value` to sit at norm.weight"),
+    Case(attaching(Mine(patch=pl.Patch(), targets="norm()")),
+         "Mine's patch needs a `call` to sit at norm()"),
 ]  # fmt: skip
 
 
@@ -578,7 +616,23 @@ def not_per_row(shape: Callable[[Tensor], Any], what: str) -> Case:
     return Case(with_rows(["sql", None, "sql"], 3), says, model=lambda: Returns(shape))
 
 
+class Rerun(torch.autograd.Function):
+    """Somebody's own activation checkpointing."""
+
+    @staticmethod
+    def forward(ctx: Any, model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+
+def rerun(model: nn.Module, _: Path) -> None:
+    with pl.using(model, "sql"):
+        Rerun.apply(model, torch.zeros(2, 4, requires_grad=True))
+
+
 IN_ROWS = [
+    Case(rerun, "this call may run again in the backward pass, where a choice made by pl.using "
+         "can't be seen, and it isn't torch.utils.checkpoint.checkpoint that runs it: choose with "
+         "pl.use or pl.view", model=attached(linears(), pl.LoRA(rank=2))),
     *(Case(with_rows(rows, 3), f"rows= names {len(rows)} rows, but no tensor of this call has "
            f"{len(rows)} rows in its first dimension; the shapes are [(3, 4)]")
       for rows in ([None, "sql"], ["sql"] * 4)),
@@ -656,15 +710,6 @@ def overflowing() -> nn.Module:
     return model
 
 
-def attached(model: nn.Module, method: pl.Method) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        twin = copy.deepcopy(model)
-        pl.attach(twin, method, "sql")
-        return twin
-
-    return build
-
-
 def resized() -> nn.Module:
     model = two()
     q_proj = model.blocks[0].attn.q_proj
@@ -710,6 +755,8 @@ MERGES = [
          "torch.nn.utils.parametrize.remove_parametrizations",
          model=attached(nn.Sequential(weight_norm(nn.Linear(4, 4))), pl.LoRA(rank=2))),
     Case(merging, RESIZED, model=resized),
+    Case(merging, "the value of norm.weight came out as (1,), not (16,): a patch's value keeps the "
+         "shape", model=attached(bare(), Mine(patch=Narrow(), targets="norm.weight"))),
     Case(merging, "blocks.0.attn.q_proj.weight was replaced, or tied to another, since 'sql' was "
          "attached: pl.detach it, and attach to the model as it is now", model=replaced),
     Case(lambda *_: pl.Patch().value(torch.zeros(2)), "Patch changes calls, not tensors"),
@@ -732,6 +779,7 @@ def loading_state(tensors: Callable[[dict[str, Tensor]], Any]) -> Callable[[Any,
 
 
 A_DELTA = "save takes a delta, such as pl.deltas(model)['sql']: not "
+UNFIT = "these tensors don't fit 'sql': there is "
 A_PATH = "a path is a str or an os.PathLike: not "
 Q = "blocks.0.attn.q_proj.weight"
 
@@ -758,12 +806,16 @@ SAVES = [
          model=attached(linears(device="meta"), pl.LoRA(rank=2))),
     Case(saving, RESIZED, model=resized),
     Case(loading_state(lambda own: None), "load_state_dict takes a dict of tensors, not None"),
-    Case(loading_state(lambda own: {}), f"these tensors don't fit 'sql': missing {Q}:a; missing "
-         f"{Q}:b; missing {Q.replace('0', '1')}:a; missing {Q.replace('0', '1')}:b; and 4 more"),
+    Case(loading_state(lambda own: {}), f"{UNFIT}no {Q}:a; no {Q}:b; no …:a; no …:b; and 4 more"),
     Case(loading_state(lambda own: {**own, "x": own[f"{Q}:a"]}),
-         "these tensors don't fit 'sql': unexpected x"),
+         UNFIT + "x, which nothing asks for"),
     Case(loading_state(lambda own: {**own, f"{Q}:a": torch.zeros(8, 16)}),
-         f"these tensors don't fit 'sql': {Q}:a is (8, 16), not (2, 16)"),
+         f"{UNFIT}{Q}:a as (8, 16), not (2, 16)"),
+    Case(loading_state(lambda own: {**own, f"{Q}:a": 3}), f"{UNFIT}{Q}:a as 3, no tensor"),
+    Case(loading_state(lambda own: {**own, f"{Q}:a": own[f"{Q}:a"].int()}),
+         f"{UNFIT}{Q}:a as torch.int32, not torch.float32"),
+    Case(loading_state(lambda own: {**own, f"{Q}:a": own[f"{Q}:a"].to("meta")}),
+         f"{UNFIT}{Q}:a on the meta device, without values"),
 ]  # fmt: skip
 
 
@@ -969,9 +1021,9 @@ FILES = [
              SITES + "5, this one lacks 1: blocks.0.attn()[0:4]; …"),
     bad_file(more_sites(Q), f"'…' names the site {Q} twice"),
     bad_file(more_sites(Q + "[0:4]"),
-             f"{MISFIT}{Q}[0:4] shares entries with another site of the file here"),
-    bad_file(more_sites("embed.weight", "lm_head.weight"), f"{MISFIT}lm_head.weight shares entries "
-             "with another site of the file here", model=on("gpt_tied")),
+             f"{MISFIT}{Q}[0:4] and {Q} share entries of one tensor in this model"),
+    bad_file(more_sites("embed.weight", "lm_head.weight"), f"{MISFIT}lm_head.weight and "
+             "embed.weight share entries of one tensor in this model", model=on("gpt_tied")),
     bad_file(raw(good()), f"{MISFIT}{Q} is on the meta device: give the model its weights, then "
              "load", model=lambda: bare().to("meta")),
     bad_file(more_sites("lm_head.weight[0:99]"), MISFIT + "[0:99]" + BEYOND + "[0:29]"),
@@ -985,7 +1037,7 @@ FILES = [
              model=otherwise(q_proj(nn.Linear(32, 12, bias=False)))),
     # other tensors than it says
     bad_file(raw(good()[:-1] + bytes([good()[-1] ^ 1])),
-             "'…' is damaged: blocks.1.attn.v_proj.weight:b isn't what was saved; copy it again"),
+             "'…' is damaged, copy it again: not what was saved is blocks.1.attn.v_proj.weight:b"),
     bad_file(edited(lambda _, old: old.pop(f"{Q}:a")), f"{MISFIT}it has no {Q}:a"),
     bad_file(edited(lambda _, old: old.update(x=torch.zeros(2))),
              f"{MISFIT}it has x, which nothing asks for"),

@@ -208,6 +208,20 @@ def test_an_excluded_address_takes_everything_else(kind: Kind) -> None:
                 assert rest == [address for address in everything if address != site.address]
 
 
+def test_a_path_that_is_there_is_no_ending_and_a_word_always_is() -> None:
+    mlp = {"mlp": nn.Sequential(nn.Linear(4, 4))}
+    model = nn.ModuleDict({**mlp, "block": nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4))})})
+    for targets, expected in {
+        "mlp": "mlp.0.weight block.mlp.0.weight",
+        "mlp.0": "mlp.0.weight",
+        "mlp.0.weight": "mlp.0.weight",
+        "block.mlp": "block.mlp.0.weight",
+        "0.weight": "mlp.0.weight block.mlp.0.weight",
+        "*mlp.0": "mlp.0.weight block.mlp.0.weight",
+    }.items():
+        assert taken(model, pl.LoRA(targets=targets)) == expand(expected), targets
+
+
 def test_tensors_that_hold_no_floats_are_passed_over() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model.codes = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -432,9 +446,14 @@ def test_bitfit_takes_every_bias(kind: str, expected: str) -> None:
     assert taken(kind, pl.BitFit()) == expand(expected)
 
 
-def test_the_bias_tokens_of_attention_are_no_biases() -> None:
-    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+def test_what_is_called_bias_need_not_be_one() -> None:
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)  # bias_k and bias_v are tokens
     assert taken(attention, pl.BitFit()) == ["in_proj_bias", "out_proj.bias"]
+    model = nn.Linear(4, 4)
+    model.bias = nn.Parameter(torch.zeros(4, 4))
+    model.bias_scale = nn.Parameter(torch.ones(4))
+    model.more = nn.Linear(4, 4)
+    assert taken(model, pl.BitFit()) == ["more.bias"]
 
 
 @every_kind

@@ -31,8 +31,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftlite import site
-from peftlite.delta import Delta, Placed, check, commit, gather, usable
+from peftlite import site, targets
+from peftlite.assign import Placed, usable
+from peftlite.attach import check, commit
+from peftlite.delta import Delta, gather
 from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError
 from peftlite.merge import base_tensor
 from peftlite.patch import Method
@@ -396,7 +398,7 @@ def _locate(model: nn.Module, info: Info, path: Any) -> dict[str, Site]:
     if missing:
         raise FileError(
             f"{str(path)!r} is for a model with other sites: of {len(addresses)}, this one lacks "
-            f"{len(missing)}: {few(missing)}; {site.nearest(model, missing[0])}"
+            f"{len(missing)}: {few(missing)}; {targets.nearest(model, missing[0])}"
         )
     return found
 

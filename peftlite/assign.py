@@ -88,7 +88,7 @@ def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Site, Meth
                 if asked:
                     del taken[held[0].address]
                     others.remove(held[0].address)
-            if asked or not any(taken[a][0].overlaps(where) for a in others):
+            if not any(taken[a][0].overlaps(where) for a in others):
                 taken[where.address] = (where, method, asked)
                 others.append(where.address)
     return [(where, method) for where, method, _ in taken.values()]

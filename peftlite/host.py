@@ -174,11 +174,9 @@ def host_class(base: type, slots: frozenset[str]) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hosted = self.peftlite
         choice = hosted.choice
-        names = choice.standing
-        if choice.scoped:
-            names = choice.now()
-            if type(names) is not tuple:
-                return _apart(self, names, args, kwargs)
+        names = choice.now() if choice.scoped else choice.standing
+        if type(names) is not tuple:
+            return _apart(self, names, args, kwargs)
         active = hosted.active(names) if names else _NONE
         inner: Any = None
         patches = None

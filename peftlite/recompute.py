@@ -18,10 +18,14 @@ from torch.utils import checkpoint
 
 from peftlite.errors import PeftliteError
 
+# by names of our own: torch.compile leaves a function alone that doesn't name torch
 backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 """The backward pass that the code which asks runs in; -1 outside of any."""
-
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled
+
+_HOOK = checkpoint._checkpoint_hook.__qualname__
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 _NON_REENTRANT = inspect.unwrap(checkpoint.checkpoint).__code__
 
@@ -31,11 +35,7 @@ def at_work() -> bool:
     if _saved_tensors_hooks(True) is not None:
         return True
     # the forward of an autograd.Function, as the reentrant kind is
-    return not (
-        torch.is_grad_enabled()
-        or torch._C._is_fwd_grad_enabled()
-        or torch.is_inference_mode_enabled()
-    )
+    return not (_is_grad_enabled() or _is_fwd_grad_enabled() or _is_inference())
 
 
 def around() -> WeakSet[Any]:
@@ -81,14 +81,10 @@ def _regions(known: Collection[Any]) -> list[tuple[Any, str]]:
             return found[:-1]
         frame = frame.f_back
     hooks = _saved_tensors_hooks(True)
-    if not found and frame is None and (hooks is None or _is_checkpoint(hooks[0])):
+    if not found and frame is None and (hooks is None or hooks[0].__qualname__.startswith(_HOOK)):
         raise PeftliteError(
             "this call may run again in the backward pass, where a choice made by pl.using can't "
             "be seen, and it isn't torch.utils.checkpoint.checkpoint that runs it: choose with "
             "pl.use or pl.view"
         )
     return found
-
-
-def _is_checkpoint(pack: Callable[..., Any]) -> bool:
-    return pack.__qualname__.startswith(checkpoint._checkpoint_hook.__qualname__)

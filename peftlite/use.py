@@ -71,7 +71,9 @@ def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
 def _names(model: nn.Module, names: Any) -> Names:
     if names is not None and not isinstance(names, str | list | tuple | Delta):
         raise PeftliteError(f"a choice is a delta's name, a list of names, or None: not {names!r}")
-    chosen: Any = () if names is None else tuple(names) if isinstance(names, list | tuple) else (names,)
+    chosen: Any = (
+        () if names is None else tuple(names) if isinstance(names, list | tuple) else (names,)
+    )
     _, registry = require(model, *chosen)
     for name in chosen:
         if name in registry.merged:

@@ -26,3 +26,4 @@ from peftlite.site import Site as Site
 from peftlite.use import use as use
 from peftlite.use import using as using
 from peftlite.use import view as view
+from peftlite.version import VERSION as __version__

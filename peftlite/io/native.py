@@ -40,6 +40,7 @@ from peftlite.merge import base_tensor
 from peftlite.patch import Method
 from peftlite.site import Site, whole_address
 from peftlite.table import few, shown, size, table
+from peftlite.version import VERSION
 
 FORMAT = 1
 _KEY = "peftlite"
@@ -103,7 +104,7 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
         groups[id(placed.method)].append(address)
     header = {
         "format": FORMAT,
-        "library": _library(),
+        "library": VERSION,
         "name": delta.name,
         "methods": [
             {"method": type(m).__name__, "config": _config(m), "sites": groups[id(m)]}
@@ -115,15 +116,6 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
     }
     header["sha256"] = _digest(header)
     _write(_path(path), safetensors.torch.save(tensors, {_KEY: _canonical(header)}))
-
-
-def _library() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("peftlite")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _config(method: Method) -> dict[str, Any]:

@@ -26,4 +26,4 @@ from peftlite.site import Site as Site
 from peftlite.use import use as use
 from peftlite.use import using as using
 from peftlite.use import view as view
-from peftlite.version import VERSION as __version__
+from peftlite.version import __version__ as __version__

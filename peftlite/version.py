@@ -1,3 +1,3 @@
 """The version of the library; that of the file format is in `io`."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"

@@ -40,7 +40,7 @@ from peftlite.merge import base_tensor
 from peftlite.patch import Method
 from peftlite.site import Site, whole_address
 from peftlite.table import few, shown, size, table
-from peftlite.version import VERSION
+from peftlite.version import __version__
 
 FORMAT = 1
 _KEY = "peftlite"
@@ -104,7 +104,7 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
         groups[id(placed.method)].append(address)
     header = {
         "format": FORMAT,
-        "library": VERSION,
+        "library": __version__,
         "name": delta.name,
         "methods": [
             {"method": type(m).__name__, "config": _config(m), "sites": groups[id(m)]}
@@ -437,8 +437,10 @@ def _check_base(info: Info, sites: Mapping[str, Site], path: Any, mode: str) -> 
         return
     message = (
         f"{str(path)!r} was made for other base weights: {len(wrong)} of {len(wholes)} tensors "
-        f"differ: {few(wrong)}; load it into the base it was trained on, or pass check_base='warn'"
+        f"differ: {few(wrong)}"
     )
     if mode == "error":
-        raise BaseMismatchError(message)
+        raise BaseMismatchError(
+            f"{message}; load it into the base it was trained on, or pass check_base='warn'"
+        )
     warnings.warn(message, stacklevel=3)

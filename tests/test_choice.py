@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -303,13 +304,14 @@ def test_use_compiles_once_per_choice(pair: Pair) -> None:
     assert graphs.graphs == 3
 
 
-STATES = [(standing, scope) for standing in CHOICES for scope in (*CHOICES, "no scope")]
-
-
-def transitions() -> Iterator[tuple[str | None, str | None]]:
-    """Every state after every state."""
-    for before, after in itertools.product(STATES, STATES):
-        yield from (before, after)
+# the standing choice, the scope's, and which of them is in force
+STATES = [
+    (standing, scope, standing if scope == "no scope" else scope)
+    for standing in CHOICES
+    for scope in (*CHOICES, "no scope")
+]
+THERE_AND_BACK = [*STATES, *reversed(STATES)]
+EVERY_STATE_AFTER_EVERY_STATE = [*itertools.chain(*itertools.product(STATES, STATES))]
 
 
 def enter(pair: Pair, scope: str | None) -> AbstractContextManager[None]:
@@ -320,10 +322,10 @@ def test_a_choice_under_compile_is_never_stale() -> None:
     pair = Pair("mha_encoder")  # it calls its linear maps, and reads weights besides
     compiled = torch.compile(pair.model, backend=Graphs())
     with ThreadPoolExecutor(1) as pool:
-        for standing, scope in transitions():
+        for standing, scope, in_force in EVERY_STATE_AFTER_EVERY_STATE:
             pl.use(pair.model, standing)
             with enter(pair, scope):
-                assert pair.seen(compiled) == (standing if scope == "no scope" else scope)
+                assert pair.seen(compiled) == in_force
                 # warm code, and a scope open in another thread
                 assert pool.submit(pair.seen, compiled).result() == standing
 
@@ -332,11 +334,11 @@ def test_a_choice_under_fullgraph_is_honoured_or_refused() -> None:
     pair = Pair("mha_encoder")
     compiled = torch.compile(pair.model, backend=Graphs(), fullgraph=True)
     refused = 0
-    for standing, scope in [*STATES, *reversed(STATES)]:
+    for standing, scope, in_force in THERE_AND_BACK:
         pl.use(pair.model, standing)
         with enter(pair, scope):
             try:
-                assert pair.seen(compiled) == (standing if scope == "no scope" else scope)
+                assert pair.seen(compiled) == in_force
             except torch._dynamo.exc.Unsupported as error:
                 assert scope != "no scope"
                 assert "choose with pl.use or pl.view" in str(error)
@@ -393,10 +395,10 @@ def test_a_graph_break_inside_a_scope_inside_compiled_code(pair: Pair) -> None:
 def test_a_compiled_part_of_a_model() -> None:
     pair = Pair("gpt")
     pair.model.blocks[0].compile(backend=Graphs())
-    for standing, scope in [*STATES, *reversed(STATES)]:
+    for standing, scope, in_force in THERE_AND_BACK:
         pl.use(pair.model, standing)
         with enter(pair, scope):
-            assert pair.seen() == (standing if scope == "no scope" else scope)
+            assert pair.seen() == in_force
 
 
 def test_inductor_equals_eager(pair: Pair) -> None:
@@ -539,21 +541,12 @@ def test_tying_by_assignment_ties_the_parameter() -> None:
 # -- activation checkpointing: the second run of a forward sees the choice of the first
 
 
-class Blocks(nn.Module):
-    """The blocks of a GPT, run one by one in `how`."""
-
-    def __init__(self, pair: Pair):
-        super().__init__()
-        self.blocks, self.how = pair.model.blocks, lambda block, x: block(x).sin()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = self.how(block, x)
-        return x
+def plainly(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x).sin()
 
 
 def once(reentrant: bool) -> Callable:
-    return lambda block, x: checkpoint(lambda x: block(x).sin(), x, use_reentrant=reentrant)
+    return lambda block, x: checkpoint(plainly, block, x, use_reentrant=reentrant)
 
 
 def twice(outer: bool, inner: bool) -> Callable:
@@ -601,10 +594,15 @@ def backward_in_a_thread(pair: Pair, scope: AbstractContextManager[None], loss: 
 def test_checkpointed_calls_choose_again_as_they_did(how: str) -> None:
     pair = Pair("gpt")
     pl.use(pair.model, "b")
-    blocks, x = Blocks(pair), torch.randn(3, 4, 16, requires_grad=True)
+    x = torch.randn(3, 4, 16, requires_grad=True)
 
-    def gradients(backward: Callable, scope: AbstractContextManager[None]) -> list[Tensor | None]:
-        backward(pair, scope, lambda: blocks(x).square().mean())
+    def gradients(
+        run: Callable, scope: AbstractContextManager[None], backward: Callable
+    ) -> list[Tensor | None]:
+        def loss() -> Tensor:
+            return functools.reduce(lambda x, block: run(block, x), pair.model.blocks, x).sum()
+
+        backward(pair, scope, loss)
         grads = [p.grad for p in (x, *pair.model.parameters())]
         pair.model.zero_grad()
         x.grad = None
@@ -616,16 +614,15 @@ def test_checkpointed_calls_choose_again_as_they_did(how: str) -> None:
         lambda: pl.using(pair.model, rows=["a", None, "b"]),
     ]
     for scope in scopes:
-        blocks.how = Blocks(pair).how
-        expected = gradients(backward_inside, scope())
-        blocks.how = CHECKPOINTING[how]
+        expected = gradients(plainly, scope(), backward_inside)
         for backward in (
             backward_inside,
             backward_after,
             backward_in_another_scope,
             backward_in_a_thread,
         ):
-            for found, grad in zip(gradients(backward, scope()), expected, strict=True):
+            again = gradients(CHECKPOINTING[how], scope(), backward)
+            for found, grad in zip(again, expected, strict=True):
                 if grad is None:
                     assert found is None or not found.any()
                 else:

@@ -26,20 +26,23 @@ class Placed:
     shape: torch.Size | None  # the whole tensor's, when it was placed
 
     @classmethod
-    def build(cls, where: Site, method: Method) -> Placed:
-        """A patch for a site, its parameters not yet filled. Raises TargetError."""
-        patch = method.build(where)
-        kind = type(method).__name__
-        if not isinstance(patch, Patch):
-            raise PeftliteError(
-                f"{kind}.build gave {shown(patch)} for {where.address}: no pl.Patch"
-            )
-        if not (patch.call if where.is_call else patch.has_value):
-            need = "call" if where.is_call else "value"
-            raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {where.address}")
-        patch.train(where.module.training)
-        patch.slot, patch.index = where.slot, where.index
-        return cls(where, method, patch, None if where.is_call else where.whole.shape)
+    def all(cls, sites: Sequence[Site], method: Method) -> list[Placed]:
+        """A patch for each site, its parameters not yet filled. Raises TargetError."""
+        patches, kind = method.build_all(sites), type(method).__name__
+        for where, patch in zip(sites, patches, strict=True):
+            if not isinstance(patch, Patch):
+                raise PeftliteError(
+                    f"{kind}.build gave {shown(patch)} for {where.address}: no pl.Patch"
+                )
+            if not (patch.call if where.is_call else patch.has_value):
+                need = "call" if where.is_call else "value"
+                raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {where.address}")
+            patch.train(where.module.training)
+            patch.slot, patch.index = where.slot, where.index
+        return [
+            cls(where, method, patch, None if where.is_call else where.whole.shape)
+            for where, patch in zip(sites, patches, strict=True)
+        ]
 
     def check(self) -> None:
         """Raises PeftliteError if the model was taken apart under the patch."""
@@ -66,8 +69,8 @@ def methods_in(given: Any) -> list[Method]:
     return methods
 
 
-def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Site, Method]]:
-    """Which method takes which site. A site that is asked for is taken from defaults.
+def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Method, list[Site]]]:
+    """The sites that each method takes. A site that is asked for is taken from defaults.
 
     Raises TargetError if two methods ask for the same entries, or a site can't have a patch.
     """
@@ -91,7 +94,9 @@ def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Site, Meth
             if not any(taken[a][0].overlaps(where) for a in others):
                 taken[where.address] = (where, method, asked)
                 others.append(where.address)
-    return [(where, method) for where, method, _ in taken.values()]
+    return [
+        (method, [where for where, how, _ in taken.values() if how is method]) for method in methods
+    ]
 
 
 def usable(where: Site) -> None:

@@ -109,10 +109,13 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     """
     methods = methods_in(method)
     check(model, name)
-    placed = [Placed.build(where, how) for where, how in assign(model, methods)]
-    with torch.no_grad():
-        for item in placed:
-            item.patch.reset(None if item.site.is_call else item.site.tensor)
+    placed: list[Placed] = []
+    for how, sites in assign(model, methods):
+        own = Placed.all(sites, how)
+        with torch.no_grad():
+            tensors = [None if where.is_call else where.tensor for where in sites]
+            how.begin([item.patch for item in own], tensors)
+        placed += own
     return commit(model, Delta(name, methods, placed))
 
 

@@ -23,8 +23,12 @@ class Command:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    import torch
+
     from peftlite import demo
 
+    # threads wait for one another at every small matrix: where cores are shared, for minutes
+    torch.set_num_threads(1)
     return demo.run(args.cache or _cache(), args.fresh)
 
 

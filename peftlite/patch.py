@@ -7,7 +7,7 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -96,6 +96,15 @@ class Method:
     def build(self, site: Site) -> Patch:
         """A patch for `site` on its device, parameters not yet filled. Raises TargetError."""
         raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `build`")
+
+    def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        """A patch for each of a delta's sites; override it to share parameters among them."""
+        return [self.build(site) for site in sites]
+
+    def begin(self, patches: Sequence[Patch], tensors: Sequence[Tensor | None]) -> None:
+        """Fills a fresh delta's parameters; override it where one site depends on the others."""
+        for patch, w in zip(patches, tensors, strict=True):
+            patch.reset(w)
 
     def refuse(self, site: Site) -> TargetError:
         """The error to raise for a site that was spelled out and can't be taken."""

@@ -50,6 +50,10 @@ class Plan:
 def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
     """What `attach` would do: the sites, counts and bytes. Changes nothing. Raises TargetError."""
     methods = methods_in(method)
-    placed = [Placed.build(replace(at, on="meta"), how) for at, how in assign(model, methods)]
+    placed = [
+        item
+        for how, sites in assign(model, methods)
+        for item in Placed.all([replace(where, on="meta") for where in sites], how)
+    ]
     base = base_parameters(model, deltas(model).values())
     return Plan(Delta("plan", methods, placed), sum(p.numel() for _, p in base))

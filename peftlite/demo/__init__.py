@@ -45,10 +45,10 @@ SETTINGS = Settings(
     dim=128,
     layers=4,
     heads=4,
-    base=Recipe(steps=1000, lr=4e-3),
+    base=Recipe(steps=1200, lr=2e-3),
     lora=pl.LoRA(rank=8, alpha=16),
     delta=Recipe(steps=250, lr=1e-2),
-    windows=256,
+    windows=128,
     swaps=1000,
 )
 
@@ -136,7 +136,7 @@ def _swap_time(model: nn.Module, name: str, swaps: int) -> float:
 def _headline(corpus: Mapping[str, Text], digest: str) -> str:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     kinds = ", ".join(f"{size(len(text.train))} of {kind}" for kind, text in corpus.items())
-    return f"{versions}, {torch.get_num_threads()} threads\ncorpus {digest}: {kinds} to train on"
+    return f"{versions}\ncorpus {digest}: {kinds} to train on"
 
 
 def _digest(*parts: Any) -> str:

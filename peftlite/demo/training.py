@@ -18,7 +18,7 @@ class Recipe:
 
     steps: int
     lr: float
-    batch: int = 8
+    batch: int = 4
     context: int = 128
     warmup: float = 0.05  # of the steps
     weight_decay: float = 0.1

@@ -398,9 +398,11 @@ def _locate(model: nn.Module, info: Info, path: Any) -> dict[str, Site]:
 def _build(info: Info, sites: Mapping[str, Site], path: Any, on: str | None = None) -> list[Placed]:
     try:
         return [
-            Placed.build(dataclasses.replace(sites[address], address=address, on=on), method)
-            for method, where in info.methods
-            for address in where
+            item
+            for method, addresses in info.methods
+            for item in Placed.all(
+                [dataclasses.replace(sites[a], address=a, on=on) for a in addresses], method
+            )
         ]
     except (PeftliteError, RuntimeError, OverflowError, TypeError) as error:
         raise FileError(f"{str(path)!r} doesn't fit this model: {_reason(error)}") from error

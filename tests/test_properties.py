@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -85,7 +85,9 @@ def change(patch: pl.Patch, of: Callable[[Tensor], Tensor] = itself) -> Tensor:
     t = {name: tensor.double() for name, tensor in patch.state_dict().items()}
     if "difference" in t:
         return of(t["difference"])
-    s, a, b = patch.scale, t["a"], t["b"]
+    how, a, b = patch.method, t["a"], t["b"]
+    s = how.alpha or how.rank
+    s /= how.rank if how.scaling == "alpha/r" else how.rank**0.5
     if "a0" not in t:
         return s * (of(b) @ of(a))
     return s * (of(b - t["b0"]) @ of(a) + of(t["b0"]) @ of(a - t["a0"]))
@@ -292,13 +294,20 @@ def test_the_random_inits(seed: int, r: int, i: int) -> None:
 def test_dropout_drops_inputs_of_the_delta_alone(case, lora, p, seed) -> None:
     layer, x = case
     delta = disturb(pl.attach(layer, pl.LoRA(rank=lora.rank, dropout=p)))
-    base = F.linear(x, layer.weight.raw, layer.bias)
-    d = change(delta.placed["weight"].patch)
+    w, d = raw(layer, "weight").clone(), change(delta.placed["weight"].patch)
+    base = F.linear(x, w, layer.bias)
     close(layer.eval()(x), base + F.linear(x, d))
-    torch.manual_seed(seed)
-    y = layer.train()(x)
-    torch.manual_seed(seed)
-    close(y, base + F.linear(F.dropout(x, p), d))
+    layer.train()
+    for got, expected in (
+        (lambda: layer(x), lambda: base + F.linear(F.dropout(x, p), d)),
+        (lambda: layer.weight.clone(), lambda: w + d * F.dropout(torch.ones_like(d[:1]), p)),
+    ):
+        torch.manual_seed(seed)
+        ours = got()
+        torch.manual_seed(seed)
+        close(ours, expected())
+    pl.merge(layer, "default")
+    close(raw(layer, "weight"), w + d)
 
 
 @settings(max_examples=10)
@@ -390,10 +399,23 @@ def test_derivatives_of_both_orders(case) -> None:
 
 # -- the verbs in any order
 
+NAMES = "abc"
 Choice = str | list[str] | None
 
-names = st.sampled_from("abc")
-choices = st.none() | names | st.lists(names, unique=True)
+
+def likely(candidates: Callable[["Verbs"], Iterable[str]]) -> st.SearchStrategy[str]:
+    """Any name, but most often one that the machine has a use for."""
+    return st.runner().flatmap(
+        lambda machine: st.sampled_from([*sorted(candidates(machine)) * 4, *NAMES])
+    )
+
+
+free = likely(lambda machine: set(NAMES) - machine.deltas.keys())
+there = likely(lambda machine: machine.deltas)
+apart = likely(lambda machine: machine.mergeable)
+merged = likely(lambda machine: machine.merged)
+saved = likely(lambda machine: machine.files)
+choices = st.none() | apart | st.lists(apart, max_size=3)
 deltas = st.sampled_from(
     [
         pl.LoRA(rank=1, targets="*weight"),
@@ -454,17 +476,18 @@ class Verbs(RuleBasedStateMachine):
         return functional_call(self.plain, tensors, (self.x,))
 
     @property
-    def apart(self) -> set[str]:
+    def unmerged(self) -> set[str]:
         """The deltas that aren't merged."""
         return self.deltas.keys() - self.merged.keys()
 
     @property
     def mergeable(self) -> set[str]:
         """The deltas that no view would apply a second time."""
-        return self.apart - self.seen
+        return self.unmerged - self.seen
 
     def choosable(self, choice: Choice) -> bool:
-        return bool(self.deltas) and set(choice or ()) <= self.apart
+        once = choice is None or len(set(choice)) == len(choice)
+        return bool(self.deltas) and once and set(choice or ()) <= self.unmerged
 
     def explicit(self, delta: pl.Delta) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -492,12 +515,17 @@ class Verbs(RuleBasedStateMachine):
 
     # the verbs
 
-    @rule(name=names, method=deltas)
+    @initialize(method=deltas)
+    def begin(self, method):
+        self.attach("a", method)
+
+    @precondition(lambda self: len(self.deltas) < len(NAMES))
+    @rule(name=free, method=deltas)
     def attach(self, name, method):
         with allowed(name not in self.deltas):
             self.enter(disturb(pl.attach(self.model, method, name)), trainable=True)
 
-    @rule(name=names)
+    @rule(name=there)
     def detach(self, name):
         with allowed(name in self.deltas):
             pl.detach(self.model, name)
@@ -528,25 +556,25 @@ class Verbs(RuleBasedStateMachine):
             with pytest.raises(pl.PeftliteError):
                 pl.use(self.face, None)
 
-    @rule(name=names)
+    @rule(name=apart)
     def train(self, name):
-        if name in self.apart:
+        if name in self.unmerged:
             self.deltas[name] = self.explicit(disturb(pl.deltas(self.model)[name]))
 
-    @rule(name=names, flag=booleans)
+    @rule(name=there, flag=booleans)
     def freeze(self, name, flag):
         if name in self.deltas:
             pl.deltas(self.model)[name].requires_grad_(flag)
             self.trainable[name] = flag
 
-    @rule(name=names)
+    @rule(name=apart)
     def merge(self, name):
         with allowed(name in self.mergeable):
             pl.merge(self.model, name)
             self.merged[name] = name in self.chosen
             self.chosen.discard(name)
 
-    @rule(name=names)
+    @rule(name=apart)
     def merge_for_good(self, name):
         taken = {address for other in self.merged for address in self.deltas[other]}
         with allowed(name in self.mergeable and taken.isdisjoint(self.deltas[name])):
@@ -556,13 +584,14 @@ class Verbs(RuleBasedStateMachine):
                 self.base[address] = now
             self.leave(name)
 
-    @rule(name=names)
+    @precondition(lambda self: self.merged)
+    @rule(name=merged)
     def unmerge(self, name):
         with allowed(name in self.merged):
             pl.unmerge(self.model, name)
             self.chosen |= {name} if self.merged.pop(name) else set()
 
-    @rule(name=names)
+    @rule(name=there)
     def save(self, name):
         if name not in self.deltas:
             return
@@ -572,7 +601,8 @@ class Verbs(RuleBasedStateMachine):
             pl.unmerge(without, name)
         self.files[name] = self.deltas[name], prints(without, self.deltas[name])
 
-    @rule(file=names, name=names, trainable=booleans)
+    @precondition(lambda self: self.files)
+    @rule(file=saved, name=free, trainable=booleans)
     def load(self, file, name, trainable):
         added, base = self.files.get(file, ({}, None))
         with allowed(name not in self.deltas and prints(self.model, added) == base):

@@ -1,0 +1,133 @@
+"""LoKr: W' = W + s·w1 ⊗ w2, a Kronecker product of two small matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftlite.maps import Linear, Map, TransposedLinear, kind_of
+from peftlite.methods.lora import _as_matrices
+from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.site import Site
+
+
+class LoKrPatch(Patch):
+    """`w1` (o₁, i₁) and `w2` (o₂, i₂·k), or each as a product `w1a w1b`, `w2a w2b` of rank r.
+
+    o and i are the first two dimensions of the weight as it is stored, whatever they mean (the
+    transpose of a Kronecker product is one too), and k the taps of a convolution's kernel.
+    """
+
+    w1: Tensor | None
+    w2: Tensor | None
+
+    def __init__(self, site: Site, method: LoKr):
+        super().__init__()
+        stack, (o, columns) = _as_matrices(site.tensor, site.module)
+        taps = site.tensor[0, 0].numel() if isinstance(site.module, nn.modules.conv._ConvNd) else 1
+        (o1, o2), (i1, i2) = (split(n, method.factor) for n in (o, columns // taps))
+        self.scale, self.transposed = method.scale, site.transposed
+        for name, rows, columns, low in (
+            ("w1", o1, i1, method.decompose_both and 2 * method.rank < max(o1, i1)),
+            ("w2", o2, i2 * taps, 2 * method.rank < max(o2, i2)),
+        ):
+            shapes = {name + "a": (rows, method.rank), name + "b": (method.rank, columns)}
+            for key, shape in (shapes if low else {name: (rows, columns)}).items():
+                factor = trainable(*stack, *shape, site=site, dtype=method.dtype)
+                self.register_parameter(key, factor)
+        if site.index is not None or {kind_of(module) for module, _ in site.owners} not in (
+            {Linear},
+            {TransposedLinear},
+        ):
+            self.call = None
+
+    def reset(self, w: Tensor | None) -> None:
+        for factor in self.parameters():
+            bound = 1 / math.sqrt(factor.shape[-1])
+            factor.uniform_(-bound, bound)
+        factor.zero_()  # the last: w2, or its w2b
+
+    def _factor(self, name: str, dtype: torch.dtype) -> Tensor:
+        own = self._parameters
+        if name in own:
+            return own[name].to(dtype)
+        return own[name + "a"].to(dtype) @ own[name + "b"].to(dtype)
+
+    def value(self, w: Tensor) -> Tensor:
+        # in fp32 at least, so that W' is rounded once
+        first = next(self.parameters())
+        wide = torch.promote_types(torch.promote_types(w.dtype, first.dtype), torch.float32)
+        w1, w2 = self._factor("w1", wide), self._factor("w2", wide)
+        change = w1[..., :, None, :, None] * w2[..., None, :, None, :]
+        return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
+
+    def call(self, inner: Map, x: Tensor) -> Tensor:
+        dtype = inner.weight.dtype
+        w1, w2 = self._factor("w1", dtype), self._factor("w2", dtype)
+        if self.transposed:
+            w1, w2 = w1.mT, w2.mT
+        # (w1 ⊗ w2) x: one factor on each dimension of x as (i₁, i₂)
+        h = F.linear(x.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)
+        return torch.add(inner(x), (w1 @ h).flatten(-2), alpha=self.scale)
+
+
+def split(n: int, most: int | None) -> tuple[int, int]:
+    """n as a product u·v, with u the largest up to √n and `most`."""
+    highest = math.isqrt(n) if most is None else min(math.isqrt(n), most)
+    u = next(u for u in range(highest, 0, -1) if n % u == 0)
+    return u, n // u
+
+
+@dataclass(frozen=True)
+class LoKr(Method):
+    """W' = W + s·w1 ⊗ w2, w2 = w2a w2b. Yeh et al. (LyCORIS), arXiv:2309.14859, §3.3.
+
+    Each dimension n of W is split as u·v, with u ≤ √n, and w1 has the smaller parts, w2 the larger:
+    W's rank is the product of theirs. w2 is of rank r where r is less than half its larger
+    dimension, and full otherwise; a convolution's kernel belongs to w2. s = alpha/r throughout.
+    peft starts w1 at zero unless told otherwise, and here as in the paper's code it's w2; with a
+    factor beyond √n, peft makes w1 the larger. By default it takes every weight of a linear map
+    but the output head's.
+
+    Args:
+        rank: r.
+        alpha: the numerator of the scaling. Default: equal to `rank`.
+        factor: the most that u may be. Default: the u nearest to √n.
+        decompose_both: whether w1 is of rank r too, by the same rule.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    factor: int | None = None
+    decompose_both: bool = False
+
+    takes = "tensors of 2 or more dimensions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
+        if self.alpha is not None:
+            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
+        if self.factor is not None:
+            set_number(self, "factor", int, lambda f: f >= 1, "a whole number from 1 up")
+        object.__setattr__(self, "decompose_both", bool(self.decompose_both))
+
+    @property
+    def scale(self) -> float:
+        """s, the factor of the change."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call and site.whole.dim() >= 2
+
+    def build(self, site: Site) -> LoKrPatch:
+        if not self.accepts(site):
+            raise self.refuse(site)
+        return LoKrPatch(site, self)

@@ -1,0 +1,133 @@
+"""VeRA: W' = W + Λ_b B Λ_d A, with one pair of random matrices for all sites and two vectors each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.maps import Map, widen
+from peftlite.methods.lora import _as_matrices
+from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.site import Site
+
+
+class Projection(nn.Module):
+    """A (r, i) and B (o, r) for the largest i and o of the sites, each of which uses the first part.
+
+    They are what the seed gives, and so no part of a file: they move, but are never cast.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, method: VeRA, i: int, o: int, device: torch.device):
+        super().__init__()
+        self.seed, self.dtype = method.seed, method.dtype or torch.float32
+        self.shapes = ((method.rank, i), (o, method.rank))
+        self._place(device)
+
+    def _place(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for name, shape in zip("ab", self.shapes, strict=True):
+            matrix = torch.empty(shape, device="meta" if device.type == "meta" else "cpu")
+            if not matrix.is_meta:
+                nn.init.kaiming_uniform_(matrix, generator=generator)
+            self.register_buffer(name, matrix.to(device, self.dtype), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
+        device = fn(self.a[:0]).device  # every patch that shares them comes by
+        if device != self.a.device:
+            self._place(device)
+        return self
+
+
+class VeRAPatch(Patch):
+    """The vectors of one site: `d` (r) scales A's rows, `b` (o) scales B's."""
+
+    def __init__(self, site: Site, method: VeRA, projection: Projection):
+        super().__init__()
+        stack, (self.i, self.o) = _dims(site)
+        self.d_initial, self.transposed = method.d_initial, site.transposed
+        self.projection = projection
+        self.d = trainable(*stack, method.rank, site=site, dtype=method.dtype)
+        self.b = trainable(*stack, self.o, site=site, dtype=method.dtype)
+
+    def reset(self, w: Tensor | None) -> None:
+        self.d.fill_(self.d_initial)
+        self.b.zero_()
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors of the change to the weight as it is stored: Λ_b B and Λ_d A, or Aᵀ and Bᵀ."""
+        shared = self.projection
+        left = (self.b[..., None] * shared.b[: self.o]).to(dtype)
+        right = (self.d[..., None] * shared.a[:, : self.i]).to(dtype)
+        return (right.mT, left.mT) if self.transposed else (left, right)
+
+    def value(self, w: Tensor) -> Tensor:
+        # in fp32 at least, so that W' is rounded once
+        wide = torch.promote_types(torch.promote_types(w.dtype, self.b.dtype), torch.float32)
+        left, right = self._factors(wide)
+        return (w + (left @ right).reshape(w.shape)).to(w.dtype)
+
+    def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        w = inner.weight
+        left, right = widen(*self._factors(w.dtype), self.index, w.shape)
+        return inner.add_low_rank(left, right, 1.0, input, input, *args, **kwargs)
+
+
+def _dims(site: Site) -> tuple[list[int], tuple[int, int]]:
+    """The stack, and the input and output dimension of the matrices in it."""
+    stack, (rows, columns) = _as_matrices(site.tensor, site.module)
+    return stack, (rows, columns) if site.transposed else (columns, rows)
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """W' = W + Λ_b B Λ_d A, with diagonal Λ_b, Λ_d. Kopiczko et al., arXiv:2310.11454, §3.
+
+    A (r, i) and B (o, r) are random, frozen and shared by all sites; only the vectors b (o) and
+    d (r) of each site are learned and saved. A weight of more than two dimensions is a stack of
+    matrices, a convolution's kernel one matrix of its first dimension by the rest. By default it
+    takes every weight of a linear map but the output head's.
+
+    Args:
+        rank: r, which costs one parameter a site, so that it can be large.
+        d_initial: what d starts at; b starts at zero.
+        seed: of A and B, Kaiming-uniform, as large as the largest site needs: the first rows of B
+            and columns of A are those of a smaller one.
+    """
+
+    rank: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+
+    takes = "tensors of 2 or more dimensions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
+        set_number(self, "d_initial", float, lambda d: 0 < abs(d) < math.inf, "finite and not 0")
+        set_number(self, "seed", int, lambda seed: 0 <= seed < 2**64, "in [0, 2**64)")
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call and site.whole.dim() >= 2
+
+    def build(self, site: Site) -> Patch:
+        return self.build_all([site])[0]
+
+    def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        for site in sites:
+            if not self.accepts(site):
+                raise self.refuse(site)
+        i, o = (max(sizes) for sizes in zip(*(_dims(site)[1] for site in sites), strict=True))
+        devices = dict.fromkeys(site.device for site in sites)
+        shared: dict[Any, Projection] = {on: Projection(self, i, o, on) for on in devices}
+        return [VeRAPatch(site, self, shared[site.device]) for site in sites]

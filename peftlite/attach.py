@@ -39,6 +39,8 @@ class Registry:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, views=weakref.WeakSet())
+        for merged in self.merged.values():
+            merged.delta.merged_in = self
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ class Delta:
     def __init__(self, name: str, methods: Sequence[Method], placed: Iterable[Placed]):
         self.name, self.methods = name, tuple(methods)
         self.placed = {item.site.address: item for item in placed}
-        self.merged_in: Registry | None = None  # while it is merged
+        self._home: weakref.ref[Registry] | None = None
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers as `address:name`, shared ones once."""
@@ -45,6 +46,19 @@ class Delta:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters, for an optimizer."""
         return (parameter for _, parameter in self.named_parameters())
+
+    @property
+    def merged_in(self) -> Registry | None:
+        """The registry of the model that it is merged into."""
+        return None if self._home is None else self._home()
+
+    @merged_in.setter
+    def merged_in(self, registry: Registry | None) -> None:
+        # the registry holds the delta: held back, it would keep a model alive that is let go
+        self._home = None if registry is None else weakref.ref(registry)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_home": None}  # a copy's registry tells it
 
     @property
     def merged(self) -> bool:

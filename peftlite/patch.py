@@ -7,7 +7,7 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -48,6 +48,9 @@ class Patch(nn.Module):
 
     def reset(self, w: Tensor | None) -> None:
         """Fills the parameters as the method begins; `w` is the base tensor, None at a call."""
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Takes on the shapes that a file has, where they come from data and not from the site."""
 
     @property
     def has_value(self) -> bool:

@@ -34,6 +34,7 @@ def test_a_model_with_deltas_is_freed_at_once(name: str) -> None:
     pl.attach(model, pl.FullTuning(), name="b")
     with pl.using(model, ["a", "b"]):
         ZOO[name].run(model, ZOO[name].batch()).sum().backward()
+    pl.merge(model, "b")
     gone = weakref.ref(model)
     gc.disable()
     try:

@@ -397,13 +397,18 @@ def _locate(model: nn.Module, info: Info, path: Any) -> dict[str, Site]:
 
 def _build(info: Info, sites: Mapping[str, Site], path: Any, on: str | None = None) -> list[Placed]:
     try:
-        return [
+        placed = [
             item
             for method, addresses in info.methods
             for item in Placed.all(
                 [dataclasses.replace(sites[a], address=a, on=on) for a in addresses], method
             )
         ]
+        for item in placed:
+            start = f"{item.site.address}:"
+            held = {key: shape for key, (_, shape) in info.tensors.items() if key.startswith(start)}
+            item.patch.resize({key.removeprefix(start): held[key] for key in held})
+        return placed
     except (PeftliteError, RuntimeError, OverflowError, TypeError) as error:
         raise FileError(f"{str(path)!r} doesn't fit this model: {_reason(error)}") from error
 

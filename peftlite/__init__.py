@@ -16,8 +16,12 @@ from peftlite.merge import Receipt as Receipt
 from peftlite.merge import merge as merge
 from peftlite.merge import unmerge as unmerge
 from peftlite.methods import BitFit as BitFit
+from peftlite.methods import DoRA as DoRA
 from peftlite.methods import FullTuning as FullTuning
+from peftlite.methods import LoHa as LoHa
+from peftlite.methods import LoKr as LoKr
 from peftlite.methods import LoRA as LoRA
+from peftlite.methods import VeRA as VeRA
 from peftlite.patch import Method as Method
 from peftlite.patch import Patch as Patch
 from peftlite.plan import Plan as Plan

@@ -23,7 +23,7 @@ from peftlite import read
 from peftlite.choice import HIDDEN, Choice, Names, Rows, by_rows, uncompiled
 from peftlite.errors import PeftliteError
 from peftlite.maps import Map, Over, kind_of
-from peftlite.patch import Patch
+from peftlite.patch import Patch, apply
 from peftlite.site import CALL, raw
 
 ATTRIBUTE = "peftlite"
@@ -230,7 +230,7 @@ def _read(module: nn.Module, slot: str) -> Tensor:
     # FSDP looks for its own shard by name
     if not patches or _is_sharded(w):
         return w
-    return read.apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
+    return apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
 
 
 _read_eagerly = uncompiled(lambda module, slot: getattr(module, slot).clone())
@@ -258,10 +258,10 @@ def _mapped(
             "patches can't ride on a shard; attach before fully_shard, or gather the weight"
         )
     if on_bias:
-        bias = read.apply(on_bias, bias)
+        bias = apply(on_bias, bias)
     for patch in on_weight or ():
         if patch.call is None:
-            return kind(module, read.apply(on_weight, weight), bias), None
+            return kind(module, apply(on_weight, weight), bias), None
     return kind(module, weight, bias), on_weight
 
 

@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftlite import read
 from peftlite.attach import Registry, changeable, remove, require
 from peftlite.choice import Names
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
-from peftlite.patch import Patch
+from peftlite.patch import Patch, apply
 from peftlite.site import Site, walk, whole_address
 from peftlite.table import few, size, table
 
@@ -196,7 +195,7 @@ def _applied(patches: list[Patch], w: Tensor) -> Tensor:
         for patch in patches:
             patch.eval()
         with torch.autocast(w.device.type, enabled=False):
-            return read.apply(patches, w)
+            return apply(patches, w)
     finally:
         for patch, mode in zip(patches, training, strict=True):
             patch.train(mode)

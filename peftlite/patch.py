@@ -115,6 +115,18 @@ class Method:
         return TargetError(f"{site.address} is {what}; {type(self).__name__} takes {self.takes}")
 
 
+def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:
+    """The tensor `w` as `patches` change it, one after another."""
+    for patch in patches:
+        if patch.index is None:
+            w = patch.value(w)
+        else:
+            dim, start, stop = patch.index
+            part = patch.value(w.narrow(dim, start, stop - start))
+            w = w.slice_scatter(part, dim, start, stop)
+    return w
+
+
 def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Parameter:
     """An unfilled parameter for a patch at `site`."""
     return nn.Parameter(torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from peftlite.errors import PeftliteError
-from peftlite.patch import Patch
+from peftlite.patch import Patch, apply
 
 _T = Tensor
 _METADATA = {
@@ -68,18 +68,6 @@ class Read(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise PeftliteError(f"{func} reached a patched weight below autograd; use .clone() of it")
-
-
-def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """The tensor `w` as `patches` change it, one after another."""
-    for patch in patches:
-        if patch.index is None:
-            w = patch.value(w)
-        else:
-            dim, start, stop = patch.index
-            part = patch.value(w.narrow(dim, start, stop - start))
-            w = w.slice_scatter(part, dim, start, stop)
-    return w
 
 
 def _form(read: Read) -> Tensor:

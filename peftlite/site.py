@@ -74,10 +74,19 @@ class Site:
 
     def overlaps(self, other: Site) -> bool:
         """Whether two sites of one tensor share entries."""
-        if self.index is None or other.index is None:
-            return True
-        (dim, start, stop), (also, begin, end) = self.index, other.index
-        return dim != also or (start < end and begin < stop)
+        return overlap(self.index, other.index)
+
+    @property
+    def matrices(self) -> tuple[list[int], tuple[int, int]]:
+        """The tensor as a stack of matrices: the stack, and their rows and columns.
+
+        The kernel of a convolution is one matrix, its first dimension by all the rest.
+        """
+        shape = self.tensor.shape
+        if isinstance(self.module, nn.modules.conv._ConvNd):
+            return [], (shape[0], shape[1:].numel())
+        *stack, rows, columns = shape
+        return stack, (rows, columns)
 
     @property
     def shape(self) -> torch.Size:
@@ -113,6 +122,11 @@ class Site:
     def linear(self) -> bool:
         """Whether the tensor is the weight of a linear map that torch itself defines."""
         return maps.is_weight(self.module, self.slot)
+
+
+def overlap(a: tuple[int, int, int] | None, b: tuple[int, int, int] | None) -> bool:
+    """Whether two parts of a tensor, as `Site.index` gives them, share entries."""
+    return a is None or b is None or a[0] != b[0] or (a[1] < b[2] and b[1] < a[2])
 
 
 def raw(module: nn.Module, slot: str) -> Tensor:

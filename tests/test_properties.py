@@ -525,6 +525,7 @@ class Verbs(RuleBasedStateMachine):
         with allowed(name not in self.deltas):
             self.enter(disturb(pl.attach(self.model, method, name)), trainable=True)
 
+    @precondition(lambda self: self.deltas)
     @rule(name=there)
     def detach(self, name):
         with allowed(name in self.deltas):
@@ -567,6 +568,7 @@ class Verbs(RuleBasedStateMachine):
             pl.deltas(self.model)[name].requires_grad_(flag)
             self.trainable[name] = flag
 
+    @precondition(lambda self: self.mergeable)
     @rule(name=apart)
     def merge(self, name):
         with allowed(name in self.mergeable):
@@ -574,6 +576,7 @@ class Verbs(RuleBasedStateMachine):
             self.merged[name] = name in self.chosen
             self.chosen.discard(name)
 
+    @precondition(lambda self: self.mergeable)
     @rule(name=apart)
     def merge_for_good(self, name):
         taken = {address for other in self.merged for address in self.deltas[other]}
@@ -671,3 +674,4 @@ class Verbs(RuleBasedStateMachine):
 
 
 TestVerbs = Verbs.TestCase
+TestVerbs.settings = settings(stateful_step_count=100)  # deep enough for three deltas

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftlite.methods.lora import _as_matrices
 from peftlite.patch import Method, Patch, set_number, trainable
 from peftlite.site import Site
 
@@ -18,7 +17,7 @@ class LoHaPatch(Patch):
 
     def __init__(self, site: Site, method: LoHa):
         super().__init__()
-        stack, (rows, columns) = _as_matrices(site.tensor, site.module)
+        stack, (rows, columns) = site.matrices
         i, o = (rows, columns) if site.transposed else (columns, rows)
         self.scale, self.transposed = method.scale, site.transposed
         self.w1a = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)

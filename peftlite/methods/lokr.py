@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.maps import Linear, Map, TransposedLinear, kind_of
-from peftlite.methods.lora import _as_matrices
 from peftlite.patch import Method, Patch, set_number, trainable
 from peftlite.site import Site
 
@@ -22,14 +21,11 @@ class LoKrPatch(Patch):
     transpose of a Kronecker product is one too), and k the taps of a convolution's kernel.
     """
 
-    w1: Tensor | None
-    w2: Tensor | None
-
     def __init__(self, site: Site, method: LoKr):
         super().__init__()
-        stack, (o, columns) = _as_matrices(site.tensor, site.module)
+        stack, (o, i) = site.matrices
         taps = site.tensor[0, 0].numel() if isinstance(site.module, nn.modules.conv._ConvNd) else 1
-        (o1, o2), (i1, i2) = (split(n, method.factor) for n in (o, columns // taps))
+        (o1, o2), (i1, i2) = (split(n, method.factor) for n in (o, i // taps))
         self.scale, self.transposed = method.scale, site.transposed
         for name, rows, columns, low in (
             ("w1", o1, i1, method.decompose_both and 2 * method.rank < max(o1, i1)),
@@ -46,10 +42,11 @@ class LoKrPatch(Patch):
             self.call = None
 
     def reset(self, w: Tensor | None) -> None:
-        for factor in self.parameters():
+        *drawn, last = self.parameters()  # the last is w2, or its w2b
+        for factor in drawn:
             bound = 1 / math.sqrt(factor.shape[-1])
             factor.uniform_(-bound, bound)
-        factor.zero_()  # the last: w2, or its w2b
+        last.zero_()
 
     def _factor(self, name: str, dtype: torch.dtype) -> Tensor:
         own = self._parameters
@@ -65,14 +62,14 @@ class LoKrPatch(Patch):
         change = w1[..., :, None, :, None] * w2[..., None, :, None, :]
         return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
 
-    def call(self, inner: Map, x: Tensor) -> Tensor:
+    def call(self, inner: Map, input: Tensor) -> Tensor:
         dtype = inner.weight.dtype
         w1, w2 = self._factor("w1", dtype), self._factor("w2", dtype)
         if self.transposed:
             w1, w2 = w1.mT, w2.mT
-        # (w1 ⊗ w2) x: one factor on each dimension of x as (i₁, i₂)
-        h = F.linear(x.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)
-        return torch.add(inner(x), (w1 @ h).flatten(-2), alpha=self.scale)
+        # (w1 ⊗ w2) x: one factor on each dimension of the input as (i₁, i₂)
+        h = F.linear(input.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)
+        return torch.add(inner(input), (w1 @ h).flatten(-2), alpha=self.scale)
 
 
 def split(n: int, most: int | None) -> tuple[int, int]:
@@ -84,14 +81,13 @@ def split(n: int, most: int | None) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class LoKr(Method):
-    """W' = W + s·w1 ⊗ w2, w2 = w2a w2b. Yeh et al. (LyCORIS), arXiv:2309.14859, §3.3.
+    """W' = W + s·w1 ⊗ w2, w2 = w2a w2b. Yeh et al. (LyCORIS), arXiv:2309.14859.
 
-    Each dimension n of W is split as u·v, with u ≤ √n, and w1 has the smaller parts, w2 the larger:
-    W's rank is the product of theirs. w2 is of rank r where r is less than half its larger
-    dimension, and full otherwise; a convolution's kernel belongs to w2. s = alpha/r throughout.
-    peft starts w1 at zero unless told otherwise, and here as in the paper's code it's w2; with a
-    factor beyond √n, peft makes w1 the larger. By default it takes every weight of a linear map
-    but the output head's.
+    Each dimension n of W is split as u·v with u ≤ v; w1 has the smaller parts, w2 the larger, and
+    ΔW the product of their ranks. w2 is of rank r where r is below half its larger dimension, and
+    full otherwise; a convolution's taps belong to w2. s = alpha/r, even where both are full. As in
+    the authors' code w2 starts at zero, where peft has w1 do so, and u ≤ v holds for any `factor`.
+    By default it takes every weight of a linear map but the output head's.
 
     Args:
         rank: r.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,7 @@ class LoRAPatch(Patch):
 
     def __init__(self, site: Site, method: LoRA):
         super().__init__()
-        w = site.tensor
-        stack, (rows, columns) = _as_matrices(w, site.module)
+        stack, (rows, columns) = site.matrices
         i, o = (rows, columns) if site.transposed else (columns, rows)
         self.method, self.scale, self.transposed = method, method.scale, site.transposed
         self.embeds = site.transposed and isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
@@ -111,14 +110,6 @@ class LoRAPatch(Patch):
         return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)
 
 
-def _as_matrices(w: Tensor, module: nn.Module) -> tuple[list[int], tuple[int, int]]:
-    """The stack and the two dimensions of the matrices in a weight: a kernel's taps are one."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return [], (w.shape[0], w[0].numel())
-    *stack, rows, columns = w.shape
-    return stack, (rows, columns)
-
-
 @dataclass(frozen=True)
 class LoRA(Method):
     """W' = W + s·BA, with A (r, i) and B (o, r). Hu et al., arXiv:2106.09685, §4.1.
@@ -146,6 +137,7 @@ class LoRA(Method):
     scaling: Scaling = "alpha/r"
     init: Init = "kaiming"
 
+    patch: ClassVar[type[LoRAPatch]] = LoRAPatch
     takes = "tensors of 2 or more dimensions"
 
     def __post_init__(self) -> None:
@@ -176,10 +168,10 @@ class LoRA(Method):
     def build(self, site: Site) -> LoRAPatch:
         if not self.accepts(site):
             raise self.refuse(site)
-        _, matrix = _as_matrices(site.tensor, site.module)
+        _, matrix = site.matrices
         if self.rank > min(matrix) and self.init in ("pissa", "olora", "orthogonal"):
             raise TargetError(
                 f"{site.address} has matrices of {matrix[0]}×{matrix[1]}, whose rank is at most "
                 f"{min(matrix)}: init={self.init!r} has no {self.rank} directions to take"
             )
-        return LoRAPatch(site, self)
+        return self.patch(site, self)

@@ -1,4 +1,4 @@
-"""VeRA: W' = W + Λ_b B Λ_d A, with one pair of random matrices for all sites and two vectors each."""
+"""VeRA: W' = W + Λ_b B Λ_d A, two vectors a site that scale random matrices shared by all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.maps import Map, widen
-from peftlite.methods.lora import _as_matrices
 from peftlite.patch import Method, Patch, set_number, trainable
 from peftlite.site import Site
 
 
 class Projection(nn.Module):
-    """A (r, i) and B (o, r) for the largest i and o of the sites, each of which uses the first part.
+    """A (r, i) and B (o, r), for the largest i and o of all sites.
 
-    They are what the seed gives, and so no part of a file: they move, but are never cast.
+    They are what the seed gives, so no part of a file: they are moved, but never cast.
     """
 
     a: Tensor
@@ -62,7 +61,7 @@ class VeRAPatch(Patch):
         self.b.zero_()
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The factors of the change to the weight as it is stored: Λ_b B and Λ_d A, or Aᵀ and Bᵀ."""
+        """Λ_b B and Λ_d A, or the other way round and transposed, as the weight is stored."""
         shared = self.projection
         left = (self.b[..., None] * shared.b[: self.o]).to(dtype)
         right = (self.d[..., None] * shared.a[:, : self.i]).to(dtype)
@@ -82,7 +81,7 @@ class VeRAPatch(Patch):
 
 def _dims(site: Site) -> tuple[list[int], tuple[int, int]]:
     """The stack, and the input and output dimension of the matrices in it."""
-    stack, (rows, columns) = _as_matrices(site.tensor, site.module)
+    stack, (rows, columns) = site.matrices
     return stack, (rows, columns) if site.transposed else (columns, rows)
 
 
@@ -98,8 +97,8 @@ class VeRA(Method):
     Args:
         rank: r, which costs one parameter a site, so that it can be large.
         d_initial: what d starts at; b starts at zero.
-        seed: of A and B, Kaiming-uniform, as large as the largest site needs: the first rows of B
-            and columns of A are those of a smaller one.
+        seed: of A and B, which are Kaiming-uniform and as large as the largest i and o; a smaller
+            site uses the first columns of A and rows of B.
     """
 
     rank: int = 256
@@ -127,7 +126,7 @@ class VeRA(Method):
         for site in sites:
             if not self.accepts(site):
                 raise self.refuse(site)
-        i, o = (max(sizes) for sizes in zip(*(_dims(site)[1] for site in sites), strict=True))
+        i, o = map(max, zip((0, 0), *(_dims(site)[1] for site in sites), strict=True))
         devices = dict.fromkeys(site.device for site in sites)
         shared: dict[Any, Projection] = {on: Projection(self, i, o, on) for on in devices}
         return [VeRAPatch(site, self, shared[site.device]) for site in sites]

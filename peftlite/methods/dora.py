@@ -1,0 +1,126 @@
+"""DoRA: W' = m ⊙ (W + s·BA) / ‖W + s·BA‖, a trainable size beside LoRA's change of direction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftlite.maps import Embedding, Map, Over
+from peftlite.methods.lora import LoRA, LoRAPatch
+from peftlite.patch import apply, trainable
+from peftlite.site import Site, overlap
+
+
+class DoRAPatch(LoRAPatch):
+    """W' = m ⊙ V/‖V‖ with V = W + s·BA; `m` holds a size for every output, `a` and `b` are LoRA's.
+
+    An output is a row of W, a column where W is transposed, and a channel of a convolution. ‖V‖ is
+    always found by its factors, so that the forms agree and m/‖V‖ is exactly 1 in a fresh patch.
+    """
+
+    def __init__(self, site: Site, method: DoRA):
+        super().__init__(site, method)
+        module, part = site.module, site.index
+        # each group of a transposed convolution has its own inputs, and taps share their output
+        apart = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        self.groups = module.groups if apart and part is None else 1
+        self.taps = math.prod(module.kernel_size) if apart else 1
+        *stack, outputs, _ = self.b.shape
+        outputs = outputs // self.taps * self.groups
+        self.m = trainable(*stack, outputs, site=site, dtype=method.dtype)
+        if part is not None and (part[0] == 0) == self.transposed:
+            self.call = None  # some of the inputs: what they add to an output is not seen apart
+
+    def reset(self, w: Tensor | None) -> None:
+        super().reset(w)
+        self.m.copy_(self._norm(w))
+
+    @torch.no_grad()
+    def _norm(self, w: Tensor) -> Tensor:
+        """‖W + s·BA‖ of every output: ‖Wₒ‖² + 2s·(WAᵀ)ₒ·Bₒ + s²·Bₒ(AAᵀ)Bₒᵀ, and its root."""
+        a, b = self._factors()
+        wide = self._wide(w)
+        a, b, w = a.to(wide), b.to(wide), w.to(wide).reshape(*a.shape[:-2], *self._matrix_shape())
+        w = w.mT if self.transposed else w
+        if self.groups > 1:
+            a, w = (z.unflatten(-1, (self.groups, -1)).movedim(-2, 0) for z in (a, w))
+        change = self.scale * b * (2 * (w @ a.mT) + self.scale * b @ (a @ a.mT))
+        squares = torch.linalg.vector_norm(w, dim=-1).square() + change.sum(-1)
+        if self.taps > 1:
+            squares = squares.unflatten(-1, (-1, self.taps)).sum(-1)
+        return squares.clamp(min=0).sqrt().reshape(self.m.shape)
+
+    def _ratio(self, w: Tensor) -> Tensor:
+        """m / ‖V‖, where ‖V‖ is rounded as m is. An output whose weights are all 0 keeps them."""
+        norm = self._norm(w)
+        m, norm = self.m.to(norm.dtype), norm.to(self.m.dtype).to(norm.dtype)
+        nothing = norm == 0
+        return (m / norm.masked_fill(nothing, 1)).masked_fill(nothing, 1)
+
+    def _wide(self, w: Tensor) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(w.dtype, self.a.dtype), torch.float32)
+
+    def value(self, w: Tensor) -> Tensor:
+        v, ratio = super().value(w.to(self._wide(w))), self._ratio(w)
+        if self.transposed:  # (i, o) or (g i, o, *taps)
+            ratio = ratio.view(self.groups, 1, -1, *(1 for _ in w.shape[2:]))
+            v = (v.unflatten(0, (self.groups, -1)) * ratio).flatten(0, 1)
+        else:
+            v = v * ratio[(..., *(None for _ in w.shape[ratio.dim() :]))]
+        return v.to(w.dtype)
+
+    def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        base, part = _under(inner, self.index)
+        # y + (m/‖V‖ − 1)(y − b): near 1 the ratio itself would be coarse in half precision
+        change = self._ratio(part) - 1
+        if self.index is not None:
+            dim, start, stop = self.index
+            change = F.pad(change, (start, base.weight.shape[dim] - stop))
+        column = (-1, *(1 for _ in base.weight.shape[2:]))
+        change, embeds, bias = change.view(column), isinstance(base, Embedding), base.bias
+        if base.transposed is not self.transposed:  # tied to a map the other way round
+            if not embeds:  # our outputs are its inputs
+                input = torch.addcmul(input, input, change.to(input.dtype))
+                return super().call(inner, input, *args, **kwargs)
+            change = change[input][..., None]
+        y = super().call(inner, input, *args, **kwargs)
+        product = y if bias is None else y - bias.view(column).to(y.dtype)
+        scaled = torch.addcmul(y, product, change.to(y.dtype))
+        if embeds and base.module.padding_idx is not None:
+            # the padding row gives values and takes no gradients
+            padding = (input == base.module.padding_idx)[..., None]
+            scaled = torch.where(padding, scaled.detach(), scaled)
+        return scaled
+
+
+@torch.no_grad()
+def _under(inner: Any, index: tuple[int, int, int] | None) -> tuple[Map, Tensor]:
+    """The map itself, and the part of its weight at `index` as the patches on it leave that."""
+    below, base = [], inner
+    while isinstance(base, Over):
+        below.append(base.patch)
+        base = base.inner
+    w = base.weight
+    if any(overlap(patch.index, index) for patch in below):
+        w = apply(below[::-1], w)
+    return base, w if index is None else w.narrow(index[0], index[1], index[2] - index[1])
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """W' = m ⊙ (W + s·BA) / ‖W + s·BA‖. Liu et al., arXiv:2402.09353, §4.1.
+
+    m, the norms of W at first, has a number for every output: peft, too, reads the paper's "column"
+    so. The norm takes no gradient (§4.3), and on linear maps W + s·BA is never formed for it. The
+    bias is not scaled. Arguments and default targets are LoRA's.
+
+    `dropout` is of BA alone: y = m/‖V‖ ⊙ (Wx + s·BA·drop(x)) + bias. peft drops x for W, too,
+    wherever m/‖V‖ differs from 1.
+    """
+
+    patch = DoRAPatch

@@ -1,0 +1,65 @@
+"""LoHa: the paper's equation, its rank and its count of parameters; the same in peft."""
+
+import pytest
+import torch
+from peft import LoHaConfig, get_peft_model
+from torch import nn
+
+import peftlite as pl
+from peftlite.methods.loha import LoHa
+from tests.test_contract import close, disturb
+from tests.zoo import KINDS, seeded
+
+# peft 0.21 on transformers 5
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+KIND = {kind.name: kind for kind in KINDS}
+
+
+def anywhere(site: pl.Site) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("name", ["gpt", "experts", "conv2d_grouped", "conv_transpose", "hf_gpt2"])
+def test_the_equation(name: str) -> None:
+    """ΔW = s·(w1a w1b) ⊙ (w2a w2b), of every matrix, kernels flattened, in the weight's layout."""
+    with seeded():
+        delta = disturb(pl.attach(KIND[name].model(), LoHa(rank=2, alpha=3, targets=anywhere)))
+    for placed in delta.placed.values():
+        w, patch = placed.site.tensor, placed.patch
+        made = 1.5 * (patch.w1a @ patch.w1b) * (patch.w2a @ patch.w2b)
+        made = made.mT if placed.site.transposed else made
+        close(patch.value(w) - w, made.reshape(w.shape))
+
+
+def test_the_rank_is_that_of_lora_squared_at_twice_its_parameters() -> None:
+    """rank ≤ r²: Proposition 1; with 2r(o + i) parameters for r = r₁ = r₂: Proposition 2."""
+    model = nn.Sequential(nn.Linear(24, 20).double())
+    with seeded():
+        delta = disturb(pl.attach(model, LoHa(rank=3, targets=anywhere)))
+    placed = delta.placed["0.weight"]
+    w = placed.site.tensor
+    assert torch.linalg.matrix_rank(placed.patch.value(w) - w, rtol=1e-9) == 9
+    assert delta.num_parameters == 2 * 3 * (24 + 20)
+    lora = pl.plan(nn.Sequential(nn.Linear(24, 20)), pl.LoRA(rank=3, targets=anywhere))
+    assert delta.num_parameters == 2 * lora.delta.num_parameters
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv2d_grouped", "hf_bert", "hf_llama"])
+def test_it_is_the_same_in_peft(name: str) -> None:
+    """The same start, ΔW of every layer and logits; peft's padding of kernels is always zeros."""
+    kind = KIND[name]
+    delta = pl.attach(ours := kind.model(), LoHa(rank=3, alpha=5))
+    layers = [placed.site.address.removesuffix(".weight") for placed in delta.placed.values()]
+    theirs = get_peft_model(kind.model(), LoHaConfig(r=3, alpha=5, target_modules=layers))
+    with torch.no_grad(), seeded():
+        for placed, where in zip(delta.placed.values(), layers, strict=True):
+            w, patch = placed.site.tensor, placed.patch
+            layer = theirs.get_base_model().get_submodule(where)
+            for key, factor in patch.named_parameters():
+                peer = getattr(layer, f"hada_{key[:2]}_{key[2]}").default
+                assert factor.shape == peer.shape and factor.any() == peer.any()
+                factor.copy_(peer.normal_(std=0.5))
+            close(patch.value(w) - w, layer.get_delta_weight("default"))
+    if name != "conv2d_grouped":
+        close(kind.run(ours, kind.batch()), kind.run(theirs.eval(), kind.batch()))

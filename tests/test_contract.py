@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
 from peftlite import host
+from peftlite.methods.features import of_layer
 from tests.digest import assert_same, bits, digest
 from tests.zoo import KINDS, Kind, seeded
 
@@ -37,6 +38,15 @@ class Row:
 
 def anywhere(site: pl.Site) -> bool:
     return True
+
+
+def called(site: pl.Site) -> bool:
+    """Whether a call is made, and what it gives is read."""
+    return site.address not in ("bert()", "shared()")
+
+
+def layers(site: pl.Site) -> bool:
+    return of_layer(site.module) is not None
 
 
 METHODS = (
@@ -71,6 +81,63 @@ METHODS = (
     Row("lokr", pl.LoKr(rank=1, alpha=2, decompose_both=True)),
     Row("lokr_anywhere", pl.LoKr(rank=2, factor=2, targets=anywhere)),
     Row("lokr_rows", pl.LoKr(rank=2, targets=FUSED), only=("gpt_fused",)),
+    Row("oft", pl.OFT(block_size=4)),
+    Row(
+        "oft_anywhere",
+        pl.OFT(block_size=5, neumann_terms=3, eps=0.3, targets=anywhere),
+        only=("gpt_tied", "experts", "conv_transpose", "embedding", "raw", "bilinear"),
+    ),
+    Row("oft_rows", pl.OFT(block_size=4, targets=FUSED), only=("gpt_fused",)),
+    Row("boft", pl.BOFT(m=1)),
+    Row("boft_butterfly", pl.BOFT(block_size=2, m=2), only=("gpt", "gpt_fused", "hf_llama")),
+    Row(
+        "boft_refused",
+        pl.BOFT(m=2),
+        refused={"mlp": "BOFT takes tensors of 2 or more dimensions, their inputs a multiple"},
+        only=("mlp",),
+    ),
+    Row("hra", pl.HRA(rank=4)),
+    Row(
+        "hra_anywhere",
+        pl.HRA(rank=2, targets=anywhere),
+        only=("experts", "conv_transpose", "embedding"),
+    ),
+    # blocks and the root too
+    Row("bottleneck", pl.BottleneckAdapter(bottleneck_size=3, targets=called)),
+    Row(
+        "bottleneck_parallel",
+        pl.BottleneckAdapter(preset="parallel", reduction_factor=4, scale=0.5, targets=layers),
+        refused={
+            kind: "is true for none of the 0 sites offered"
+            for kind in ("conv1d", "conv2d_grouped", "conv2d_same", "conv3d", "conv_transpose")
+        },
+    ),
+    Row(
+        "bottleneck_pfeiffer",
+        pl.BottleneckAdapter(preset="pfeiffer", bottleneck_size=3),
+        only=("gpt", "mha_encoder", "hf_bert", "hf_vit", "hf_t5"),
+    ),
+    Row("ia3", pl.IA3()),
+    Row(
+        "ia3_feedforward",
+        pl.IA3(feedforward=True),
+        refused={"bilinear": "IA3 takes none of this model's tensors by default"},
+    ),
+    Row("ia3_rows", pl.IA3(targets=["qkv[q]", "qkv[v]"]), only=("gpt_fused",)),
+    Row(
+        "norm",
+        pl.NormTuning(),
+        refused={
+            kind: "NormTuning takes none of this model's tensors by default"
+            for kind in (
+                "mlp mha_seq_first shared experts raw bilinear conv1d conv2d_grouped conv2d_same "
+                "conv3d conv_transpose embedding embedding_bag lstm gru weight_norm conv1d_hf"
+            ).split()
+        },
+    ),
+    Row("sparse", pl.SparseMask(fraction=0.2)),
+    Row("sparse_rows", pl.SparseMask(fraction=0.3, targets=FUSED), only=("gpt_fused",)),
+    Row("shira", pl.SHiRA(rank=1)),
     Row(
         "bitfit",
         pl.BitFit(),
@@ -88,9 +155,12 @@ METHODS = (
 )
 
 
-def unmergeable(delta: pl.Delta) -> bool:
-    """Whether a tensor is parametrized: computed, not stored, so there's nothing to merge into."""
-    return any(p.site.slot not in p.site.module._parameters for p in delta.placed.values())
+def unmergeable(delta: pl.Delta) -> str:
+    """What `merge` says where it has nothing to merge, or nothing to merge into."""
+    if not all(placed.patch.has_value for placed in delta.placed.values()):
+        return "changes calls"
+    stored = all(p.site.slot in p.site.module._parameters for p in delta.placed.values())
+    return "" if stored else "computed by a parametrization"
 
 
 # torch itself refuses to pickle a parametrized module
@@ -227,9 +297,9 @@ def test_law_4_merged_equals_attached(row: Row, kind: Kind) -> None:
     pl.use(model, None)
     assert not torch.allclose(kind.run(model, batch), output)
     pl.use(model, "a")
-    if unmergeable(delta):
+    if why := unmergeable(delta):
         before = digest(model)
-        with pytest.raises(pl.PeftliteError, match="computed by a parametrization"):
+        with pytest.raises(pl.PeftliteError, match=why):
             pl.merge(model, "a")
         assert_same(before, digest(model))
         return

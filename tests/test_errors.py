@@ -1063,6 +1063,50 @@ FILES = [
 ]  # fmt: skip
 
 
+# -- the methods
+
+
+def refusing(method: type[pl.Method], targets: str, what: str, **options: Any) -> Case:
+    act = attaching(method(targets=targets, **options))
+    says = f"{targets} is {what}; {method.__name__} takes {method.takes}"
+    return Case(act, says, pl.TargetError, bare)
+
+
+def narrow() -> nn.Module:
+    model = nn.Sequential(nn.Identity(), nn.Linear(8, 3))
+    pl.attach(model, pl.BottleneckAdapter(targets="0()", width=6))
+    return model
+
+
+METHODS = [
+    *(refusing(method, "norm.weight", "a tensor of shape (16,)")
+      for method in (pl.LoHa, pl.LoKr, pl.VeRA, pl.OFT, pl.BOFT, pl.HRA, pl.SHiRA)),
+    *(refusing(method, "blocks.0.attn()", "a call")
+      for method in (pl.IA3, pl.NormTuning, pl.SparseMask)),
+    refusing(pl.BOFT, "lm_head.weight", "a tensor of shape (29, 16)", m=6),
+    refusing(pl.BottleneckAdapter, "norm.weight", "a tensor of shape (16,)"),
+    Case(attaching(pl.BottleneckAdapter(targets="blocks.0.mlp.1()")), "how wide what "
+         "blocks.0.mlp.1() takes and gives is can't be told from its layers: say width=, or name "
+         "a call inside it", pl.TargetError),
+    Case(lambda model, _: model(torch.ones(2, 8)), "0() has a tensor of shape (2, 8) where its "
+         "adapter works on 6 features in dimension -1: say width=, or name a call inside it",
+         model=narrow),
+    Case(lambda *_: pl.BottleneckAdapter(preset="x"),
+         "preset must be one of 'houlsby', 'pfeiffer', 'parallel', not 'x'"),
+    Case(lambda *_: pl.IA3(feedforward=["down"]), "feedforward must be True or False, not "
+         "['down']: maps whose inputs are scaled are a method of their own, pl.IA3(targets=..., "
+         "feedforward=True)"),
+    Case(lambda *_: pl.SparseMask(select="top"),
+         "select must be one of 'magnitude', 'random', 'fish', 'given', not 'top'"),
+    Case(attaching(pl.SparseMask(select="fish", targets="lm_head")), "select='fish' goes by "
+         "scores['lm_head.weight'], a tensor of shape (29, 16), not None: give a score to every "
+         "entry of every site, as scores=pl.fish_scores(model, loss, batches) does"),
+    Case(lambda *_: pl.fish_scores(bare(), None, []), "fish_scores saw no gradient: give it "
+         "batches, and a model whose parameters require gradients (pl.attach freezes them: score "
+         "them before)"),
+]  # fmt: skip
+
+
 # -- the demo
 
 
@@ -1079,7 +1123,7 @@ DEMO = [
 
 CASES = [
     *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
-    *(MERGES + SAVES + FILES + DEMO),
+    *(MERGES + SAVES + FILES + METHODS + DEMO),
 ]
 
 

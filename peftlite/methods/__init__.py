@@ -1,11 +1,37 @@
 """The methods: one file each, with its equation, its paper, its config and its patch."""
 
 from peftlite.methods.bitfit import BitFit
+from peftlite.methods.boft import BOFT
+from peftlite.methods.bottleneck import BottleneckAdapter
 from peftlite.methods.dora import DoRA
+from peftlite.methods.fish import fish_scores
 from peftlite.methods.full import FullTuning
+from peftlite.methods.hra import HRA
+from peftlite.methods.ia3 import IA3
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.methods.lora import LoRA
+from peftlite.methods.norm import NormTuning
+from peftlite.methods.oft import OFT
+from peftlite.methods.shira import SHiRA
+from peftlite.methods.sparse import SparseMask
 from peftlite.methods.vera import VeRA
 
-__all__ = ["BitFit", "DoRA", "FullTuning", "LoHa", "LoKr", "LoRA", "VeRA"]
+__all__ = [
+    "BOFT",
+    "HRA",
+    "IA3",
+    "OFT",
+    "BitFit",
+    "BottleneckAdapter",
+    "DoRA",
+    "FullTuning",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "NormTuning",
+    "SHiRA",
+    "SparseMask",
+    "VeRA",
+    "fish_scores",
+]

@@ -1,0 +1,103 @@
+"""BOFT: W' = diag(s) W Rᵀ, with R the product of m butterfly factors of small rotations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftlite.methods.oft import (
+    RotationPatch,
+    block_near,
+    cayley,
+    neurons,
+    skew,
+    turn_blocks,
+    turnable,
+)
+from peftlite.patch import Method, set_number, trainable
+from peftlite.site import Site
+
+
+class BOFTPatch(RotationPatch):
+    """`q` (*stack, m, blocks, k(k−1)/2) holds the Q of every block; `s` (*stack, n) the scales."""
+
+    def __init__(self, site: Site, method: BOFT, block: int):
+        super().__init__(site)
+        self.call = None  # it would have to tell the bias, which isn't scaled, from what is
+        self.block = block
+        n = site.tensor.numel() // math.prod(self.stack) // self.size
+        shape = (*self.stack, method.m, self.size // block, block * (block - 1) // 2)
+        self.q = trainable(*shape, site=site, dtype=method.dtype)
+        self.s = trainable(*self.stack, n, site=site, dtype=method.dtype)
+
+    def reset(self, w: Tensor | None) -> None:
+        self.q.zero_()
+        self.s.fill_(1.0)
+
+    def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """W' − W for the rows of W; with no `call`, nothing asks for the transposed."""
+        q = self.q.to(torch.promote_types(self.q.dtype, torch.float32))
+        factors = cayley(skew(q, self.block)).to(x.dtype).mT.unbind(-4)
+        change = torch.zeros_like(x)
+        for i, factor in enumerate(factors):
+            turned = turn_blocks(self._gather(x + change, i), factor)
+            change = change + self._scatter(turned, i)
+        s = self.s[..., None]
+        return s * change + (s - 1) * x
+
+    def _gather(self, x: Tensor, i: int) -> Tensor:
+        """Puts half-blocks 2ⁱ apart side by side, as the blocks of factor i join them."""
+        if i == 0:
+            return x
+        return x.unflatten(-1, (-1, 2, 2**i, self.block // 2)).transpose(-3, -2).flatten(-4)
+
+    def _scatter(self, x: Tensor, i: int) -> Tensor:
+        """The way back."""
+        if i == 0:
+            return x
+        return x.unflatten(-1, (-1, 2**i, 2, self.block // 2)).transpose(-3, -2).flatten(-4)
+
+
+@dataclass(frozen=True)
+class BOFT(Method):
+    """W' = diag(s) W Rᵀ, R = B_m … B₁; B_i turns pairs of half-blocks that are 2ⁱ⁻¹ apart.
+
+    Liu et al., arXiv:2311.06243, §4. Each B is one of OFT's rotations in blocks, with the inputs
+    permuted between them as in a fast Fourier transform, so that R is dense after enough of them;
+    s, one scale per neuron, is 1 at first. Any m works here on any device; peft's falls to m = 1
+    where its CUDA extension doesn't build. By default it takes every weight of a linear map but the
+    output head's; further dimensions are a stack of matrices, each with its own R and s.
+
+    Args:
+        block_size: b, the size of the blocks; where it doesn't fit the inputs, the nearest that
+            does: an even size from 2 up for m > 1, whose product with 2^(m−1) divides them.
+        m: the number of butterfly factors. The inputs must be a multiple of 2ᵐ for m > 1.
+    """
+
+    block_size: int = 4
+    m: int = 2
+
+    takes = "tensors of 2 or more dimensions, their inputs a multiple of 2ᵐ (for m = 1: 2 or more)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_number(self, "block_size", int, lambda k: k >= 2, "a whole number from 2 up")
+        set_number(self, "m", int, lambda m: m >= 1, "a whole number from 1 up")
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head and self.accepts(site)
+
+    def accepts(self, site: Site) -> bool:
+        return turnable(site)
+
+    def build(self, site: Site) -> BOFTPatch:
+        if not self.accepts(site):
+            raise self.refuse(site)
+        rest, left_over = divmod(neurons(site)[1], 2 ** (self.m - 1))
+        block = block_near(rest, self.block_size, step=1 if self.m == 1 else 2)
+        if left_over or block is None:
+            raise self.refuse(site)
+        return BOFTPatch(site, self, block)

@@ -1,0 +1,95 @@
+"""HRA: W' = W H₁ … H_r, a chain of r Householder reflections."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from peftlite.methods.oft import RotationPatch, turnable
+from peftlite.patch import Method, set_number, trainable
+from peftlite.site import Site
+
+
+class HRAPatch(RotationPatch):
+    """P = H₁ … H_r = I + AB; `u` (*stack, r, d) holds the vectors, two and two a pair."""
+
+    def __init__(self, site: Site, method: HRA):
+        super().__init__(site)
+        self.u = trainable(*self.stack, method.rank, self.size, site=site, dtype=method.dtype)
+
+    def reset(self, w: Tensor | None) -> None:
+        first, second = self.u.unflatten(-2, (-1, 2)).unbind(-2)
+        bound = math.sqrt(2 / self.u.shape[-2])  # the paper's: kaiming of a (d, r/2)
+        second.copy_(first.uniform_(-bound, bound))
+
+    def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
+        a, b = self._factors()
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        return x @ b.mT @ a.mT if transposed else x @ a @ b
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A (*stack, d, r) and B (*stack, r, d), with B exactly zero where pairs are equal."""
+        u = self.u.to(torch.promote_types(self.u.dtype, torch.float32))
+        a, b = _pairs(*u.unflatten(-2, (-1, 2)).unbind(-2))
+        *firsts, left = a.unbind(-3)
+        *seconds, right = b.unbind(-3)
+        for left_k, right_k in zip(reversed(firsts), reversed(seconds), strict=True):
+            # (I + AₖBₖ)(I + AB) = I + [Aₖ A] [Bₖ + BₖAB; B]
+            right = torch.cat([right_k + right_k @ left @ right, right], -2)
+            left = torch.cat([left_k, left], -1)
+        return left, right
+
+
+def _pairs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """H_u H_v = I + AB for vectors (*, d), with A (*, d, 2) and B (*, 2, d).
+
+    For unit vectors and δ = v − u it is I + 2u(δ + 2(u·δ)v)ᵀ − 2δvᵀ: nothing is left of it at
+    v = u, and a small δ isn't lost beside a 1.
+    """
+    u_norm, v_norm = (vector_norm(x, dim=-1, keepdim=True) for x in (u, v))
+    step, both = v - u, u + v
+    u = u / u_norm
+    # |v| − |u|, zero where they are equal whatever order a norm is summed in
+    longer = vecdot(step, both)[..., None] / (u_norm + v_norm)
+    delta = (step - longer * u) / v_norm
+    v = u + delta
+    c = vecdot(u, delta)[..., None]
+    return torch.stack([u, delta], -1), torch.stack([2 * delta + 4 * c * v, -2 * v], -2)
+
+
+@dataclass(frozen=True)
+class HRA(Method):
+    """W' = W H₁ … H_r with H = I − 2uuᵀ/|u|². Yuan et al., arXiv:2405.17484, §3.1.
+
+    The chain begins as pairs of equal reflections, which undo one another. It is I + AB with A and
+    B of rank r, so a linear map turns its inputs as cheaply as LoRA: y = W(x + A(Bx)). The paper's
+    regularizer, λ‖UᵀU − I‖², is a term of the loss: `u` holds the vectors. By default it takes
+    every weight of a linear map but the output head's; further dimensions are a stack of matrices,
+    each with its own reflections.
+
+    Args:
+        rank: r, the number of reflections, even.
+    """
+
+    rank: int = 8
+
+    takes = "tensors of 2 or more dimensions that have 2 or more inputs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_number(self, "rank", int, lambda r: r >= 2 and r % 2 == 0, "an even number from 2 up")
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head and self.accepts(site)
+
+    def accepts(self, site: Site) -> bool:
+        return turnable(site)
+
+    def build(self, site: Site) -> HRAPatch:
+        if not self.accepts(site):
+            raise self.refuse(site)
+        return HRAPatch(site, self)

@@ -1,0 +1,139 @@
+"""(IA)³: y' = l ⊙ y for the outputs of a map, or y' = W(l ⊙ x) for its inputs, with l learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from peftlite import maps
+from peftlite.errors import PeftliteError
+from peftlite.patch import Method, Patch, trainable
+from peftlite.site import Site
+
+_CONVS = nn.modules.conv._ConvNd
+
+
+class ScalePatch(Patch):
+    """W' = l ⊙ W along the outputs or the inputs; stacks of matrices keep their stack.
+
+    `l` is (o) or (i). A weight and the bias that is added to its outputs have one between them.
+    """
+
+    def __init__(self, site: Site, method: IA3):
+        super().__init__()
+        self.inputs = method.feedforward
+        shape, self.groups, self.along = _along(site, self.inputs)
+        self.l = trainable(*shape, site=site, dtype=method.dtype)
+        if not _rides_beside(site, self.inputs):
+            self.call = None
+        self.channels = (-1, *(1 for _ in site.shape[2:]))  # of what a convolution takes and gives
+
+    def reset(self, w: Tensor | None) -> None:
+        self.l.fill_(1.0)
+
+    def value(self, w: Tensor) -> Tensor:
+        grouped = w.unflatten(0, (self.groups, -1))
+        return (grouped * self.l.view(self.along)).flatten(0, 1).to(w.dtype)
+
+    def call(self, inner: maps.Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.inputs:
+            return inner(self._scaled(input), *args, **kwargs)
+        return self._scaled(inner(input, *args, **kwargs))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        # l as it is: rounded to half precision first, it would leave 1 late and all at once
+        return (x * self.l.view(self.channels)).to(x.dtype)
+
+
+def _along(site: Site, inputs: bool) -> tuple[list[int], int, list[int]]:
+    """The shape of l; a weight's groups g; and l's shape against the weight as (g, n/g, …)."""
+    w, module = site.tensor, site.module
+    first, rest = inputs == site.transposed, [1] * (w.dim() - 2)
+    if w.dim() == 1:
+        return [len(w)], 1, [1, len(w)]
+    if isinstance(module, _CONVS) and not first:  # of each group, the second dimension is its own
+        g = module.groups
+        return [g * w.shape[1]], g, [g, 1, w.shape[1], *rest]
+    if isinstance(module, _CONVS | nn.Bilinear):
+        return [len(w)], 1, [1, len(w), 1, *rest]
+    *stack, rows, columns = w.shape
+    n, matrix = (rows, [rows, 1]) if first else (columns, [1, columns])
+    return [*stack, n], 1, [1, *stack, *matrix]
+
+
+def _rides_beside(site: Site, inputs: bool) -> bool:
+    """Whether scaling what a map takes or gives is the same as scaling its weight."""
+    kind = maps.kind_of(site.module) if site.slot == "weight" else None
+    if kind in (None, maps.Embedding) or site.index is not None or len(site.owners) > 1:
+        return False
+    # a bias has a patch of its own, or none
+    return inputs or site.module.bias is None
+
+
+def _weight_slot(site: Site) -> str:
+    """The slot of the weight to whose outputs a bias is added; a weight's own."""
+    return site.slot.replace("bias", "weight")
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """y' = l ⊙ (Wx + b), or y' = W(l ⊙ x) + b. Liu et al., arXiv:2205.05638, §3.3.
+
+    l is 1 at first. Where a map has no bias, or its inputs are scaled, W' is never formed. By
+    default it takes every weight of a linear map but the output head's, with its bias. The paper
+    scales keys, values and what enters the down map of a feed-forward network:
+
+        [pl.IA3(targets=["k_proj", "v_proj"]), pl.IA3(targets="down_proj", feedforward=True)]
+
+    Where nn.MultiheadAttention keeps q, k and v apart, their common bias isn't scaled.
+
+    Args:
+        feedforward: whether l scales the inputs, as in front of a feed-forward's down map.
+    """
+
+    feedforward: bool = False
+
+    takes = "tensors of 2 or more dimensions, and the biases of linear maps"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.feedforward, bool):
+            raise PeftliteError(
+                f"feedforward must be True or False, not {self.feedforward!r}: maps whose inputs "
+                "are scaled are a method of their own, pl.IA3(targets=..., feedforward=True)"
+            )
+
+    def default(self, site: Site) -> bool:
+        return not site.head and self.accepts(site) and (site.linear or site.whole.dim() == 1)
+
+    def accepts(self, site: Site) -> bool:
+        if site.is_call:
+            return False
+        module, weight = site.module, _weight_slot(site)
+        if site.whole.dim() == 1:
+            biased = weight != site.slot and maps.is_weight(module, weight)
+            return biased and not self.feedforward and getattr(module, weight, None) is not None
+        # a Bilinear has two inputs
+        return site.whole.dim() > 1 and not (self.feedforward and isinstance(module, nn.Bilinear))
+
+    def build(self, site: Site) -> ScalePatch:
+        # a part of a grouped convolution may cut through a group
+        cut = site.index is not None and getattr(site.module, "groups", 1) > 1
+        if cut or not self.accepts(site):
+            raise self.refuse(site)
+        return ScalePatch(site, self)
+
+    def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        patches = [self.build(site) for site in sites]
+        weights, biases = {}, []
+        for site, patch in zip(sites, patches, strict=True):
+            outputs = id(site.module), _weight_slot(site), site.index and site.index[1:]
+            if site.whole.dim() > 1:
+                weights[outputs] = patch
+            else:
+                biases.append((outputs, patch))
+        for outputs, patch in biases:
+            patch.l = weights.get(outputs, patch).l
+        return [*patches]

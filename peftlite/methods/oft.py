@@ -1,0 +1,175 @@
+"""OFT: W' = W Rᵀ, every neuron turned by one rotation in blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.maps import Linear, Map, TransposedLinear, kind_of
+from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.site import Site
+
+
+class RotationPatch(Patch):
+    """W' = WP, with P orthogonal: what OFT, BOFT and HRA share.
+
+    A neuron is a row of W: all the weights of one output, a kernel's taps included; of an
+    embedding, one vector. On linear maps the inputs are turned in its place: y = W(Px).
+    """
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.stack, self.size, self.groups = neurons(site)
+        if site.index is not None or kind_of(site.module) not in (Linear, TransposedLinear):
+            self.call = None  # a kernel's inputs overlap; a part's are other parts' as well
+
+    def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """x P − x, or x Pᵀ − x, for rows x (*stack, n, d): exactly zero as long as P = I."""
+        raise NotImplementedError
+
+    def value(self, w: Tensor) -> Tensor:
+        outputs_first = w
+        if self.groups:
+            outputs_first = w.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        wide = torch.promote_types(w.dtype, torch.float32)
+        rows = outputs_first.to(wide).reshape(*self.stack, -1, self.size)
+        change = self.turn(rows).reshape(outputs_first.shape)
+        if self.groups:
+            change = change.transpose(1, 2).flatten(0, 1)
+        return (w + change).to(w.dtype)
+
+    def call(self, inner: Map, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.size)
+        return inner(input + self.turn(rows, transposed=True).reshape(input.shape))
+
+
+def neurons(site: Site) -> tuple[list[int], int, int]:
+    """The stack of matrices in a weight, the size of a neuron, and the groups of a transposed map.
+
+    The groups are 0 where the neurons are the rows as they are.
+    """
+    w, module = site.tensor, site.module
+    if site.transposed and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        groups = getattr(module, "groups", 1) if site.index is None else 1
+        return [], w.shape[0] // groups * math.prod(w.shape[2:]), groups
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return [], math.prod(w.shape[1:]), 0
+    *stack, _, size = w.shape
+    return stack, size, 0
+
+
+def turnable(site: Site) -> bool:
+    """Whether a site has neurons of two weights or more: a single one can't turn."""
+    return not site.is_call and site.whole.dim() >= 2 and neurons(site)[1] >= 2
+
+
+def skew(q: Tensor, k: int) -> Tensor:
+    """Q = U − Uᵀ, with the entries of q (..., k(k−1)/2) in U above the diagonal, row by row."""
+    row, column = torch.triu_indices(k, k, 1, device=q.device)
+    upper = q.new_zeros(*q.shape[:-1], k, k)
+    upper[..., row, column] = q
+    return upper - upper.mT
+
+
+def cayley(q: Tensor) -> Tensor:
+    """R − I = −2Q (I+Q)⁻¹ for R = (I−Q)(I+Q)⁻¹: without the I, no small rotation is rounded."""
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    # I+Q is never singular: without the check there's no wait for the device
+    return torch.linalg.solve_ex(identity + q, -2 * q)[0]
+
+
+def cayley_neumann(q: Tensor, terms: int) -> Tensor:
+    """R − I for R ≈ (I−Q)(I − Q + … ± Qᵏ), which is I − 2Q + 2Q² … ∓ Qᵏ⁺¹."""
+    power, total = -q, -2 * q
+    for _ in range(terms - 1):
+        power = -power @ q
+        total = total + 2 * power
+    return total - power @ q
+
+
+def turn_blocks(x: Tensor, change: Tensor) -> Tensor:
+    """x·change for rows x (*stack, n, d) and block-diagonal change (*stack, d/k, k, k)."""
+    blocks = x.unflatten(-1, change.shape[-3:-1]).transpose(-2, -3)  # (*stack, d/k, n, k)
+    return (blocks @ change).transpose(-2, -3).flatten(-2)
+
+
+@functools.cache
+def block_near(size: int, wanted: int, step: int = 1) -> int | None:
+    """The block size nearest to `wanted`, the smaller of two, that divides `size`.
+
+    None if there is none; `step` 2 asks for an even one. A block of one would turn nothing.
+    """
+    fits = [k for k in range(2, size + 1) if size % k == 0 and k % step == 0]
+    return min(fits, key=lambda k: (abs(k - wanted), k), default=None)
+
+
+class OFTPatch(RotationPatch):
+    """P = Rᵀ; `q` (*stack, blocks, k(k−1)/2) holds each block's Q above its diagonal."""
+
+    def __init__(self, site: Site, method: OFT):
+        super().__init__(site)
+        self.terms, self.eps = method.neumann_terms, method.eps
+        self.block = block_near(self.size, method.block_size) or self.size
+        shape = (*self.stack, self.size // self.block, self.block * (self.block - 1) // 2)
+        self.q = trainable(*shape, site=site, dtype=method.dtype)
+
+    def reset(self, w: Tensor | None) -> None:
+        self.q.zero_()
+
+    def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
+        q = self.q.to(torch.promote_types(self.q.dtype, torch.float32))
+        q = skew(q, self.block)
+        if self.eps is not None:
+            limit = self.eps / math.sqrt(q.shape[-3])
+            q = q * (limit / torch.linalg.matrix_norm(q, keepdim=True).clamp_min(limit))
+        change = cayley(q) if self.terms is None else cayley_neumann(q, self.terms)
+        change = change.to(x.dtype)
+        return turn_blocks(x, change if transposed else change.mT)
+
+
+@dataclass(frozen=True)
+class OFT(Method):
+    """W' = W Rᵀ, R = diag(R₁, R₂, …), Rⱼ = (I−Qⱼ)(I+Qⱼ)⁻¹ with Qⱼᵀ = −Qⱼ, zero at first.
+
+    Qiu et al., arXiv:2306.07280, §3; on linear maps the inputs are turned, y = W(Rᵀx): Qiu et al.,
+    arXiv:2506.19847. R is a rotation, so the angles between neurons stay. By default it takes
+    every weight of a linear map but the output head's; further dimensions are a stack of matrices,
+    each with its own R.
+
+    Args:
+        block_size: k, the size of the blocks; where it doesn't divide the inputs, the nearest size
+            from 2 up that does.
+        neumann_terms: k, to approximate (I+Q)⁻¹ by I − Q + … ± Qᵏ, good for small Q; exact if None.
+            peft's default approximates (I−Q)⁻¹, and so turns the other way than its exact map.
+        eps: ε of COFT: keeps the Frobenius norm of all Q together within it, and of each block
+            within its even share.
+    """
+
+    block_size: int = 32
+    neumann_terms: int | None = None
+    eps: float | None = None
+
+    takes = "tensors of 2 or more dimensions that have 2 or more inputs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_number(self, "block_size", int, lambda k: k >= 2, "a whole number from 2 up")
+        if self.neumann_terms is not None:
+            set_number(self, "neumann_terms", int, lambda k: k >= 1, "a whole number from 1 up")
+        if self.eps is not None:
+            set_number(self, "eps", float, lambda e: 0 < e < math.inf, "finite and above 0")
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head and self.accepts(site)
+
+    def accepts(self, site: Site) -> bool:
+        return turnable(site)
+
+    def build(self, site: Site) -> OFTPatch:
+        if not self.accepts(site):
+            raise self.refuse(site)
+        return OFTPatch(site, self)

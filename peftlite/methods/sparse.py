@@ -1,0 +1,177 @@
+"""SparseMask: W' = W + D, with D zero but at a few chosen entries, the same ones throughout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from peftlite.errors import PeftliteError
+from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.site import Site, whole_address
+from peftlite.table import shown
+
+Select = Literal["magnitude", "random", "fish", "given"]
+
+
+class SparsePatch(Patch):
+    """W' = W with `values` (n) added at the entries `indices` (n): flat, each once, in order."""
+
+    indices: Tensor
+
+    def __init__(self, site: Site, n: int, dtype: torch.dtype | None):
+        super().__init__()
+        self.address, self.shape, self.size = site.address, site.whole.shape, site.tensor.numel()
+        self.values = trainable(n, site=site, dtype=dtype)
+        narrow = self.size <= torch.iinfo(torch.int32).max
+        kind = torch.int32 if narrow else torch.int64
+        self.register_buffer("indices", torch.empty(n, dtype=kind, device=site.device))
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        n = shapes.get("values", ())
+        if len(n) == 1 and n[0] <= self.size:
+            self.values.data = self.values.new_empty(n[0])
+            self.indices = self.indices.new_empty(n[0])
+
+    def place(self, indices: Tensor) -> None:
+        """Fixes the entries, each with a difference of zero."""
+        self.resize({"values": indices.shape})
+        self.indices.copy_(indices)
+        self.values.zero_()
+
+    def value(self, w: Tensor) -> Tensor:
+        # one clone, W' itself; the gradient of `values` is gathered from that of W'
+        at = torch.unravel_index(self.indices, w.shape)
+        return w.index_put(at, (w[at] + self.values).to(w.dtype))
+
+
+@dataclass(frozen=True)
+class SparseMask(Method):
+    """W' = W + D, with D zero but at a fraction of the entries of all sites taken together.
+
+    They are chosen once, at the start, and the file holds only their indices and differences. By
+    default it takes every weight of a linear map but the output head's.
+
+    Args:
+        fraction: of the entries that train. FISH (Sung et al., arXiv:2111.09839, §4): 0.005.
+        select: which: "magnitude": the largest |W|; "random"; "fish": the largest Fisher
+            information, which is `scores=pl.fish_scores(model, loss, batches)`; "given": the
+            largest of any `scores`.
+        seed: of the random ones.
+        scores: for every tensor's address a tensor of its shape. Not saved.
+    """
+
+    fraction: float = 0.005
+    select: Select = "magnitude"
+    seed: int = 0
+    scores: InitVar[Mapping[str, Tensor] | None] = None
+
+    takes = "tensors"
+
+    def __post_init__(self, scores: Mapping[str, Tensor] | None) -> None:
+        super().__post_init__()
+        set_number(self, "fraction", float, lambda f: 0 < f <= 1, "above 0 and at most 1")
+        set_number(self, "seed", int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
+        if self.select not in get_args(Select):
+            raise PeftliteError(
+                f"select must be one of {', '.join(map(repr, get_args(Select)))}, "
+                f"not {self.select!r}"
+            )
+        object.__setattr__(self, "scores", scores)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "scores": None}  # a copied or pickled model has its entries
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call
+
+    def build(self, site: Site) -> Patch:
+        return self.build_all([site])[0]
+
+    def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        for where in sites:
+            if where.is_call:
+                raise self.refuse(where)
+        # even shares, until `begin` has seen the weights, or `resize` the file
+        ends = [0, *accumulate(where.tensor.numel() for where in sites)]
+        shares = [self._count(ends[-1]) * end // max(ends[-1], 1) for end in ends]
+        return [
+            SparsePatch(where, stop - start, self.dtype)
+            for where, (start, stop) in zip(sites, pairwise(shares), strict=True)
+        ]
+
+    def _count(self, size: int) -> int:
+        return min(size, max(1, round(self.fraction * size)))
+
+    def begin(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:
+        sizes = [w.numel() for w in tensors]
+        count = self._count(sum(sizes))
+        if not count or any(w.is_meta for w in tensors):
+            return  # there is nothing to choose from, or nothing to choose by
+        if self.select == "random":
+            chosen = split(draw(count, sum(sizes), torch.Generator().manual_seed(self.seed)), sizes)
+        else:
+            pairs = list(zip(patches, tensors, strict=True))
+            chosen = largest(lambda: (self._scores(*pair).reshape(-1) for pair in pairs), count)
+        for patch, indices in zip(patches, chosen, strict=True):
+            patch.place(indices)
+
+    def _scores(self, patch: SparsePatch, w: Tensor) -> Tensor:
+        if self.select == "magnitude":
+            return w.abs()
+        address = whole_address(patch.address)
+        scores = self.scores.get(address) if isinstance(self.scores, Mapping) else None
+        if not isinstance(scores, Tensor) or scores.shape != patch.shape:
+            raise PeftliteError(
+                f"select={self.select!r} goes by scores[{address!r}], a tensor of shape "
+                f"{tuple(patch.shape)}, not {shown(scores)}: give a score to every entry of every "
+                "site, as scores=pl.fish_scores(model, loss, batches) does"
+            )
+        if patch.index is None:
+            return scores
+        dim, start, stop = patch.index
+        return scores.narrow(dim, start, stop - start)
+
+
+def largest(scores: Callable[[], Iterator[Tensor]], count: int) -> Iterator[Tensor]:
+    """Where the `count` largest of all scores are, tensor by tensor; of equal ones the first.
+
+    Goes through the scores twice, so that no more than `count` and one tensor are held at a time.
+    """
+    best, least = torch.empty(0), -math.inf
+    for some in scores():
+        best = torch.cat([best.to(some.device), some[some >= least]])
+        best = best.topk(min(count, len(best)), sorted=False).values
+        least = best.min().item() if len(best) == count else least
+    spare = count - int((best > least).sum())  # how many of those that equal the least go in
+    for some in scores():
+        equal = (some == least).nonzero()[:spare, 0]
+        spare -= len(equal)
+        yield torch.cat([(some > least).nonzero()[:, 0], equal]).sort().values
+
+
+def draw(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """`count` different numbers below `size`, in order."""
+    if 4 * count > size:
+        return torch.randperm(size, generator=generator)[:count].sort().values
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:
+        more = torch.randint(size, (count + 8,), generator=generator)
+        found = torch.cat([found, more]).unique()
+    kept = torch.randperm(len(found), generator=generator)[:count]
+    return found[kept].sort().values
+
+
+def split(indices: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Indices into tensors laid end to end, as indices into each."""
+    starts = torch.tensor([0, *accumulate(sizes)][:-1])
+    parts = indices.tensor_split(torch.searchsorted(indices, starts[1:]))
+    return [part - start for part, start in zip(parts, starts, strict=True)]

@@ -1,0 +1,73 @@
+"""NormTuning: which layers are norms, and peft's LN tuning beside it."""
+
+import pytest
+import torch
+from peft import LNTuningConfig, get_peft_model
+from torch import nn
+
+import peftlite as pl
+from peftlite.methods.norm import NormTuning
+from tests.test_contract import close, disturb
+from tests.zoo import KINDS, seeded
+
+KIND = {kind.name: kind for kind in KINDS}
+
+
+class FancyRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+class Normalizer(FancyRMSNorm):
+    pass
+
+
+class NormedLinear(FancyRMSNorm):
+    pass
+
+
+class LinearNorm(nn.Linear):
+    """Its parameters aren't all of one dimension, so it is more than a norm."""
+
+
+def test_what_is_a_norm() -> None:
+    model = nn.Sequential(
+        nn.LayerNorm((4, 4)),
+        nn.BatchNorm2d(4),
+        nn.InstanceNorm1d(4, affine=True),
+        nn.GroupNorm(2, 4),
+        nn.RMSNorm(4),
+        FancyRMSNorm(),
+        Normalizer(),
+        NormedLinear(),
+        LinearNorm(4, 4),
+    )
+    pairs = [f"{i}.{slot}" for i in range(4) for slot in ("weight", "bias")]
+    assert pl.plan(model, NormTuning()).addresses == [*pairs, "4.weight", "5.weight"]
+    assert pl.plan(model, NormTuning(targets="6.weight")).addresses == ["6.weight"]
+    with pytest.raises(pl.TargetError, match="takes the scales and shifts of normalisation layers"):
+        pl.attach(model, NormTuning(targets="8.weight"))
+
+
+@pytest.mark.parametrize("name", ("hf_llama", "hf_t5"))
+def test_takes_the_norms_of_transformers(name: str) -> None:
+    model = KIND[name].model()
+    norms = [n for n, _ in model.named_parameters() if "norm" in n]
+    assert norms and pl.plan(model, NormTuning()).addresses == norms
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_agrees_with_peft() -> None:
+    kind, batch = KIND["hf_bert"], KIND["hf_bert"].batch()
+    ours = kind.model()
+    with seeded(3):
+        delta = disturb(pl.attach(ours, NormTuning()))
+    theirs = get_peft_model(kind.model(), LNTuningConfig(target_modules=["LayerNorm"]))
+    trained = [(n, p) for n, p in theirs.named_parameters() if p.requires_grad]
+    assert len(trained) == len(delta.placed)
+    with torch.no_grad():
+        for (name, p), (address, difference) in zip(trained, delta.named_parameters(), strict=True):
+            assert address.removesuffix(":difference").rpartition(".")[0] in name
+            p.add_(difference)
+    close(kind.run(theirs.eval(), batch), kind.run(ours.eval(), batch))

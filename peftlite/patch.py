@@ -115,6 +115,18 @@ class Method:
         return TargetError(f"{site.address} is {what}; {type(self).__name__} takes {self.takes}")
 
 
+class WeightMethod(Method):
+    """A method of matrices: by default every weight of a linear map but the output head's."""
+
+    takes = "tensors of 2 or more dimensions"
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call and site.whole.dim() >= 2
+
+
 def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:
     """The tensor `w` as `patches` change it, one after another."""
     for patch in patches:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.patch import Patch, WeightMethod, set_number, trainable
 from peftlite.site import Site
 
 
@@ -41,7 +41,7 @@ class LoHaPatch(Patch):
 
 
 @dataclass(frozen=True)
-class LoHa(Method):
+class LoHa(WeightMethod):
     """W' = W + s·(w1a w1b) ⊙ (w2a w2b), of rank up to r². Hyeon-Woo et al., arXiv:2108.06098, §2.
 
     s = alpha/r. A weight of more than two dimensions is a stack of matrices, each with its own
@@ -57,8 +57,6 @@ class LoHa(Method):
     rank: int = 8
     alpha: float | None = None
 
-    takes = "tensors of 2 or more dimensions"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
@@ -69,12 +67,6 @@ class LoHa(Method):
     def scale(self) -> float:
         """s, the factor of the change."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head
-
-    def accepts(self, site: Site) -> bool:
-        return not site.is_call and site.whole.dim() >= 2
 
     def build(self, site: Site) -> LoHaPatch:
         if not self.accepts(site):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.maps import Linear, Map, TransposedLinear, kind_of
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.patch import Patch, WeightMethod, set_number, trainable
 from peftlite.site import Site
 
 
@@ -80,7 +80,7 @@ def split(n: int, most: int | None) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LoKr(Method):
+class LoKr(WeightMethod):
     """W' = W + s·w1 ⊗ w2, w2 = w2a w2b. Yeh et al. (LyCORIS), arXiv:2309.14859.
 
     Each dimension n of W is split as u·v with u ≤ v; w1 has the smaller parts, w2 the larger, and
@@ -101,8 +101,6 @@ class LoKr(Method):
     factor: int | None = None
     decompose_both: bool = False
 
-    takes = "tensors of 2 or more dimensions"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
@@ -116,12 +114,6 @@ class LoKr(Method):
     def scale(self) -> float:
         """s, the factor of the change."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head
-
-    def accepts(self, site: Site) -> bool:
-        return not site.is_call and site.whole.dim() >= 2
 
     def build(self, site: Site) -> LoKrPatch:
         if not self.accepts(site):

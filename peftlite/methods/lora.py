@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.maps import Map, widen
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.patch import Patch, WeightMethod, set_number, trainable
 from peftlite.site import Site
 
 Scaling = Literal["alpha/r", "rslora"]
@@ -111,7 +111,7 @@ class LoRAPatch(Patch):
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(WeightMethod):
     """W' = W + s·BA, with A (r, i) and B (o, r). Hu et al., arXiv:2106.09685, §4.1.
 
     On linear maps (Linear, convolutions, embeddings) the product is never formed:
@@ -138,7 +138,6 @@ class LoRA(Method):
     init: Init = "kaiming"
 
     patch: ClassVar[type[LoRAPatch]] = LoRAPatch
-    takes = "tensors of 2 or more dimensions"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,12 +157,6 @@ class LoRA(Method):
         """s, the factor of the product."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head
-
-    def accepts(self, site: Site) -> bool:
-        return not site.is_call and site.whole.dim() >= 2
 
     def build(self, site: Site) -> LoRAPatch:
         if not self.accepts(site):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.maps import Map, widen
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.patch import Patch, WeightMethod, set_number, trainable
 from peftlite.site import Site
 
 
@@ -86,7 +86,7 @@ def _dims(site: Site) -> tuple[list[int], tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class VeRA(Method):
+class VeRA(WeightMethod):
     """W' = W + Λ_b B Λ_d A, with diagonal Λ_b, Λ_d. Kopiczko et al., arXiv:2310.11454, §3.
 
     A (r, i) and B (o, r) are random, frozen and shared by all sites; only the vectors b (o) and
@@ -105,19 +105,11 @@ class VeRA(Method):
     d_initial: float = 0.1
     seed: int = 0
 
-    takes = "tensors of 2 or more dimensions"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
         set_number(self, "d_initial", float, lambda d: 0 < abs(d) < math.inf, "finite and not 0")
         set_number(self, "seed", int, lambda seed: 0 <= seed < 2**64, "in [0, 2**64)")
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head
-
-    def accepts(self, site: Site) -> bool:
-        return not site.is_call and site.whole.dim() >= 2
 
     def build(self, site: Site) -> Patch:
         return self.build_all([site])[0]

@@ -8,6 +8,7 @@ from peftlite.errors import BaseMismatchError as BaseMismatchError
 from peftlite.errors import FileError as FileError
 from peftlite.errors import PeftliteError as PeftliteError
 from peftlite.errors import TargetError as TargetError
+from peftlite.initialize import initialize as initialize
 from peftlite.io import Info as Info
 from peftlite.io import inspect as inspect
 from peftlite.io import load as load

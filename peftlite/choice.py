@@ -181,7 +181,8 @@ def by_rows(
 def _together(parts: tuple, counts: list[int], back: Tensor) -> Any:
     """One output of several groups, as one output in the order of the batch."""
     if all(isinstance(p, Tensor) and p.dim() > 0 for p in parts):
-        if [p.shape[0] for p in parts] == counts:
+        alike = len({p.shape[1:] for p in parts}) == 1
+        if alike and [p.shape[0] for p in parts] == counts:
             return torch.cat(parts)[back.to(parts[0].device)]
     elif all(p is parts[0] or (not isinstance(p, Tensor) and p == parts[0]) for p in parts):
         return parts[0]

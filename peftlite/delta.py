@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftlite.assign import Placed
 from peftlite.errors import PeftliteError
-from peftlite.patch import Method
+from peftlite.patch import Method, Patch
 from peftlite.table import few, shown, size, table
 
 if TYPE_CHECKING:
@@ -30,11 +30,14 @@ class Delta:
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers as `address:name`, shared ones once."""
-        seen: set[int] = set()
+        return self._once(lambda patch: patch.state_dict(keep_vars=True))
+
+    def _once(self, of: Callable[[Patch], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        seen: dict[int, Tensor] = {}  # which keeps them, so that no other gets the id
         for address, placed in self.placed.items():
-            for key, tensor in placed.patch.state_dict(keep_vars=True).items():
+            for key, tensor in of(placed.patch).items():
                 if id(tensor) not in seen:
-                    seen.add(id(tensor))
+                    seen[id(tensor)] = tensor
                     yield f"{address}:{key}", tensor
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -72,7 +75,7 @@ class Delta:
     @property
     def num_bytes(self) -> int:
         """The bytes of its parameters and buffers, which is what a file of it holds."""
-        return sum(t.nbytes for t in self.state_dict().values())
+        return sum(t.nbytes for t in self.saved().values())
 
     def requires_grad_(self, flag: bool = True) -> Delta:
         """Makes the delta trainable, or freezes it. Nothing else ever changes that."""
@@ -80,37 +83,56 @@ class Delta:
             parameter.requires_grad_(flag)
         return self
 
+    def parameter_groups(self, lr: float, b_ratio: float = 1.0) -> list[dict[str, Any]]:
+        """The parameters as groups for an optimizer: LoRA's factors B learn at `b_ratio * lr`.
+
+        Hayou et al., "LoRA+", arXiv:2402.12354, §4, take 16 for the ratio. Raises PeftliteError if
+        a ratio is asked for and there is no B.
+        """
+        patches = [placed.patch for placed in self.placed.values()]
+        later = {id(getattr(patch, name)) for patch in patches for name in patch.later}
+        if b_ratio != 1 and not later:
+            kinds = ", ".join(type(method).__name__ for method in self.methods)
+            raise PeftliteError(f"b_ratio is for LoRA's factors B, and {kinds} has none")
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for parameter in self.parameters():
+            groups[id(parameter) in later].append(parameter)
+        rates = {False: lr, True: b_ratio * lr}
+        return [{"params": group, "lr": rates[b]} for b, group in groups.items() if group]
+
+    def regularizer(self) -> Tensor:
+        """What the delta's methods add to the loss, a scalar; 0 where they add nothing."""
+        terms = [placed.patch.regularizer() for placed in self.placed.values()]
+        device = next((p.device for p in self.parameters()), None)
+        return sum((t.to(device) for t in terms if t is not None), torch.zeros((), device=device))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Lets the methods act on their patches, as AdaLoRA does to keep to its budget.
+
+        Call it after every `optimizer.step()` and before the gradients are cleared.
+        """
+        for method in self.methods:
+            method.step([p.patch for p in self.placed.values() if p.method is method])
+
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer as `address:name`, shared ones once, sharing memory."""
         return {key: tensor.detach() for key, tensor in self.named_tensors()}
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a file of it holds: the state but for what training alone needs."""
+        return {key: tensor.detach() for key, tensor in self._once(lambda patch: patch.saved())}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies values into the delta, in place. Raises PeftliteError, all or none copied."""
         if not isinstance(tensors, Mapping):
             raise PeftliteError(f"load_state_dict takes a dict of tensors, not {shown(tensors)}")
-        if problems := self.misfits(tensors):
-            raise PeftliteError(f"these tensors don't fit {self.name!r}: there is {few(problems)}")
         own = self.state_dict()
+        if problems := misfits(own, tensors):
+            raise PeftliteError(f"these tensors don't fit {self.name!r}: there is {few(problems)}")
         for key, tensor in own.items():
             tensor.copy_(scatter(tensors[key], tensor))
-
-    def misfits(self, tensors: Mapping[str, Any]) -> list[str]:
-        """What keeps tensors from being this delta's, in words."""
-        own = dict(self.named_tensors())
-        problems = [f"no {key}" for key in own if key not in tensors]
-        problems += [f"{key}, which nothing asks for" for key in tensors if key not in own]
-        for key, mine in own.items():
-            theirs = tensors.get(key, mine)
-            if not isinstance(theirs, Tensor):
-                problems.append(f"{key} as {shown(theirs)}, no tensor")
-            elif theirs.shape != mine.shape:
-                problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
-            elif theirs.is_floating_point() != mine.is_floating_point() or theirs.itemsize < 2:
-                problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
-            elif theirs is not mine and theirs.is_meta:
-                problems.append(f"{key} on the meta device, without values")
-        return problems
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(method).__name__ for method in self.methods)
@@ -139,6 +161,25 @@ class Delta:
         head = table(["site", "sites", "method", "shape", "parameters"], lines)
         total = f"{self.num_parameters:,} parameters, {size(self.num_bytes)}"
         return f"{head}\n{made} sites: {total}"
+
+
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
+    """What keeps given tensors from being a delta's own, in words."""
+    problems = [f"no {key}" for key in own if key not in given]
+    problems += [f"{key}, which nothing asks for" for key in given if key not in own]
+    for key, mine in own.items():
+        theirs = given.get(key, mine)
+        if not isinstance(theirs, Tensor):
+            problems.append(f"{key} as {shown(theirs)}, no tensor")
+        elif theirs.shape != mine.shape:
+            problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
+        elif theirs.dtype is not mine.dtype and (
+            theirs.is_floating_point() != mine.is_floating_point() or theirs.itemsize < 2
+        ):
+            problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
+        elif theirs is not mine and theirs.is_meta:
+            problems.append(f"{key} on the meta device, without values")
+    return problems
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -184,6 +184,8 @@ def host_class(base: type, slots: frozenset[str]) -> type:
             inner, patches = _mapped(self, hosted.kind, active)
         if inner is None:
             inner = hosted.own_forward or functools.partial(base.forward, self)
+        elif "x" in kwargs:  # as the Conv1D of transformers calls a map's input
+            args = (kwargs.pop("x"), *args)
         if CALL in active:
             patches = (patches or ()) + active[CALL]
         if not patches:

@@ -210,6 +210,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | _CONVS) or kind_of(module) is TransposedLinear
 
 
+def maps_vectors(module: nn.Module, slot: str) -> bool:
+    """Whether a slot is the weight of a linear map of the last dimension, one that is called."""
+    read_only = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return slot == "weight" and kind_of(module) in (Linear, TransposedLinear) and not read_only
+
+
 def is_weight(module: nn.Module, slot: str) -> bool:
     """Whether a slot holds a weight that its module multiplies with, embeddings left out."""
     if slot == "weight":

@@ -6,9 +6,10 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -37,6 +38,10 @@ class Patch(nn.Module):
     """Where it sits in its module: a tensor's name, or `()` for the call. Set when attached."""
     index: tuple[int, int, int] | None = None
     """The part of the tensor it changes, as `(dim, start, stop)`; all of it if None."""
+    unsaved: ClassVar[frozenset[str]] = frozenset()
+    """Buffers that training alone needs: in `state_dict`, so that it can go on, not in files."""
+    later: ClassVar[frozenset[str]] = frozenset()
+    """The parameters that LoRA+ trains faster: factors B, which begin at zero."""
 
     call: Callable[..., Any] | None = None
     """`call(inner, *args, **kwargs) -> output`: the call as made; `inner` is what stood there
@@ -51,6 +56,14 @@ class Patch(nn.Module):
 
     def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Takes on the shapes that a file has, where they come from data and not from the site."""
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a file holds of it, by name: its state but for what training alone needs."""
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name not in self.unsaved}
+
+    def regularizer(self) -> Tensor | None:
+        """A scalar that the method adds to the loss."""
 
     @property
     def has_value(self) -> bool:
@@ -83,6 +96,10 @@ class Method:
         ):
             raise PeftliteError(f"dtype must be such as torch.float32 or bfloat16, not {dtype!r}")
 
+        for field in fields(self):
+            if isinstance(field.default, bool):
+                check_choice(self, field.name, (True, False))
+
     def __init_subclass__(cls) -> None:
         # a file names its methods by class name
         super().__init_subclass__()
@@ -96,6 +113,10 @@ class Method:
         """Whether to take `site` when the module around it is named."""
         raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `accepts`")
 
+    def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
+        """The sites to take, given those picked; override it where one depends on the others."""
+        return picked
+
     def build(self, site: Site) -> Patch:
         """A patch for `site` on its device, parameters not yet filled. Raises TargetError."""
         raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `build`")
@@ -108,6 +129,9 @@ class Method:
         """Fills a fresh delta's parameters; override it where one site depends on the others."""
         for patch, w in zip(patches, tensors, strict=True):
             patch.reset(w)
+
+    def step(self, patches: Sequence[Patch]) -> None:
+        """What the method does to its patches of one delta after each step of the optimizer."""
 
     def refuse(self, site: Site) -> TargetError:
         """The error to raise for a site that was spelled out and can't be taken."""
@@ -144,6 +168,11 @@ def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Paramete
     return nn.Parameter(torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device))
 
 
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute a change in, so that W' is rounded once: the widest, fp32 at least."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
 def set_number(
     method: Method, name: str, kind: type, allowed: Callable[[Any], bool], what: str
 ) -> None:
@@ -156,3 +185,10 @@ def set_number(
     if number is None or isinstance(given, bool | str) or not allowed(number):
         raise PeftliteError(f"{name} must be {what}, not {given!r}")
     object.__setattr__(method, name, number)
+
+
+def check_choice(method: Method, name: str, allowed: Collection[Any]) -> None:
+    """Raises PeftliteError if a hyperparameter is none of those allowed."""
+    given = getattr(method, name)
+    if not any(isinstance(given, type(one)) and given == one for one in allowed):
+        raise PeftliteError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {given!r}")

@@ -36,9 +36,12 @@ def select(
     if targets is None:
         picked = {s.address: (s, False) for s in everything if _try(s) and method.default(s)}
         if not picked:
+            accepted = [s for s in everything if _try(s) and method.accepts(s)]
+            hint = f"it takes {method.takes}"
+            if accepted:
+                hint = _examples(accepted, "name some with targets=, such as", calls=True)
             raise TargetError(
-                f"{type(method).__name__} takes none of this model's tensors by default; "
-                + _examples(everything, "name some with targets=, such as")
+                f"{type(method).__name__} takes none of this model's sites by default; {hint}"
             )
     else:
         patterns = _patterns(targets)
@@ -54,7 +57,9 @@ def select(
             f"exclude names {parts[0]}, a part of a tensor that is taken whole: name the parts to "
             "take with targets="
         )
-    return chosen
+    asked = {where.address: how for where, how in chosen}
+    taken = method.choose([where for where, _ in chosen], everything)
+    return [(where, asked.get(where.address, targets is not None)) for where in taken]
 
 
 def _addresses(site: Site) -> tuple[str, str]:
@@ -172,9 +177,9 @@ def _show(pattern: Any) -> str:
     return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
 
 
-def _examples(everything: Sequence[Site], introduction: str) -> str:
-    """Some addresses to type."""
-    found = [repr(s.address) for s in everything if not s.is_call][:3]
+def _examples(everything: Sequence[Site], introduction: str, calls: bool = False) -> str:
+    """Some addresses to type: of calls where those are asked for, of tensors otherwise."""
+    found = [repr(s.address) for s in everything if calls or not s.is_call][:3]
     return f"{introduction} {', '.join(found)}" if found else "the model has no parameters"
 
 

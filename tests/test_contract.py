@@ -34,6 +34,7 @@ class Row:
     method: pl.Method | list[pl.Method]
     refused: dict[str, str] = field(default_factory=dict)  # kind: what the TargetError says
     only: tuple[str, ...] = ()  # the kinds it is for, where it names sites that others lack
+    fresh: bool = True  # whether a fresh delta changes nothing, as far as the definition allows it
 
 
 def anywhere(site: pl.Site) -> bool:
@@ -52,6 +53,11 @@ def layers(site: pl.Site) -> bool:
 METHODS = (
     Row("lora", pl.LoRA(rank=3, alpha=5)),
     Row("lora_anywhere", pl.LoRA(rank=2, scaling="rslora", targets=anywhere)),
+    Row(
+        "lora_fa",
+        pl.LoRA(rank=3, freeze_a=True, targets=anywhere),
+        only=("mlp", "embedding", "experts", "conv2d_grouped", "conv1d_hf"),
+    ),
     Row("lora_pissa", pl.LoRA(rank=2, init="pissa")),
     Row("lora_olora", pl.LoRA(rank=2, init="olora", targets=anywhere), only=("conv1d_hf", "raw")),
     Row("lora_rows", pl.LoRA(rank=2, targets=FUSED), only=("gpt_fused",)),
@@ -121,14 +127,14 @@ METHODS = (
     Row(
         "ia3_feedforward",
         pl.IA3(feedforward=True),
-        refused={"bilinear": "IA3 takes none of this model's tensors by default"},
+        refused={"bilinear": "IA3 takes none of this model's sites by default"},
     ),
     Row("ia3_rows", pl.IA3(targets=["qkv[q]", "qkv[v]"]), only=("gpt_fused",)),
     Row(
         "norm",
         pl.NormTuning(),
         refused={
-            kind: "NormTuning takes none of this model's tensors by default"
+            kind: "NormTuning takes none of this model's sites by default"
             for kind in (
                 "mlp mha_seq_first shared experts raw bilinear conv1d conv2d_grouped conv2d_same "
                 "conv3d conv_transpose embedding embedding_bag lstm gru weight_norm conv1d_hf"
@@ -142,7 +148,7 @@ METHODS = (
         "bitfit",
         pl.BitFit(),
         refused={
-            kind: "BitFit takes none of this model's tensors by default"
+            kind: "BitFit takes none of this model's sites by default"
             for kind in ("hf_llama", "hf_t5")
         },
     ),
@@ -184,6 +190,23 @@ REFUSALS = [
 cells = pytest.mark.parametrize("row, kind", CELLS)
 
 
+def takes_long(row: Row, kind: Kind) -> bool:
+    """Whether compiling a cell is left to the slow run: of what others show as well, the dear."""
+    real = kind.name.startswith("hf_") and kind.name != "hf_gpt2"
+    return row.name.endswith("_anywhere") or (real and row.name not in ON_REAL_MODELS)
+
+
+# one method of each way to change a model is compiled on every real one in the plain run
+ON_REAL_MODELS = ("lora", "bottleneck", "prefix", "prompt")
+compiled_cells = pytest.mark.parametrize(
+    "row, kind",
+    [
+        pytest.param(*cell.values, id=cell.id, marks=[pytest.mark.slow] * takes_long(*cell.values))
+        for cell in CELLS
+    ],
+)
+
+
 def attached(
     row: Row, kind: Kind, name: str = "a", dtype: torch.dtype = torch.float32, seed: int = 1
 ) -> tuple[nn.Module, pl.Delta]:
@@ -209,14 +232,14 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 
 
 class Graphs:
-    """A compiler backend that counts the graphs it's given."""
+    """A compiler backend that counts the graphs it's given, and runs them as they are."""
 
     def __init__(self):
         self.graphs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
         self.graphs += 1
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return graph.forward
 
 
 def in_threads(*jobs: Callable[[], None]) -> None:
@@ -252,7 +275,10 @@ def test_law_1_a_fresh_delta_changes_no_output(row: Row, kind: Kind) -> None:
     model, batch = kind.model(), kind.batch()
     before = kind.run(model, batch)
     pl.attach(model, row.method)
-    close(kind.run(model, batch), before, 1e-6 if kind.name in FUSED_BY_TORCH else 0.0)
+    if row.fresh:
+        close(kind.run(model, batch), before, 1e-6 if kind.name in FUSED_BY_TORCH else 0.0)
+    else:
+        assert not torch.allclose(kind.run(model, batch), before)
 
 
 @cells
@@ -384,7 +410,7 @@ def test_law_8_copies_and_pickles(row: Row, kind: Kind) -> None:
         assert not any(isinstance(m, host.Host) for m in twin.modules())
 
 
-@cells
+@compiled_cells
 def test_law_9_compiles_and_exports(row: Row, kind: Kind) -> None:
     model, delta = attached(row, kind)
     batch = kind.batch()
@@ -477,10 +503,12 @@ def test_law_13_checkpointing_gives_the_same_gradients(row: Row, kind: Kind) -> 
     model, delta = attached(row, kind)
     model.train()
     batch = kind.batch(5)
-    kind.run(model, batch).square().mean().backward()
+    with seeded():  # some methods draw in training, as dropout does
+        kind.run(model, batch).square().mean().backward()
     plain = [p.grad.clone() for p in delta.parameters()]
     model.zero_grad()
-    output = checkpoint(lambda: kind.run(model, batch), use_reentrant=False)
-    output.square().mean().backward()
+    with seeded():
+        output = checkpoint(lambda: kind.run(model, batch), use_reentrant=False)
+        output.square().mean().backward()
     for parameter, grad in zip(delta.parameters(), plain, strict=True):
         close(parameter.grad, grad)

@@ -170,7 +170,10 @@ RANK = "rank must be a whole number from 1 up, not "
 DROPOUT = "dropout must be in [0, 1), not "
 ALPHA = "alpha must be finite and above 0, not "
 DTYPE = "dtype must be such as torch.float32 or bfloat16, not "
-INIT = "init must be one of 'kaiming', 'gaussian', 'orthogonal', 'pissa', 'olora', not "
+INIT = (
+    "init must be one of 'kaiming', 'gaussian', 'orthogonal', 'pissa', 'olora', 'eva', 'lora_ga', "
+    "'corda', 'loftq', not "
+)
 
 
 def setting(name: str, value: Any, says: str) -> Case:
@@ -259,10 +262,10 @@ TARGETS = [
            "such as 'embed.weight', 'position.weight', 'blocks.0.attn_norm.weight'"),
     target("", "an empty string names nothing; leave targets out for the default"),
     target([], "targets is empty; leave it out for the method's own choice"),
-    target(None, "LoRA takes none of this model's tensors by default; name some with targets=, "
-           "such as 'weight', 'bias'", model=lambda: nn.LayerNorm(4)),
-    target(None, "LoRA takes none of this model's tensors by default; the model has no parameters",
-           model=nn.ReLU),
+    target(None, "LoRA takes none of this model's sites by default; name some with targets=, "
+           "such as '0.weight'", model=lambda: nn.Sequential(nn.Embedding(4, 4))),
+    target(None, "LoRA takes none of this model's sites by default; it takes tensors of 2 or more "
+           "dimensions", model=lambda: nn.LayerNorm(4)),
     # nothing that can be a target
     target(3, "3" + NO_TARGET),
     target([None], "None" + NO_TARGET),
@@ -293,10 +296,8 @@ TARGETS = [
          "(29, 16); BitFit takes biases, which have 1 dimension", pl.TargetError),
     Case(attaching(pl.FullTuning(targets="attn()")),
          "blocks.0.attn() is a call; FullTuning takes tensors", pl.TargetError),
-    Case(attaching(pl.BitFit()), "BitFit takes none of this model's tensors by default; name some "
-         "with targets=, such as 'model.embed_tokens.weight', "
-         "'model.layers.0.self_attn.q_proj.weight', 'model.layers.0.self_attn.k_proj.weight'",
-         pl.TargetError, on("hf_llama")),
+    Case(attaching(pl.BitFit()), "BitFit takes none of this model's sites by default; it takes "
+         "biases, which have 1 dimension", pl.TargetError, on("hf_llama")),
     # parts
     *(target(f"lm_head.weight[{part}]", f"[{part}]{NO_PART}")
       for part in ("3", "x", "-5:", "::2", "0:4, 0:4", "Q", "...")),
@@ -1093,9 +1094,10 @@ METHODS = [
          model=narrow),
     Case(lambda *_: pl.BottleneckAdapter(preset="x"),
          "preset must be one of 'houlsby', 'pfeiffer', 'parallel', not 'x'"),
-    Case(lambda *_: pl.IA3(feedforward=["down"]), "feedforward must be True or False, not "
-         "['down']: maps whose inputs are scaled are a method of their own, pl.IA3(targets=..., "
-         "feedforward=True)"),
+    Case(lambda *_: pl.IA3(feedforward=["down"]),
+         "feedforward must be one of True, False, not ['down']"),
+    Case(lambda *_: pl.attach(bare(), pl.BitFit()).parameter_groups(1e-3, b_ratio=16),
+         "b_ratio is for LoRA's factors B, and BitFit has none"),
     Case(lambda *_: pl.SparseMask(select="top"),
          "select must be one of 'magnitude', 'random', 'fish', 'given', not 'top'"),
     Case(attaching(pl.SparseMask(select="fish", targets="lm_head")), "select='fish' goes by "
@@ -1104,6 +1106,45 @@ METHODS = [
     Case(lambda *_: pl.fish_scores(bare(), None, []), "fish_scores saw no gradient: give it "
          "batches, and a model whose parameters require gradients (pl.attach freezes them: score "
          "them before)"),
+]  # fmt: skip
+
+
+def starting(init: str | None, *given: Any, **data: Any) -> Case:
+    """A delta that begins from data: what it is given, then what the error says."""
+    *batches, says = given
+
+    def act(*_: Any) -> None:
+        model = bare()
+        method = pl.BitFit() if init is None else pl.LoRA(rank=2, init=init, targets="blocks.0.mlp")
+        pl.initialize(model, pl.attach(model, method), *batches, **data)
+
+    return Case(act, says)
+
+
+def summed(factor: float) -> Callable[[nn.Module, Any], Tensor]:
+    return lambda model, ids: model(ids).sum() * factor
+
+
+IDS = torch.zeros(1, 3, dtype=torch.int64)
+INITIALIZE = [
+    Case(lambda model, _: pl.initialize(model, "sql", []),
+         "initialize takes a delta, as pl.attach gives it, not 'sql'"),
+    starting(None, [], "'default' has nothing to initialize in this model: give a delta that is "
+             "attached here, not merged, and of pl.LoRA(init=...) with one of 'eva', 'lora_ga', "
+             "'corda', 'loftq'"),
+    starting("eva", [], "the batches reached 0 of 2 sites, and not blocks.0.mlp.0.weight; "
+             "blocks.0.mlp.2.weight: give batches that the model runs on, or leave those sites out "
+             "with exclude="),
+    starting("lora_ga", [IDS], "the data for blocks.0.mlp.0.weight has values that aren't finite",
+             loss=summed(float("inf"))),
+    starting("loftq", "init='loftq' goes by original['blocks.0.mlp.0.weight'], the tensor before "
+             "it was quantised, of shape (20, 16): not None"),
+    Case(attaching(pl.LoRA(init="eva", targets="embed")), "init='eva' goes by the inputs of linear "
+         "maps, and embed.weight is no weight of one that is called: leave it out with exclude=",
+         pl.TargetError),
+    Case(attaching(pl.LoRA(init="lora_ga", targets="q_proj")), "blocks.0.attn.q_proj.weight has "
+         "matrices of 12×16, whose rank is at most 12: init='lora_ga' has no 16 directions to take",
+         pl.TargetError),
 ]  # fmt: skip
 
 
@@ -1123,7 +1164,7 @@ DEMO = [
 
 CASES = [
     *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
-    *(MERGES + SAVES + FILES + METHODS + DEMO),
+    *(MERGES + SAVES + FILES + METHODS + INITIALIZE + DEMO),
 ]
 
 

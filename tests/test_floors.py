@@ -16,7 +16,7 @@ FLOORS = (
     "host assign",
     "delta",
     "attach",
-    "plan use merge algebra io bank",
+    "plan use merge initialize algebra io bank",
     "train",
     "peftlite",
     "cli demo",

@@ -719,7 +719,7 @@ def test_a_misfit_loads_nothing(change: Callable, message: str, tmp_path: Path) 
     model, delta, _ = attached("mlp")
     tensors = delta.state_dict()
     change(tensors)
-    with mock.patch.object(delta, "state_dict", lambda: tensors):
+    with mock.patch.object(delta, "saved", lambda: tensors):
         pl.save(delta, tmp_path / "a.safetensors")
     model = KIND["mlp"].model()
     with refused(model, pl.FileError, message):

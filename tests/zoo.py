@@ -28,6 +28,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 VOCAB, WIDTH, HIDDEN, TOKENS, CLASSES = 29, 16, 20, 6, 5
+POSITIONS = TOKENS + 4  # room for virtual tokens
 
 
 @contextmanager
@@ -157,7 +158,7 @@ class GPT(nn.Module):
     def __init__(self, attention: type[Attention] = Attention, tied: bool = False):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.position = nn.Embedding(TOKENS, WIDTH)
+        self.position = nn.Embedding(POSITIONS, WIDTH)
         self.blocks = nn.ModuleList([Block(attention), Block(attention)])
         self.norm = nn.LayerNorm(WIDTH)
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
@@ -392,7 +393,7 @@ def hf_bert() -> nn.Module:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=HIDDEN,
-            max_position_embeddings=TOKENS,
+            max_position_embeddings=POSITIONS,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             num_labels=CLASSES,
@@ -412,7 +413,7 @@ def hf_gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
-            n_positions=TOKENS,
+            n_positions=POSITIONS,
             n_embd=WIDTH,
             n_layer=2,
             n_head=2,
@@ -436,7 +437,7 @@ def hf_llama() -> nn.Module:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=TOKENS,
+            max_position_embeddings=POSITIONS,
             use_cache=False,
         )
     )

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from peftlite import site, targets
 from peftlite.assign import Placed, usable
 from peftlite.attach import check, commit
-from peftlite.delta import Delta, gather
+from peftlite.delta import Delta, gather, misfits
 from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError
 from peftlite.merge import base_tensor
 from peftlite.patch import Method
@@ -92,7 +92,7 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
             f"save takes a delta, such as pl.deltas(model)['sql']: not {shown(delta)}"
         )
     tensors = {}
-    for key, tensor in delta.state_dict().items():
+    for key, tensor in delta.saved().items():
         if tensor.is_meta:
             raise PeftliteError(f"{key} is on the meta device and has no values to save")
         tensors[key] = gather(tensor).cpu().clone(memory_format=torch.contiguous_format)
@@ -120,10 +120,14 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> None:
 
 def _config(method: Method) -> dict[str, Any]:
     """A method's hyperparameters as JSON. Where it sits is in the sites, not in its targets."""
-    config = {name: getattr(method, name) for name in _settings(type(method))}
-    if isinstance(config["dtype"], torch.dtype):
-        config["dtype"] = str(config["dtype"]).removeprefix("torch.")
-    return config
+    return {name: _plain(getattr(method, name)) for name in _settings(type(method))}
+
+
+def _plain(setting: Any) -> Any:
+    """A setting as JSON: a dtype by its name, a method inside a method as one at the top."""
+    if isinstance(setting, Method):
+        return {"method": type(setting).__name__, "config": _config(setting)}
+    return str(setting).removeprefix("torch.") if isinstance(setting, torch.dtype) else setting
 
 
 def _settings(kind: type[Method]) -> list[str]:
@@ -257,9 +261,10 @@ def load(
     if check_base != "off":
         _check_base(info, sites, path, check_base)
     delta = Delta(info.name if name is None else name, methods, _build(info, sites, path))
-    for key, parameter in delta.named_tensors():
+    for key, tensor in delta.named_tensors():
         # in memory of torch's own: another alignment moves the last bits of a product
-        parameter.data = tensors[key].to(parameter.device).clone()
+        held = tensors.get(key, torch.zeros_like(tensor))
+        tensor.data = held.to(tensor.device).clone()
     delta.requires_grad_(bool(trainable))
     return commit(model, delta)
 
@@ -291,7 +296,10 @@ def _read(path: Any, values: bool) -> tuple[Info, dict[str, Tensor]]:
         header = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
         raise FileError(f"{at!r} has a header that is no JSON: {error}") from error
-    info = _info(header, shapes, at)
+    try:
+        info = _info(header, shapes, at)
+    except RecursionError as error:
+        raise FileError(f"{at!r} has a broken header: methods within methods") from error
     if not _intact(header, metadata[_KEY]):
         raise FileError(f"{at!r} is damaged: its header isn't what was saved; copy it again")
     if damaged := [
@@ -357,6 +365,10 @@ def _method(name: str, config: dict[str, Any], at: str) -> Method:
     for key in sorted({*config} ^ {*settings}):
         what = "has no" if key in config else "needs the"
         raise FileError(f"{at!r}: here {name} {what} setting {key!r}")
+    for key, value in config.items():
+        match value:
+            case {"method": str(inner), "config": dict(its), **rest} if not rest:
+                config = {**config, key: _method(inner, its, at)}
     if isinstance(config["dtype"], str):
         config = {**config, "dtype": getattr(torch, config["dtype"], config["dtype"])}
     try:
@@ -415,7 +427,7 @@ def _build(info: Info, sites: Mapping[str, Site], path: Any, on: str | None = No
 
 def _fit(delta: Delta, tensors: Mapping[str, Tensor], path: Any) -> None:
     """Raises FileError unless the tensors of a file are those of the delta, and sound."""
-    problems = delta.misfits(tensors)
+    problems = misfits(delta.saved(), tensors)
     problems += [
         f"{key} with values that aren't finite"
         for key, tensor in tensors.items()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlite.maps import Embedding, Map, Over
 from peftlite.methods.lora import LoRA, LoRAPatch
-from peftlite.patch import apply, trainable
+from peftlite.patch import apply, trainable, wide
 from peftlite.site import Site, overlap
 
 
@@ -36,17 +36,17 @@ class DoRAPatch(LoRAPatch):
         if part is not None and (part[0] == 0) == self.transposed:
             self.call = None  # some of the inputs: what they add to an output is not seen apart
 
-    def reset(self, w: Tensor | None) -> None:
-        super().reset(w)
+    @torch.no_grad()
+    def start(self, w: Tensor | None, a: Tensor, b: Tensor) -> None:
+        super().start(w, a, b)
         self.m.copy_(self._norm(w))
 
     @torch.no_grad()
     def _norm(self, w: Tensor) -> Tensor:
         """‖W + s·BA‖ of every output: ‖Wₒ‖² + 2s·(WAᵀ)ₒ·Bₒ + s²·Bₒ(AAᵀ)Bₒᵀ, and its root."""
         a, b = self._factors()
-        wide = self._wide(w)
-        a, b, w = a.to(wide), b.to(wide), w.to(wide).reshape(*a.shape[:-2], *self._matrix_shape())
-        w = w.mT if self.transposed else w
+        dtype = wide(w, a)
+        a, b, w = a.to(dtype), b.to(dtype), self.matrix(w).to(dtype)
         if self.groups > 1:
             a, w = (z.unflatten(-1, (self.groups, -1)).movedim(-2, 0) for z in (a, w))
         change = self.scale * b * (2 * (w @ a.mT) + self.scale * b @ (a @ a.mT))
@@ -62,11 +62,8 @@ class DoRAPatch(LoRAPatch):
         nothing = norm == 0
         return (m / norm.masked_fill(nothing, 1)).masked_fill(nothing, 1)
 
-    def _wide(self, w: Tensor) -> torch.dtype:
-        return torch.promote_types(torch.promote_types(w.dtype, self.a.dtype), torch.float32)
-
     def value(self, w: Tensor) -> Tensor:
-        v, ratio = super().value(w.to(self._wide(w))), self._ratio(w)
+        v, ratio = super().value(w.to(wide(w, self.a))), self._ratio(w)
         if self.transposed:  # (i, o) or (g i, o, *taps)
             ratio = ratio.view(self.groups, 1, -1, *(1 for _ in w.shape[2:]))
             v = (v.unflatten(0, (self.groups, -1)) * ratio).flatten(0, 1)

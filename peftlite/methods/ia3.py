@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from peftlite import maps
-from peftlite.errors import PeftliteError
 from peftlite.patch import Method, Patch, trainable
 from peftlite.site import Site
 
@@ -96,14 +95,6 @@ class IA3(Method):
     feedforward: bool = False
 
     takes = "tensors of 2 or more dimensions, and the biases of linear maps"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.feedforward, bool):
-            raise PeftliteError(
-                f"feedforward must be True or False, not {self.feedforward!r}: maps whose inputs "
-                "are scaled are a method of their own, pl.IA3(targets=..., feedforward=True)"
-            )
 
     def default(self, site: Site) -> bool:
         return not site.head and self.accepts(site) and (site.linear or site.whole.dim() == 1)

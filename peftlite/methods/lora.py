@@ -10,21 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.errors import PeftliteError, TargetError
+from peftlite.errors import TargetError
+from peftlite import maps
 from peftlite.maps import Map, widen
-from peftlite.patch import Patch, WeightMethod, set_number, trainable
+from peftlite.patch import Patch, WeightMethod, check_choice, set_number, trainable, wide
 from peftlite.site import Site
 
 Scaling = Literal["alpha/r", "rslora"]
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+Init = Literal[
+    "kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga", "corda", "loftq"
+]
 
 
 class LoRAPatch(Patch):
     """ΔW = s·(BA − B₀A₀), with `a` (r, i) and `b` (o, r); stacks of matrices keep their stack.
 
-    B₀A₀ is there for the inits that take factors from W (PiSSA, OLoRA): it is fixed, so that a
-    fresh delta changes nothing and the base is never rewritten.
+    B₀A₀ is there for the inits whose factors aren't nothing (PiSSA, OLoRA, LoRA-GA, CorDA): it is
+    fixed, so that a fresh delta changes nothing and the base is never rewritten.
     """
+
+    later = frozenset({"b"})
 
     a0: Tensor | None
     b0: Tensor | None
@@ -34,22 +39,28 @@ class LoRAPatch(Patch):
         stack, (rows, columns) = site.matrices
         i, o = (rows, columns) if site.transposed else (columns, rows)
         self.method, self.scale, self.transposed = method, method.scale, site.transposed
-        self.embeds = site.transposed and isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
+        embeds = site.transposed and isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
+        self.a_is_zero = embeds and not method.freeze_a
         self.a = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
         self.b = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
-        self.fixed, self.dropout = method.init in ("pissa", "olora"), method.dropout
+        self.fixed = method.init in ("pissa", "olora", "lora_ga", "corda")
+        self.dropout = method.dropout
         for name, like in (("a0", self.a), ("b0", self.b)):
             self.register_buffer(name, torch.empty_like(like.data) if self.fixed else None)
+        if method.freeze_a:
+            a = self.a.data
+            del self.a
+            self.register_buffer("a", a)
 
     def reset(self, w: Tensor | None) -> None:
         a, b, init = self.a, self.b, self.method.init
-        if self.fixed:
-            self._split(w.reshape(*a.shape[:-2], *self._matrix_shape()))
+        if init in ("pissa", "olora"):
+            self.start(w, *self._split(self.matrix(w)))
             return
         # an embedding's rows are looked up, not multiplied: there the other factor starts at zero
-        drawn, zero = (b, a) if self.embeds else (a, b)
+        drawn, zero = (b, a) if self.a_is_zero else (a, b)
         zero.zero_()
-        if self.embeds:
+        if self.a_is_zero:
             drawn.normal_()
         elif init == "gaussian":
             drawn.normal_(std=1 / self.method.rank)
@@ -59,15 +70,24 @@ class LoRAPatch(Patch):
                     nn.init.orthogonal_(matrix)
                 else:
                     nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        self.start(w, a, b)
 
-    def _matrix_shape(self) -> tuple[int, int]:
+    @torch.no_grad()
+    def start(self, w: Tensor | None, a: Tensor, b: Tensor) -> None:
+        """Begins at given factors A and B, which are B₀A₀ too where that is kept."""
+        for tensor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
+            if tensor is not None:
+                tensor.copy_(value)
+
+    def matrix(self, w: Tensor) -> Tensor:
+        """A tensor shaped as W, as matrices (o, i) in fp32 at least."""
         i, o = self.a.shape[-1], self.b.shape[-2]
-        return (i, o) if self.transposed else (o, i)
+        w = w.reshape(*self.a.shape[:-2], *((i, o) if self.transposed else (o, i)))
+        return (w.mT if self.transposed else w).to(wide(w))
 
-    def _split(self, w: Tensor) -> None:
-        """The factors of W itself: its first singular directions, or those of its QR."""
+    def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of W itself: its first singular directions, or those of its QR."""
         r = self.method.rank
-        w = (w.mT if self.transposed else w).to(torch.promote_types(self.a.dtype, torch.float32))
         if self.method.init == "pissa":
             u, s, v = torch.linalg.svd(w, full_matrices=False)
             root = s[..., :r].div(self.scale).sqrt()
@@ -75,22 +95,19 @@ class LoRAPatch(Patch):
         else:
             q, upper = torch.linalg.qr(w)
             b, a = q[..., :r], upper[..., :r, :]
-        for tensor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
-            tensor.copy_(value)
+        return a, b
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A and B; with a fixed start A₀, B₀ those of BA − B₀A₀ = (B−B₀)A + B₀(A−A₀)."""
         own: Any = self._parameters  # nn.Module's attribute access costs as much as a small matmul
-        a, b = own["a"], own["b"]
+        a, b = own["a"] if "a" in own else self.a, own["b"]
         if self.fixed:  # subtracted in their own dtype: no step is too small to be seen
             a, b = torch.cat([a, a - self.a0], -2), torch.cat([b - self.b0, self.b0], -1)
         return a, b
 
     def value(self, w: Tensor) -> Tensor:
         a, b = self._factors()
-        # in fp32 at least, so that W' is rounded once
-        wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
-        a, b = a.to(wide), b.to(wide)
+        a, b = a.to(wide(w, a)), b.to(wide(w, a))
         if self.training and self.dropout:
             # a dropped input feature is a dropped column of A; rows of a batch share the mask
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
@@ -127,8 +144,12 @@ class LoRA(WeightMethod):
         init: "kaiming": A uniform in ±1/√i, B zero; "gaussian": A normal with σ = 1/r;
             "orthogonal": A with orthonormal rows; "pissa": the first r singular directions of W
             (Meng et al., arXiv:2404.02948); "olora": its QR (Büyükakyüz, arXiv:2406.01775).
-            The last two start from W's own factors, whose product is kept as a fixed part of the
-            delta, ΔW = s·(BA − B₀A₀), in place of being taken out of the base.
+            "eva", "lora_ga", "corda" and "loftq" go by data, and begin as "kaiming" does until
+            `pl.initialize` has seen them. Where A and B start from something else than nothing,
+            their product is kept as a fixed part of the delta, ΔW = s·(BA − B₀A₀), in place of
+            being taken out of the base.
+        freeze_a: whether A stays as it began, and B alone learns: half the parameters, and no
+            input is kept for the backward pass (LoRA-FA, Zhang et al., arXiv:2308.03303, §3).
     """
 
     rank: int = 8
@@ -136,6 +157,7 @@ class LoRA(WeightMethod):
     dropout: float = 0.0
     scaling: Scaling = "alpha/r"
     init: Init = "kaiming"
+    freeze_a: bool = False
 
     patch: ClassVar[type[LoRAPatch]] = LoRAPatch
 
@@ -145,12 +167,8 @@ class LoRA(WeightMethod):
         set_number(self, "dropout", float, lambda p: 0 <= p < 1, "in [0, 1)")
         if self.alpha is not None:
             set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
-        for name, kind in (("scaling", Scaling), ("init", Init)):
-            if getattr(self, name) not in get_args(kind):
-                raise PeftliteError(
-                    f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, "
-                    f"not {getattr(self, name)!r}"
-                )
+        check_choice(self, "scaling", get_args(Scaling))
+        check_choice(self, "init", get_args(Init))
 
     @property
     def scale(self) -> float:
@@ -161,10 +179,17 @@ class LoRA(WeightMethod):
     def build(self, site: Site) -> LoRAPatch:
         if not self.accepts(site):
             raise self.refuse(site)
-        _, matrix = site.matrices
-        if self.rank > min(matrix) and self.init in ("pissa", "olora", "orthogonal"):
+        stack, matrix = site.matrices
+        needed = 0 if self.init in ("kaiming", "gaussian") else self.rank
+        needed *= 2 if self.init == "lora_ga" else 1  # A's directions and B's are different ones
+        if needed > min(matrix):
             raise TargetError(
                 f"{site.address} has matrices of {matrix[0]}×{matrix[1]}, whose rank is at most "
-                f"{min(matrix)}: init={self.init!r} has no {self.rank} directions to take"
+                f"{min(matrix)}: init={self.init!r} has no {needed} directions to take"
+            )
+        if self.init in ("eva", "corda") and not maps.maps_vectors(site.module, site.slot):
+            raise TargetError(
+                f"init={self.init!r} goes by the inputs of linear maps, and {site.address} is no "
+                "weight of one that is called: leave it out with exclude="
             )
         return self.patch(site, self)

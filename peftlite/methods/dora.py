@@ -44,7 +44,7 @@ class DoRAPatch(LoRAPatch):
     @torch.no_grad()
     def _norm(self, w: Tensor) -> Tensor:
         """‖W + s·BA‖ of every output: ‖Wₒ‖² + 2s·(WAᵀ)ₒ·Bₒ + s²·Bₒ(AAᵀ)Bₒᵀ, and its root."""
-        a, b = self._factors()
+        a, b = self.factors()
         dtype = wide(w, a)
         a, b, w = a.to(dtype), b.to(dtype), self.matrix(w).to(dtype)
         if self.groups > 1:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.errors import TargetError
 from peftlite import maps
-from peftlite.maps import Map, widen
-from peftlite.patch import Patch, WeightMethod, check_choice, set_number, trainable, wide
+from peftlite.errors import TargetError
+from peftlite.methods.low_rank import LowRankPatch
+from peftlite.patch import WeightMethod, check_choice, set_number, trainable, wide
 from peftlite.site import Site
 
 Scaling = Literal["alpha/r", "rslora"]
@@ -22,7 +21,7 @@ Init = Literal[
 ]
 
 
-class LoRAPatch(Patch):
+class LoRAPatch(LowRankPatch):
     """ΔW = s·(BA − B₀A₀), with `a` (r, i) and `b` (o, r); stacks of matrices keep their stack.
 
     B₀A₀ is there for the inits whose factors aren't nothing (PiSSA, OLoRA, LoRA-GA, CorDA): it is
@@ -35,16 +34,13 @@ class LoRAPatch(Patch):
     b0: Tensor | None
 
     def __init__(self, site: Site, method: LoRA):
-        super().__init__()
-        stack, (rows, columns) = site.matrices
-        i, o = (rows, columns) if site.transposed else (columns, rows)
-        self.method, self.scale, self.transposed = method, method.scale, site.transposed
+        super().__init__(site)
+        self.method, self.scale, self.dropout = method, method.scale, method.dropout
         embeds = site.transposed and isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
         self.a_is_zero = embeds and not method.freeze_a
-        self.a = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
-        self.b = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
+        self.a = trainable(*self.stack, method.rank, self.i, site=site, dtype=method.dtype)
+        self.b = trainable(*self.stack, self.o, method.rank, site=site, dtype=method.dtype)
         self.fixed = method.init in ("pissa", "olora", "lora_ga", "corda")
-        self.dropout = method.dropout
         for name, like in (("a0", self.a), ("b0", self.b)):
             self.register_buffer(name, torch.empty_like(like.data) if self.fixed else None)
         if method.freeze_a:
@@ -81,8 +77,8 @@ class LoRAPatch(Patch):
 
     def matrix(self, w: Tensor) -> Tensor:
         """A tensor shaped as W, as matrices (o, i) in fp32 at least."""
-        i, o = self.a.shape[-1], self.b.shape[-2]
-        w = w.reshape(*self.a.shape[:-2], *((i, o) if self.transposed else (o, i)))
+        shape = (self.i, self.o) if self.transposed else (self.o, self.i)
+        w = w.reshape(*self.stack, *shape)
         return (w.mT if self.transposed else w).to(wide(w))
 
     def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,34 +93,13 @@ class LoRAPatch(Patch):
             b, a = q[..., :r], upper[..., :r, :]
         return a, b
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """A and B; with a fixed start A₀, B₀ those of BA − B₀A₀ = (B−B₀)A + B₀(A−A₀)."""
         own: Any = self._parameters  # nn.Module's attribute access costs as much as a small matmul
         a, b = own["a"] if "a" in own else self.a, own["b"]
         if self.fixed:  # subtracted in their own dtype: no step is too small to be seen
             a, b = torch.cat([a, a - self.a0], -2), torch.cat([b - self.b0, self.b0], -1)
         return a, b
-
-    def value(self, w: Tensor) -> Tensor:
-        a, b = self._factors()
-        a, b = a.to(wide(w, a)), b.to(wide(w, a))
-        if self.training and self.dropout:
-            # a dropped input feature is a dropped column of A; rows of a batch share the mask
-            a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
-        change = a.mT @ b.mT if self.transposed else b @ a
-        return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
-
-    def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-        x = input
-        if self.training and self.dropout and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
-        w, (a, b) = inner.weight, self._factors()
-        if a.dtype is not w.dtype:
-            a, b = a.to(w.dtype), b.to(w.dtype)
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        if self.index is not None:
-            left, right = widen(left, right, self.index, w.shape)
-        return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -179,7 +154,7 @@ class LoRA(WeightMethod):
     def build(self, site: Site) -> LoRAPatch:
         if not self.accepts(site):
             raise self.refuse(site)
-        stack, matrix = site.matrices
+        _, matrix = site.matrices
         needed = 0 if self.init in ("kaiming", "gaussian") else self.rank
         needed *= 2 if self.init == "lora_ga" else 1  # A's directions and B's are different ones
         if needed > min(matrix):

@@ -1,0 +1,52 @@
+"""LowRankPatch: W' = W + s·BA, read or ridden beside, however a method makes its A and B."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftlite.maps import Map, widen
+from peftlite.patch import Patch, wide
+from peftlite.site import Site
+
+
+class LowRankPatch(Patch):
+    """W' = W + s·BA, with A (*stack, r, i) and B (*stack, o, r), for a `stack` of matrices.
+
+    A method says what the factors are, and may set s and the probability of dropping an input of A.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.stack, (rows, columns) = site.matrices
+        self.transposed = site.transposed
+        self.i, self.o = (rows, columns) if site.transposed else (columns, rows)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, in one dtype of their own."""
+        raise NotImplementedError
+
+    def value(self, w: Tensor) -> Tensor:
+        a, b = self.factors()
+        a, b = a.to(wide(w, a)), b.to(wide(w, a))
+        if self.training and self.dropout:
+            # a dropped input feature is a dropped column of A; rows of a batch share the mask
+            a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
+        change = a.mT @ b.mT if self.transposed else b @ a
+        return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
+
+    def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        x = input
+        if self.training and self.dropout and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        w, (a, b) = inner.weight, self.factors()
+        if a.dtype is not w.dtype:
+            a, b = a.to(w.dtype), b.to(w.dtype)
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        if self.index is not None:
+            left, right = widen(left, right, self.index, w.shape)
+        return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)

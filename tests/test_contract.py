@@ -152,7 +152,18 @@ METHODS = (
             for kind in ("hf_llama", "hf_t5")
         },
     ),
+    Row(
+        "bitfit_added",
+        pl.BitFit(add_missing=True),
+        only=("mlp", "gpt", "conv2d_same", "bilinear", "hf_llama", "hf_t5"),
+    ),
     Row("full", pl.FullTuning()),
+    Row(
+        "full_top",
+        pl.FullTuning(top_layers=1),
+        refused={"raw": "top_layers goes by the numbers of layers in a list: there are none"},
+        only=("mlp", "gpt", "hf_t5", "raw"),
+    ),
     Row(
         "mix",
         [pl.LoRA(targets="*attn*"), pl.BitFit(), pl.FullTuning(targets=["lm_head", "*norm"])],

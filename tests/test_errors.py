@@ -1096,6 +1096,8 @@ METHODS = [
          "preset must be one of 'houlsby', 'pfeiffer', 'parallel', not 'x'"),
     Case(lambda *_: pl.IA3(feedforward=["down"]),
          "feedforward must be one of True, False, not ['down']"),
+    Case(attaching(pl.FullTuning(top_layers=2)), "top_layers goes by the numbers of layers in a "
+         "list: there are none", pl.TargetError, lambda: nn.Linear(4, 4)),
     Case(lambda *_: pl.attach(bare(), pl.BitFit()).parameter_groups(1e-3, b_ratio=16),
          "b_ratio is for LoRA's factors B, and BitFit has none"),
     Case(lambda *_: pl.SparseMask(select="top"),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peftlite.patch import Method, Patch, trainable
+from peftlite.errors import TargetError
+from peftlite.patch import Method, Patch, set_number, trainable
 from peftlite.site import Site
+
+# the outermost list that a tensor is in, and its number there
+_LAYER = re.compile(r"((?:.*?\.)?)(\d+)\.")
 
 
 class AddPatch(Patch):
@@ -31,12 +37,36 @@ class FullTuning(Method):
 
     The base stays as it is, so the delta detaches, swaps and merges like any other. By default it
     takes every floating-point parameter; `targets="head"` is the usual use.
+
+    Args:
+        top_layers: k, to take only what is in the last k layers, by their numbers in the list that
+            they are in; k of each list where a model has several. None for all.
     """
+
+    top_layers: int | None = None
 
     takes = "tensors"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_layers is not None:
+            set_number(self, "top_layers", int, lambda k: k >= 1, "a whole number from 1 up")
+
     def accepts(self, site: Site) -> bool:
         return not site.is_call
+
+    def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
+        if self.top_layers is None:
+            return picked
+        layers = {s.address: found.groups() for s in picked if (found := _LAYER.match(s.address))}
+        last: dict[str, list[int]] = {}
+        for stack in {stack for stack, _ in layers.values()}:
+            numbers = {int(number) for its, number in layers.values() if its == stack}
+            last[stack] = sorted(numbers)[-self.top_layers :]
+        if not last:
+            raise TargetError("top_layers goes by the numbers of layers in a list: there are none")
+        in_layers = (s for s in picked if s.address in layers)
+        return [s for s in in_layers if int(layers[s.address][1]) in last[layers[s.address][0]]]
 
     def build(self, site: Site) -> AddPatch:
         if not self.accepts(site):

@@ -19,9 +19,12 @@ from peftlite.merge import unmerge as unmerge
 from peftlite.methods import BOFT as BOFT
 from peftlite.methods import HRA as HRA
 from peftlite.methods import IA3 as IA3
+from peftlite.methods import LTSFT as LTSFT
 from peftlite.methods import OFT as OFT
+from peftlite.methods import AdaLoRA as AdaLoRA
 from peftlite.methods import BitFit as BitFit
 from peftlite.methods import BottleneckAdapter as BottleneckAdapter
+from peftlite.methods import DiffPruning as DiffPruning
 from peftlite.methods import DoRA as DoRA
 from peftlite.methods import FullTuning as FullTuning
 from peftlite.methods import LoHa as LoHa

@@ -177,7 +177,7 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
             theirs.is_floating_point() != mine.is_floating_point() or theirs.itemsize < 2
         ):
             problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
-        elif theirs is not mine and theirs.is_meta:
+        elif theirs.is_meta and not mine.is_meta:
             problems.append(f"{key} on the meta device, without values")
     return problems
 

@@ -123,6 +123,17 @@ METHODS = (
         pl.BottleneckAdapter(preset="pfeiffer", bottleneck_size=3),
         only=("gpt", "mha_encoder", "hf_bert", "hf_vit", "hf_t5"),
     ),
+    Row("adalora", pl.AdaLoRA(init_rank=3, target_rank=2, alpha=5, total_steps=10)),
+    Row(
+        "adalora_anywhere",
+        pl.AdaLoRA(init_rank=3, target_rank=2, total_steps=10, targets=anywhere),
+        only=("experts", "conv_transpose", "embedding", "raw", "conv1d_hf", "lstm"),
+    ),
+    Row(
+        "adalora_rows",
+        pl.AdaLoRA(init_rank=3, target_rank=2, total_steps=10, targets=FUSED),
+        only=("gpt_fused",),
+    ),
     Row("ia3", pl.IA3()),
     Row(
         "ia3_feedforward",
@@ -144,6 +155,15 @@ METHODS = (
     Row("sparse", pl.SparseMask(fraction=0.2)),
     Row("sparse_rows", pl.SparseMask(fraction=0.3, targets=FUSED), only=("gpt_fused",)),
     Row("shira", pl.SHiRA(rank=1)),
+    Row("ltsft", pl.LTSFT(steps=10)),
+    Row("ltsft_rows", pl.LTSFT(steps=10, targets=FUSED), only=("gpt_fused",)),
+    Row("diff_pruning", pl.DiffPruning(steps=10)),
+    Row(
+        "diff_pruning_structured",
+        pl.DiffPruning(steps=10, structured=True, targets=anywhere),
+        only=("mlp", "raw", "experts", "conv1d_hf", "lstm", "gpt_tied"),
+    ),
+    Row("diff_pruning_rows", pl.DiffPruning(steps=10, targets=FUSED), only=("gpt_fused",)),
     Row(
         "bitfit",
         pl.BitFit(),

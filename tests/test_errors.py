@@ -28,6 +28,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import peftlite as pl
 from peftlite.demo import text
+from peftlite.io import packing
 from tests.digest import assert_same, bits, digest
 from tests.zoo import KINDS, seeded
 
@@ -806,6 +807,14 @@ SAVES = [
     Case(saving, "0.weight:a is on the meta device and has no values to save",
          model=attached(linears(device="meta"), pl.LoRA(rank=2))),
     Case(saving, RESIZED, model=resized),
+    *(Case(lambda model, path, its=its: pl.save(delta(model), path, **its), says)
+      for its, says in (
+          ({"pack": "int4"}, "pack must be one of None, 'bf16', 'int8', 'sparse', not 'int4'"),
+          ({"base": "fast"}, "base must be one of 'sha256', 'sampled', not 'fast'"),
+          ({"notes": {"at": Path()}}, "notes must be a dict that JSON can hold, not …"),
+          ({"notes": "by me"}, "notes must be a dict that JSON can hold, not 'by me'"),
+          ({"notes": {1: 2}}, "notes must be a dict that JSON can hold, not {1: 2}"),
+      )),
     Case(loading_state(lambda own: None), "load_state_dict takes a dict of tensors, not None"),
     Case(loading_state(lambda own: {}), f"{UNFIT}no {Q}:a; no {Q}:b; no …:a; no …:b; and 4 more"),
     Case(loading_state(lambda own: {**own, "x": own[f"{Q}:a"]}),
@@ -878,6 +887,17 @@ def edited(edit: Callable[[dict, dict], Any]) -> Callable[[Path], None]:
     return write
 
 
+def sparse(path: Path) -> None:
+    """A file with a tensor packed as sparse, one index too high."""
+
+    def edit(head: dict[str, Any], values: dict[str, Tensor]) -> None:
+        stored, head["packed"] = packing.pack({f"{Q}:a": torch.eye(2, 16)}, "sparse")
+        values |= stored
+        values[f"{Q}:a#at"][-1] = 32
+
+    edited(edit)(path)
+
+
 def canonical(head: dict[str, Any]) -> str:
     return json.dumps(head, sort_keys=True, ensure_ascii=False)
 
@@ -942,6 +962,10 @@ UNREADABLE = [
        "isn't what was saved; copy it again")
       for changes in ({"sha256": "0"}, {"library": "\ud800"}, {"more": float("nan")})),
     (header(base={"a": 3}), "'…' has a broken header: its base has 'a': 3"),
+    (header(packed=[]), BROKEN + "'packed' is []"),
+    (header(packed={"a": 3}), "'…' has a broken header: its 'packed' has 'a': 3"),
+    (header(notes="by me"), BROKEN + "'notes' is 'by me'"),
+    (raw(good().replace(b'"F32"', b'"F4" ', 1)), "'…' …"),
     (header(methods={}), BROKEN + "'methods' is {}"),
     (header(methods=["LoRA"]), BROKEN + "'sites' is None"),
     *((method(sites=value), f"{BROKEN}'sites' is {value!r}") for value in (None, "a.weight", {})),
@@ -951,7 +975,7 @@ UNREADABLE = [
     *((method(method=name), f"'…' holds the method '{name}', which isn't known here; known are "
        "…, LoRA… (a method of your own: import it first)")
       for name in ("Frobnicate", "Method", "os.system", "")),
-    (method(method="BitFit"), "'…': here BitFit has no setting 'alpha'"),
+    (method(method="BitFit"), "'…': here BitFit needs the setting 'add_missing'"),
     (method(config={}), "'…': here LoRA needs the setting 'alpha'"),
     (config(frob=1), "'…': here LoRA has no setting 'frob'"),
     (config(targets="*"), "'…': here LoRA has no setting 'targets'"),
@@ -1037,6 +1061,7 @@ FILES = [
     bad_file(raw(good()), f"{MISFIT}it has {Q}:a as (2, 16), not (2, 32)",
              model=otherwise(q_proj(nn.Linear(32, 12, bias=False)))),
     # other tensors than it says
+    bad_file(sparse, f"'…' has {Q}:a in no sound packing: an index is out of its tensor"),
     bad_file(raw(good()[:-1] + bytes([good()[-1] ^ 1])),
              "'…' is damaged, copy it again: not what was saved is blocks.1.attn.v_proj.weight:b"),
     bad_file(edited(lambda _, old: old.pop(f"{Q}:a")), f"{MISFIT}it has no {Q}:a"),
@@ -1084,6 +1109,11 @@ METHODS = [
       for method in (pl.LoHa, pl.LoKr, pl.VeRA, pl.OFT, pl.BOFT, pl.HRA, pl.SHiRA)),
     *(refusing(method, "blocks.0.attn()", "a call")
       for method in (pl.IA3, pl.NormTuning, pl.SparseMask)),
+    refusing(pl.AdaLoRA, "norm.weight", "a tensor of shape (16,)", total_steps=9),
+    refusing(pl.LTSFT, "blocks.0.attn()", "a call", steps=1),
+    Case(lambda *_: pl.attach(bare(), pl.AdaLoRA(total_steps=9)).step(), "AdaLoRA has no gradients "
+         "to tell what is important by: call delta.step() after optimizer.step() and before "
+         "zero_grad()"),
     refusing(pl.BOFT, "lm_head.weight", "a tensor of shape (29, 16)", m=6),
     refusing(pl.BottleneckAdapter, "norm.weight", "a tensor of shape (16,)"),
     Case(attaching(pl.BottleneckAdapter(targets="blocks.0.mlp.1()")), "how wide what "
@@ -1260,7 +1290,7 @@ def test_every_error_is_read_here(tmp_path: Path) -> None:
         for file, first, last in raise_statements()
         if not any((file, line) in seen for line in range(first, last + 1))
     ]
-    assert not unread
+    assert not unread, unread
 
 
 # -- what is let through

@@ -1,5 +1,7 @@
-"""Deltas in files: peftlite's own format, in one safetensors file."""
+"""Deltas on disk."""
 
-from peftlite.io.native import Info, inspect, load, save
+from peftlite.io.content import Info
+from peftlite.io.load import inspect, load
+from peftlite.io.native import save
 
 __all__ = ["Info", "inspect", "load", "save"]

@@ -1,8 +1,10 @@
 """The methods: one file each, with its equation, its paper, its config and its patch."""
 
+from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.bitfit import BitFit
 from peftlite.methods.boft import BOFT
 from peftlite.methods.bottleneck import BottleneckAdapter
+from peftlite.methods.diff_pruning import DiffPruning
 from peftlite.methods.dora import DoRA
 from peftlite.methods.fish import fish_scores
 from peftlite.methods.full import FullTuning
@@ -11,6 +13,7 @@ from peftlite.methods.ia3 import IA3
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.methods.lora import LoRA
+from peftlite.methods.ltsft import LTSFT
 from peftlite.methods.norm import NormTuning
 from peftlite.methods.oft import OFT
 from peftlite.methods.shira import SHiRA
@@ -21,9 +24,12 @@ __all__ = [
     "BOFT",
     "HRA",
     "IA3",
+    "LTSFT",
     "OFT",
+    "AdaLoRA",
     "BitFit",
     "BottleneckAdapter",
+    "DiffPruning",
     "DoRA",
     "FullTuning",
     "LoHa",

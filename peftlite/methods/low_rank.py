@@ -1,14 +1,26 @@
-"""LowRankPatch: W' = W + s·BA, read or ridden beside, however a method makes its A and B."""
+"""LowRankPatch: W' = W + s·BA, read or ridden beside, however a method makes its A and B.
+
+RankMethod: the two hyperparameters, r and the numerator of s, that methods have from LoRA.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.maps import Map, widen
-from peftlite.patch import Patch, wide
+from peftlite.patch import Patch, WeightMethod, set_number, wide
 from peftlite.site import Site
+
+
+def sizes(site: Site) -> tuple[list[int], int, int]:
+    """The stack of matrices that a tensor is, and how many inputs and outputs each has."""
+    stack, (rows, columns) = site.matrices
+    return (stack, rows, columns) if site.transposed else (stack, columns, rows)
 
 
 class LowRankPatch(Patch):
@@ -22,9 +34,8 @@ class LowRankPatch(Patch):
 
     def __init__(self, site: Site):
         super().__init__()
-        self.stack, (rows, columns) = site.matrices
         self.transposed = site.transposed
-        self.i, self.o = (rows, columns) if site.transposed else (columns, rows)
+        self.stack, self.i, self.o = sizes(site)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B, in one dtype of their own."""
@@ -50,3 +61,27 @@ class LowRankPatch(Patch):
         if self.index is not None:
             left, right = widen(left, right, self.index, w.shape)
         return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class RankMethod(WeightMethod):
+    """A method of matrices with a rank r and a change that is scaled by s = alpha/r.
+
+    Args:
+        rank: r.
+        alpha: the numerator of the scaling. Default: equal to `rank`.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
+        if self.alpha is not None:
+            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
+
+    @property
+    def scale(self) -> float:
+        """s, the factor of the change."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank

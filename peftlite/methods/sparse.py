@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftlite.errors import PeftliteError
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.patch import Method, Patch, check_choice, set_number, trainable
 from peftlite.site import Site, whole_address
 from peftlite.table import shown
 
@@ -29,14 +29,14 @@ class SparsePatch(Patch):
         self.address, self.shape, self.size = site.address, site.whole.shape, site.tensor.numel()
         self.values = trainable(n, site=site, dtype=dtype)
         narrow = self.size <= torch.iinfo(torch.int32).max
-        kind = torch.int32 if narrow else torch.int64
-        self.register_buffer("indices", torch.empty(n, dtype=kind, device=site.device))
+        self.kind = torch.int32 if narrow else torch.int64
+        self.register_buffer("indices", torch.empty(n, dtype=self.kind, device=site.device))
 
     def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
         n = shapes.get("values", ())
         if len(n) == 1 and n[0] <= self.size:
             self.values.data = self.values.new_empty(n[0])
-            self.indices = self.indices.new_empty(n[0])
+            self.indices = self.values.new_empty(n[0], dtype=self.kind)
 
     def place(self, indices: Tensor) -> None:
         """Fixes the entries, each with a difference of zero."""
@@ -51,7 +51,30 @@ class SparsePatch(Patch):
 
 
 @dataclass(frozen=True)
-class SparseMask(Method):
+class EntryMethod(Method):
+    """A method of a fraction of the entries of all its sites taken together."""
+
+    fraction: float = 0.005
+
+    takes = "tensors"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_number(self, "fraction", float, lambda f: 0 < f <= 1, "above 0 and at most 1")
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call
+
+    def count(self, size: int) -> int:
+        """How many of `size` entries train."""
+        return min(size, max(1, round(self.fraction * size)))
+
+
+@dataclass(frozen=True)
+class SparseMask(EntryMethod):
     """W' = W + D, with D zero but at a fraction of the entries of all sites taken together.
 
     They are chosen once, at the start, and the file holds only their indices and differences. By
@@ -66,32 +89,18 @@ class SparseMask(Method):
         scores: for every tensor's address a tensor of its shape. Not saved.
     """
 
-    fraction: float = 0.005
     select: Select = "magnitude"
     seed: int = 0
     scores: InitVar[Mapping[str, Tensor] | None] = None
 
-    takes = "tensors"
-
     def __post_init__(self, scores: Mapping[str, Tensor] | None) -> None:
         super().__post_init__()
-        set_number(self, "fraction", float, lambda f: 0 < f <= 1, "above 0 and at most 1")
         set_number(self, "seed", int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
-        if self.select not in get_args(Select):
-            raise PeftliteError(
-                f"select must be one of {', '.join(map(repr, get_args(Select)))}, "
-                f"not {self.select!r}"
-            )
+        check_choice(self, "select", get_args(Select))
         object.__setattr__(self, "scores", scores)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "scores": None}  # a copied or pickled model has its entries
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head
-
-    def accepts(self, site: Site) -> bool:
-        return not site.is_call
 
     def build(self, site: Site) -> Patch:
         return self.build_all([site])[0]
@@ -102,18 +111,15 @@ class SparseMask(Method):
                 raise self.refuse(where)
         # even shares, until `begin` has seen the weights, or `resize` the file
         ends = [0, *accumulate(where.tensor.numel() for where in sites)]
-        shares = [self._count(ends[-1]) * end // max(ends[-1], 1) for end in ends]
+        shares = [self.count(ends[-1]) * end // max(ends[-1], 1) for end in ends]
         return [
             SparsePatch(where, stop - start, self.dtype)
             for where, (start, stop) in zip(sites, pairwise(shares), strict=True)
         ]
 
-    def _count(self, size: int) -> int:
-        return min(size, max(1, round(self.fraction * size)))
-
     def begin(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:
         sizes = [w.numel() for w in tensors]
-        count = self._count(sum(sizes))
+        count = self.count(sum(sizes))
         if not count or any(w.is_meta for w in tensors):
             return  # there is nothing to choose from, or nothing to choose by
         if self.select == "random":

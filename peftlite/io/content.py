@@ -1,0 +1,68 @@
+"""Content: what a delta's file says, whatever its format: methods with their sites, and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from peftlite.io.files import Entry, numel
+from peftlite.patch import Method
+from peftlite.table import size, table
+
+
+@dataclass
+class Content:
+    """A delta in a file, as its format's reader understood it; nothing of it is checked yet.
+
+    Args:
+        name: the delta's.
+        methods: each with the addresses of its sites.
+        entries: the dtype and shape of every tensor, by `address:parameter`.
+        get: a tensor's values; raises FileError if they are damaged.
+        base: the fingerprint of every tensor that is changed; None where the format has none.
+    """
+
+    name: str
+    methods: list[tuple[Method, list[str]]]
+    entries: dict[str, Entry]
+    get: Callable[[str], Tensor]
+    base: dict[str, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a file says of itself, without a model.
+
+    `format` is "peftlite" or a peer's; a peer's `methods` name its modules as the peer does.
+    """
+
+    name: str
+    methods: list[tuple[Method, list[str]]]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    num_bytes: int
+    format: str = "peftlite"
+    library: str = ""
+    base: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(numel(shape) for _, shape in self.tensors.values())
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{type(m).__name__} at {len(where)} sites" for m, where in self.methods)
+        rows = [
+            [key, dtype, "×".join(map(str, shape)), f"{numel(shape):,}"]
+            for key, (dtype, shape) in self.tensors.items()
+        ]
+        by = f"by peftlite {self.library}" if self.library else f"of format {self.format}"
+        lines = [f"{self.name!r}: {kinds}, {size(self.num_bytes)}, {by}"]
+        lines += [f"{key}: {value}" for key, value in self.notes.items()]
+        if self.errors:
+            worst = max(self.errors, key=lambda key: self.errors[key])
+            lines.append(f"rounded to save space: by {self.errors[worst]:.3g} at most, in {worst}")
+        return "\n".join([*lines, table(["tensor", "dtype", "shape", "numbers"], rows)])

@@ -1,0 +1,186 @@
+"""load and inspect: a delta from a file of any known format, checked in full before it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from peftlite import site, targets
+from peftlite.assign import Placed, usable
+from peftlite.attach import check, commit
+from peftlite.delta import Delta, misfits
+from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError
+from peftlite.io import native
+from peftlite.io.content import Content, Info
+from peftlite.io.files import Tensors, as_path, is_finite, reason
+from peftlite.io.fingerprint import fingerprint, kind_of
+from peftlite.site import Site, whole_address
+from peftlite.table import few
+
+
+def inspect(path: str | os.PathLike[str]) -> Info:
+    """What is in a file, without a model. Raises FileError."""
+    where = as_path(path)
+    return _reader(where).inspect(where)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    check_base: Literal["error", "warn", "off"] = "error",
+) -> Delta:
+    """Attaches the delta in a file and makes it the standing choice.
+
+    Everything is checked before the model is touched: that every site is there, that every tensor
+    fits and none is left over, that all values are finite, and that the base has the very weights
+    the delta was made for. Tensors are read one at a time.
+
+    Args:
+        name: the delta's name in this model; the one it was saved with if None.
+        trainable: whether its parameters get gradients.
+        check_base: what to do if the base's weights differ: raise, warn, or not look.
+
+    Raises:
+        BaseMismatchError: the delta was made for other weights.
+        FileError: the file is no delta, is damaged, or doesn't fit.
+        PeftliteError: the name is taken.
+    """
+    if check_base not in ("error", "warn", "off"):
+        raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")
+    if isinstance(path, nn.Module):
+        raise PeftliteError("load takes the model first, then the path")
+    where = as_path(path)
+    content = _reader(where).read(model, where)
+    check(model, content.name if name is None else name)
+    sites = _locate(model, content, where)
+    methods = [method for method, _ in content.methods]
+    # a skeleton without memory first: a file may ask for more than there is
+    skeleton = Delta(content.name, methods, _build(content, sites, where, on="meta"))
+    if problems := misfits(skeleton.saved(), {k: e.meta for k, e in content.entries.items()}):
+        raise FileError(f"{str(where)!r} doesn't fit this model: it has {few(problems)}")
+    if content.base is not None and check_base != "off":
+        _check_base(content.base, sites, where, check_base)
+    delta = Delta(content.name if name is None else name, methods, _build(content, sites, where))
+    _fill(delta, content, where)
+    delta.requires_grad_(bool(trainable))
+    return commit(model, delta)
+
+
+# each a module with `recognises`, `inspect` and `read`
+_FORMATS = (native,)
+
+
+def _reader(path: Path) -> Any:
+    """The format of a file or a folder, by what it holds."""
+    file = None if path.is_dir() else Tensors(path)
+    for format in _FORMATS:
+        if format.recognises(path, file):
+            return format
+    if file is None:
+        raise FileError(f"{str(path)!r} is a folder: name the file in it")
+    held = few([*file.metadata, *file.entries]) or "nothing"
+    raise FileError(f"{file.path!r} is not of pl.save's making; it holds {held}")
+
+
+def _locate(model: nn.Module, content: Content, path: Any) -> dict[str, Site]:
+    """The sites in the model that a file names, by the address in the file."""
+    addresses = [address for _, where in content.methods for address in where]
+    if twice := [address for address, count in Counter(addresses).items() if count > 1]:
+        raise FileError(f"{str(path)!r} names the site {twice[0]} twice")
+    try:
+        found, missing = site.locate(model, addresses)
+        taken: dict[tuple[int, str], list[Site]] = {}
+        for address, where in found.items():
+            usable(where)
+            others = taken.setdefault((id(where.module), where.slot), [])
+            if any(where.overlaps(other) for other in others):
+                raise TargetError(
+                    f"{address} and {others[0].address} share entries of one tensor in this model"
+                )
+            others.append(where)
+            if not where.is_call and where.whole.is_meta:
+                raise TargetError(
+                    f"{address} is on the meta device: give the model its weights, then load"
+                )
+    except TargetError as error:
+        raise FileError(f"{str(path)!r} doesn't fit this model: {error}") from error
+    if missing:
+        raise FileError(
+            f"{str(path)!r} is for a model with other sites: of {len(addresses)}, this one lacks "
+            f"{len(missing)}: {few(missing)}; {targets.nearest(model, missing[0])}"
+        )
+    return found
+
+
+def _build(
+    content: Content, sites: Mapping[str, Site], path: Any, on: str | None = None
+) -> list[Placed]:
+    try:
+        placed = [
+            item
+            for method, addresses in content.methods
+            for item in Placed.all(
+                [dataclasses.replace(sites[a], address=a, on=on) for a in addresses], method
+            )
+        ]
+        for item in placed:
+            start = f"{item.site.address}:"
+            held = {k: e.shape for k, e in content.entries.items() if k.startswith(start)}
+            item.patch.resize({key.removeprefix(start): held[key] for key in held})
+        return placed
+    except (PeftliteError, RuntimeError, OverflowError, TypeError) as error:
+        raise FileError(f"{str(path)!r} doesn't fit this model: {reason(error)}") from error
+
+
+def _fill(delta: Delta, content: Content, path: Any) -> None:
+    """Gives a delta the values of a file, one tensor after another."""
+    saved = delta.saved()
+    for key, tensor in delta.named_tensors():
+        if key not in saved:
+            tensor.data.zero_()  # what training alone needs begins anew
+            continue
+        held = content.get(key)
+        if not is_finite(held):
+            raise FileError(
+                f"{str(path)!r} doesn't fit this model: it has {key} with values that aren't finite"
+            )
+        # in memory of torch's own: another alignment moves the last bits of a product
+        tensor.data = torch.empty_like(held, device=tensor.device).copy_(held)
+
+
+def _check_base(
+    base: Mapping[str, dict[str, Any]], sites: Mapping[str, Site], path: Any, mode: str
+) -> None:
+    wrong = []
+    wholes = {whole_address(a): where for a, where in sites.items() if not where.is_call}
+    for address, where in wholes.items():
+        theirs = base.get(address)
+        if theirs is None:
+            raise FileError(f"{str(path)!r} lacks the fingerprint of {address}")
+        mine = fingerprint(where.whole, kind_of(theirs) or "")
+        if differing := [what for what in theirs if mine[what] != theirs[what]]:
+            what = differing[0]
+            why = f" ({what} {theirs[what]}, here {mine[what]})"
+            wrong.append(address + (why if what in ("dtype", "shape") else ""))
+    if not wrong:
+        return
+    message = (
+        f"{str(path)!r} was made for other base weights: {len(wrong)} of {len(wholes)} tensors "
+        f"differ: {few(wrong)}"
+    )
+    if mode == "error":
+        raise BaseMismatchError(
+            f"{message}; load it into the base it was trained on, or pass check_base='warn'"
+        )
+    warnings.warn(message, stacklevel=3)

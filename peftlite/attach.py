@@ -160,6 +160,7 @@ def commit(root: nn.Module, delta: Delta) -> Delta:
             for i, (module, slot) in enumerate(placed.site.owners):
                 key = slot + address[len(whole_address(address)) :]
                 host.plant(module, delta.name, key, placed.patch, registry.choice, owner=i == 0)
+        host.settle_encoders(root, registry.choice)
     except BaseException:
         _uproot(root, registry, delta)
         raise
@@ -203,6 +204,7 @@ def _uproot(root: nn.Module, registry: Registry, delta: Delta) -> None:
     for placed in delta.placed.values():
         for module, _ in placed.site.owners:
             host.uproot(module, delta.name)
+    host.settle_encoders(root, registry.choice)
     if not registry.deltas and isinstance(root, host.Host):
         root.peftlite.registry = None
         host.release(root)

@@ -200,6 +200,8 @@ def host_class(base: type, slots: frozenset[str]) -> type:
     body |= {slot: _property(base, slot) for slot in slots if slot != CALL}
     if issubclass(base, nn.RNNBase):
         body |= {"_flat_weights": _FLAT_WEIGHTS, "_update_flat_weights": lambda self: None}
+    if issubclass(base, nn.TransformerEncoder):
+        body["use_nested_tensor"] = property(lambda self: False, lambda self, _: None)
     made = type(base.__name__, (Host, base), body)
     made.__qualname__ = base.__qualname__
     return made
@@ -328,6 +330,15 @@ def uproot(module: nn.Module, name: str) -> None:
     """Takes a delta's patches off a module; the last one out leaves it as it was."""
     if isinstance(module, Host) and module.peftlite._modules.pop(name, None) is not None:
         release(module)
+
+
+def settle_encoders(root: nn.Module, choice: Choice) -> None:
+    """Makes hosts of torch's encoders around patches, for these can't take nested tensors."""
+    for module in [m for m in root.modules() if isinstance(m, nn.TransformerEncoder)]:
+        if any(isinstance(m, Patches) and m._modules for m in module.modules()):
+            make_host(module, choice)
+        elif isinstance(module, Host):
+            release(module)
 
 
 def release(module: nn.Module) -> None:

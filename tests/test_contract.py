@@ -50,6 +50,15 @@ def layers(site: pl.Site) -> bool:
     return of_layer(site.module) is not None
 
 
+NO_IDS = {
+    kind: "takes the one call of a module that looks up its token ids in an nn.Embedding"
+    for kind in (
+        "mlp mha_encoder mha_decoder mha_seq_first shared experts raw bilinear conv1d "
+        "conv2d_grouped conv2d_same conv3d conv_transpose embedding_bag lstm gru weight_norm "
+        "conv1d_hf norms hf_vit"
+    ).split()
+}
+
 METHODS = (
     Row("lora", pl.LoRA(rank=3, alpha=5)),
     Row("lora_anywhere", pl.LoRA(rank=2, scaling="rslora", targets=anywhere)),
@@ -122,6 +131,43 @@ METHODS = (
         "bottleneck_pfeiffer",
         pl.BottleneckAdapter(preset="pfeiffer", bottleneck_size=3),
         only=("gpt", "mha_encoder", "hf_bert", "hf_vit", "hf_t5"),
+    ),
+    Row(
+        "compacter",
+        pl.Compacter(scale=0.1, targets=called),
+        refused={
+            kind: "is true for none of the 0 sites offered"
+            for kind in ("experts", "raw", "conv1d", "conv2d_same", "conv3d", "lstm", "gru")
+        },
+    ),
+    Row(
+        "compacter_plus",
+        pl.Compacter(preset="compacter++", phm_dim=2, phm_rank=2, reduction_factor=4),
+        only=("gpt", "hf_bert", "hf_gpt2", "hf_llama", "hf_t5"),
+    ),
+    Row("loreft", pl.LoReFT(rank=2, targets=called), fresh=False),
+    Row(
+        "loreft_positions",
+        pl.LoReFT(rank=3, positions="f2+l1", init="identity"),
+        only=tuple(
+            "gpt gpt_fused gpt_tied mha_encoder hf_bert hf_gpt2 hf_llama hf_t5 hf_vit".split()
+        ),
+    ),
+    Row("prompt", pl.PromptTuning(prompt_length=2), refused=NO_IDS, fresh=False),
+    Row("ptuning", pl.PTuning(prompt_length=2, hidden_size=5), refused=NO_IDS, fresh=False),
+    Row(
+        "ptuning_lstm",
+        pl.PTuning(prompt_length=2, encoder="lstm"),
+        only=("gpt", "hf_bert", "hf_t5"),
+        fresh=False,
+    ),
+    Row("gated_lora", pl.Gated(pl.LoRA(rank=2))),
+    Row("gated_rows", pl.Gated(pl.LoRA(rank=2, targets=FUSED)), only=("gpt_fused",)),
+    Row("gated_adapter", pl.Gated(pl.BottleneckAdapter(bottleneck_size=3, targets=layers))),
+    Row(
+        "gated_token",
+        pl.Gated(pl.BottleneckAdapter(bottleneck_size=3), per="token"),
+        only=("gpt", "hf_bert", "hf_gpt2", "hf_llama", "hf_t5"),
     ),
     Row("adalora", pl.AdaLoRA(init_rank=3, target_rank=2, alpha=5, total_steps=10)),
     Row(

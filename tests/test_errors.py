@@ -29,6 +29,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import peftlite as pl
 from peftlite.demo import text
 from peftlite.io import packing
+from peftlite.site import sites
 from tests.digest import assert_same, bits, digest
 from tests.zoo import KINDS, seeded
 
@@ -1092,6 +1093,12 @@ FILES = [
 # -- the methods
 
 
+def gated_prefix() -> nn.Module:
+    model = ZOO["hf_llama"].model()
+    pl.attach(model, pl.Gated(pl.PrefixTuning(prefix_length=2)), "sql")
+    return model
+
+
 def refusing(method: type[pl.Method], targets: str, what: str, **options: Any) -> Case:
     act = attaching(method(targets=targets, **options))
     says = f"{targets} is {what}; {method.__name__} takes {method.takes}"
@@ -1122,6 +1129,16 @@ METHODS = [
     Case(lambda model, _: model(torch.ones(2, 8)), "0() has a tensor of shape (2, 8) where its "
          "adapter works on 6 features in dimension -1: say width=, or name a call inside it",
          model=narrow),
+    Case(lambda *_: pl.LoReFT(positions="f"),
+         "positions must be 'all' or such as 'f7+l7', 'f7' or 'l7', not 'f'"),
+    Case(lambda model, _: model(torch.ones(3, 4)),
+         "positions='f1+l1' need a tensor (b, t, d); () gives (3, 4)",
+         model=attached(nn.Linear(4, 4), pl.LoReFT(rank=2, targets="()", positions="f1+l1"))),
+    Case(lambda model, _: model(ids(3), use_cache=True), "model.layers.0.self_attn() is called "
+         "with a cache, which would be filled twice, with and without the PrefixPatch behind its "
+         "gate: pass use_cache=False", model=gated_prefix),
+    refusing(pl.Compacter, "blocks.0()", "a call", phm_dim=5),
+    Case(lambda *_: pl.Gated("lora"), "Gated takes a method such as LoRA(), not 'lora'"),
     Case(lambda *_: pl.BottleneckAdapter(preset="x"),
          "preset must be one of 'houlsby', 'pfeiffer', 'parallel', not 'x'"),
     Case(lambda *_: pl.IA3(feedforward=["down"]),
@@ -1138,6 +1155,54 @@ METHODS = [
     Case(lambda *_: pl.fish_scores(bare(), None, []), "fish_scores saw no gradient: give it "
          "batches, and a model whose parameters require gradients (pl.attach freezes them: score "
          "them before)"),
+]  # fmt: skip
+
+
+ONE_CALL = (
+    "() is a call; PromptTuning takes the one call of a module that looks up its token ids in an "
+    "nn.Embedding inside it"
+)
+CUT_CACHE = (
+    "model() has 5 positions in its cache and 3 tokens to go on with, 6 but for its prompt, and a "
+    "mask of 8: a cache that holds a prompt can't be cropped, or given to another generate()"
+)
+
+
+def prompted() -> nn.Module:
+    model = ZOO["hf_llama"].model()
+    pl.attach(model, pl.PromptTuning(prompt_length=2), "sql")
+    return model
+
+
+def ids(t: int) -> Tensor:
+    return torch.zeros(1, t, dtype=torch.long)
+
+
+def cut_cache(model: nn.Module, _: Path) -> None:
+    cache = model(ids(3), use_cache=True).past_key_values
+    model(ids(3), attention_mask=torch.ones(1, 8), past_key_values=cache)
+
+
+PROMPTS = [
+    Case(attaching(pl.PromptTuning(targets="blocks.0()")), "blocks.0" + ONE_CALL, pl.TargetError,
+         bare),
+    # a file could say so
+    Case(lambda model, _: pl.PromptTuning(prompt_length=2).build_all(sites(model)[:1]), ONE_CALL,
+         pl.TargetError, bare),
+    Case(attaching(pl.PromptTuning(prompt_length=10)), "model() has 10 positions, which a prompt "
+         "of 10 leaves none of: say prompt_length= with less", pl.TargetError, on("hf_llama")),
+    Case(attaching(pl.PromptTuning(init="text", init_ids=[29])),
+         "init_ids (29,) has ids beyond embed(), which has 29", pl.TargetError, bare),
+    Case(lambda *_: pl.PromptTuning(init_ids=[1]), "init=\"text\" takes init_ids=, the ids that a "
+         "tokenizer gives for it, and no other init does: not init='random' with init_ids=(1,)"),
+    Case(lambda model, _: model(torch.zeros(3, dtype=torch.long)), "() is called without token ids "
+         "of shape (b, t) for its prompt to go before: name the call that takes them with "
+         "targets=", model=attached(bare(), pl.PromptTuning(prompt_length=2))),
+    Case(lambda model, _: model(ids(3), visual=torch.zeros(1, 3, 4)), "model() is called with "
+         "visual (1, 3, 4), which can't be made 2 tokens longer: give it as (b, t, ...) and say "
+         "fill={'visual': 0}, or whatever virtual tokens have there; or say None, for it to be "
+         "left as it is", model=prompted),
+    Case(cut_cache, CUT_CACHE, model=prompted),
 ]  # fmt: skip
 
 
@@ -1196,7 +1261,7 @@ DEMO = [
 
 CASES = [
     *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
-    *(MERGES + SAVES + FILES + METHODS + INITIALIZE + DEMO),
+    *(MERGES + SAVES + FILES + METHODS + PROMPTS + INITIALIZE + DEMO),
 ]
 
 

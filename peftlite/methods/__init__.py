@@ -4,18 +4,23 @@ from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.bitfit import BitFit
 from peftlite.methods.boft import BOFT
 from peftlite.methods.bottleneck import BottleneckAdapter
+from peftlite.methods.compacter import Compacter
 from peftlite.methods.diff_pruning import DiffPruning
 from peftlite.methods.dora import DoRA
 from peftlite.methods.fish import fish_scores
 from peftlite.methods.full import FullTuning
+from peftlite.methods.gated import Gated
 from peftlite.methods.hra import HRA
 from peftlite.methods.ia3 import IA3
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.methods.lora import LoRA
+from peftlite.methods.loreft import LoReFT
 from peftlite.methods.ltsft import LTSFT
 from peftlite.methods.norm import NormTuning
 from peftlite.methods.oft import OFT
+from peftlite.methods.prompt import PromptTuning
+from peftlite.methods.ptuning import PTuning
 from peftlite.methods.shira import SHiRA
 from peftlite.methods.sparse import SparseMask
 from peftlite.methods.vera import VeRA
@@ -29,13 +34,18 @@ __all__ = [
     "AdaLoRA",
     "BitFit",
     "BottleneckAdapter",
+    "Compacter",
     "DiffPruning",
     "DoRA",
     "FullTuning",
+    "Gated",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
     "NormTuning",
+    "PTuning",
+    "PromptTuning",
     "SHiRA",
     "SparseMask",
     "VeRA",

@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.errors import PeftliteError, TargetError
-from peftlite.methods.features import Features, change_first, features, is_called
-from peftlite.patch import Method, Patch, set_number, trainable
-from peftlite.site import CALL, Site
-from peftlite.table import shown
-
-Preset = Literal["houlsby", "pfeiffer", "parallel"]
-Activation = Literal["relu", "gelu", "silu", "tanh"]
-Init = Literal["zero", "normal"]
+from peftlite.methods.calls import CallMethod, CallPatch, is_made, role
+from peftlite.methods.features import Features, change_first
+from peftlite.patch import check_choice, set_number, trainable
+from peftlite.site import Site
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
-class BottleneckPatch(Patch):
+class BottleneckPatch(CallPatch):
     """y + s·(U·f(D·z + d) + u) with `down` D (r, i) and `up` U (o, r); z is y, or the input."""
 
     def __init__(self, site: Site, method: BottleneckAdapter, wide: Features):
-        super().__init__()
-        self.method, self.address, self.dim = method, site.address, wide.dim
-        self.act, self.scale = _ACTIVATIONS[method.function], method.factor
+        super().__init__(site, wide)
+        self.method, self.act, self.scale = method, _ACTIVATIONS[method.function], method.factor
         self.beside = method.preset == "parallel"
         self.inside = method.preset == "pfeiffer" and isinstance(site.module, _NORMS)
-        i, o = wide.i if self.beside else wide.o, wide.o
-        r = method.bottleneck_size or max(1, int(o / method.reduction_factor))
+        self.i: Any = wide.i if self.beside else wide.o
+        self.shape(method.size(wide.o), site)
+
+    def shape(self, r: int, site: Site) -> None:
+        """Makes the parameters, not yet filled."""
         self.down, self.down_bias, self.up, self.up_bias = (
-            trainable(*shape, site=site, dtype=method.dtype)
-            for shape in ((r, i), (r,), (o, r), (o,))
+            trainable(*shape, site=site, dtype=self.method.dtype)
+            for shape in ((r, self.i), (r,), (self.o, r), (self.o,))
         )
 
     def reset(self, w: Tensor | None) -> None:
@@ -60,75 +56,28 @@ class BottleneckPatch(Patch):
         return change_first(output, lambda y: self._add(y, x if self.beside else y))
 
     def _add(self, y: Any, z: Any) -> Tensor:
-        """y + s·(U·f(D·z + d) + u), along the dimension of the features."""
+        self.check(y, self.o)
+        self.check(z, self.i)
+        return torch.add(y, self.along(self.change, z), alpha=self.scale)
+
+    def change(self, z: Tensor) -> Tensor:
+        """U·f(D·z + d) + u, over the last dimension."""
         own: Any = self._parameters  # nn.Module's attribute access costs as much as a small matmul
         factors = own["down"], own["down_bias"], own["up"], own["up_bias"]
-        self._check(y, len(factors[3]))
-        self._check(z, factors[0].shape[1])
         down, d, up, u = (p if p.dtype is z.dtype else p.to(z.dtype) for p in factors)
-        if self.dim == -1:
-            change = F.linear(self.act(F.linear(z, down, d)), up, u)
-        else:
-            hidden = self.act(F.linear(z.movedim(self.dim, -1), down, d))
-            change = F.linear(hidden, up, u).movedim(-1, self.dim)
-        return torch.add(y, change, alpha=self.scale)
-
-    def _check(self, z: Any, width: int) -> None:
-        """Raises PeftliteError if what is called with, or gives, isn't what it looked to be."""
-        if not isinstance(z, Tensor) or z.shape[self.dim :][:1] != (width,):
-            what = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else shown(z)
-            raise PeftliteError(
-                f"{self.address} has {what} where its adapter works on {width} features in "
-                f"dimension {self.dim}: say width=, or name a call inside it"
-            )
+        return F.linear(self.act(F.linear(z, down, d)), up, u)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """What a preset stands for: the roles of the calls it takes, its activation and scale."""
 
     roles: str
-    activation: Activation
+    activation: str
     scale: float
 
 
-PLACES = {
-    "houlsby": Place("attention ffn ffn-last dense", "gelu", 1.0),
-    "pfeiffer": Place("ffn ffn-last norm sum", "relu", 1.0),
-    "parallel": Place("ffn", "relu", 4.0),
-}
-
-# what sublayers are called, in lower case and without underscores
-_ATTENTION = re.compile(r"(self|cross|encoder|encdec|multihead)?(attn|attention)\d?")
-_FFN = re.compile(r"mlp|ffn|ff|feedforward|densereludense|blocksparsemoe")
-
-
-def role(site: Site) -> str:
-    """What a call is in a transformer, going by names.
-
-    BERT has its sublayers in pieces: `output` holds the last map, `dense`, and ends in the sum with
-    the sublayer's input; so its piece in the attention, and there the norm comes after the sum.
-    """
-    module, path = site.module, site.address.removesuffix(CALL).replace("_", "").lower()
-    *above, last = ("", "", *path.split("."))[-3:]
-    in_attention = any(map(_ATTENTION.fullmatch, above))
-    if above[-1] == "output" and last == "dense":
-        return "attention" if in_attention else "dense"
-    if in_attention or any(map(_FFN.fullmatch, above)):
-        return ""
-    if above[-1] == "output" and last == "layernorm":
-        return "norm"
-    if last == "output" and hasattr(module, "dense"):
-        return "" if hasattr(module, "LayerNorm") else "sum"
-    if last in ("fc2", "linear2"):
-        return "ffn-last"
-    if _ATTENTION.fullmatch(last) and not hasattr(module, "output"):
-        return "attention"
-    return "ffn" if _FFN.fullmatch(last) else ""
-
-
 @dataclass(frozen=True)
-class BottleneckAdapter(Method):
+class BottleneckAdapter(CallMethod):
     """y + s·up(f(down(y))): two small linear maps with biases, at the output y of a sublayer.
 
     Presets, at the calls they take by default:
@@ -157,61 +106,55 @@ class BottleneckAdapter(Method):
         width: o, where it can't be told from a module's layers.
     """
 
-    preset: Preset = "houlsby"
+    preset: str = "houlsby"
     reduction_factor: float = 16.0
     bottleneck_size: int | None = None
-    activation: Activation | None = None
+    activation: str | None = None
     scale: float | None = None
-    init: Init = "zero"
-    width: int | None = None
+    init: str = "zero"
 
-    takes = "calls that are made and give features (nn.MultiheadAttention never calls its out_proj)"
+    patch: ClassVar[type[BottleneckPatch]] = BottleneckPatch
+    inits: ClassVar[tuple[str, ...]] = ("zero", "normal")
+    places: ClassVar[Mapping[str, Place]] = {
+        "houlsby": Place("attention ffn ffn-last dense", "gelu", 1.0),
+        "pfeiffer": Place("ffn ffn-last norm sum", "relu", 1.0),
+        "parallel": Place("ffn", "relu", 4.0),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         set_number(self, "reduction_factor", float, _is_positive, "finite and above 0")
-        for name in ("bottleneck_size", "width"):
-            if getattr(self, name) is not None:
-                set_number(self, name, int, lambda n: n >= 1, "a whole number from 1 up")
+        if self.bottleneck_size is not None:
+            set_number(self, "bottleneck_size", int, lambda n: n >= 1, "a whole number from 1 up")
         if self.scale is not None:
             set_number(self, "scale", float, _is_positive, "finite and above 0")
-        for name, kind in (("preset", Preset), ("activation", Activation), ("init", Init)):
-            given = getattr(self, name)
-            if given not in get_args(kind) and not (name == "activation" and given is None):
-                raise PeftliteError(
-                    f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, not {given!r}"
-                )
+        check_choice(self, "preset", tuple(self.places))
+        check_choice(self, "init", self.inits)
+        if self.activation is not None:
+            check_choice(self, "activation", tuple(_ACTIVATIONS))
 
     @property
-    def function(self) -> Activation:
+    def function(self) -> str:
         """The name of f."""
-        return self.activation or PLACES[self.preset].activation
+        return self.activation or self.places[self.preset].activation
 
     @property
     def factor(self) -> float:
         """s."""
-        return PLACES[self.preset].scale if self.scale is None else self.scale
+        return self.places[self.preset].scale if self.scale is None else self.scale
+
+    def size(self, o: int) -> int:
+        """r."""
+        return self.bottleneck_size or max(1, int(o / self.reduction_factor))
 
     def default(self, site: Site) -> bool:
-        made = site.is_call and is_called(site.module)
-        return made and role(site) in PLACES[self.preset].roles.split()
-
-    def accepts(self, site: Site) -> bool:
-        return site.is_call and is_called(site.module) and self._features(site) is not None
+        return is_made(site) and role(site) in self.places[self.preset].roles.split()
 
     def build(self, site: Site) -> BottleneckPatch:
-        if not site.is_call or not is_called(site.module):
-            raise self.refuse(site)
-        if (wide := self._features(site)) is None:
-            raise TargetError(
-                f"how wide what {site.address} takes and gives is can't be told from its layers: "
-                f"say width=, or name a call inside it"
-            )
-        return BottleneckPatch(site, self, wide)
+        return self.patch(site, self, self.told(site))
 
-    def _features(self, site: Site) -> Features | None:
-        """The widths at a call, or None if they can't be told or don't suit."""
-        wide = features(site, self.width)
+    def features(self, site: Site) -> Features | None:
+        wide = super().features(site)
         return None if wide and wide.i is None and self.preset == "parallel" else wide
 
 

@@ -86,8 +86,8 @@ def _of_block(module: nn.Module) -> Features | None:
     if len(linear) == 1:
         return linear[0]
     # what some map takes and some map gives; of several widths, what comes in first
-    both = {f.i for f in linear} & {f.o for f in linear}
-    width = linear[0].i if linear[0].i in both else both.pop() if len(both) == 1 else None
+    both, first = {f.i for f in linear} & {f.o for f in linear}, layers[0][1].i
+    width = first if first in both else both.pop() if len(both) == 1 else None
     return None if width is None else Features(width, width)
 
 

@@ -1,20 +1,13 @@
-"""BOFT: the paper's butterfly, its reach and its count of parameters; the same in peft."""
-
-import copy
-from unittest import mock
+"""BOFT: the paper's butterfly, its reach and its count of parameters."""
 
 import pytest
 import torch
-from peft import BOFTConfig, get_peft_model
-from peft.tuners.boft import layer as peft_layer
 from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.methods.boft import BOFT
 from tests.test_contract import close, disturb
-from tests.zoo import KINDS, seeded
-
-KIND = {kind.name: kind for kind in KINDS}
+from tests.zoo import seeded
 
 
 def one_linear(size: int, scales: bool = True, **how: int) -> tuple[Tensor, Tensor, nn.Module]:
@@ -80,36 +73,3 @@ def test_inputs_that_do_not_fit() -> None:
     delta = pl.attach(model, BOFT(m=2, exclude="0"))
     assert delta.placed["1.weight"].patch.block == 2  # 4 would need a multiple of 8
     assert pl.attach(model, BOFT(m=1), "other").placed["0.weight"].patch.block == 5
-
-
-def block_diagonals(blocks: Tensor) -> Tensor:
-    """What peft's CUDA extension does."""
-    return torch.stack([torch.block_diag(*each) for each in blocks])
-
-
-@pytest.mark.parametrize("m", [1, 2, 3])
-def test_the_same_in_peft(m: int) -> None:
-    """With its extension stood in for: without it peft takes m = 1, whatever the config says."""
-    kind, targets = KIND["hf_llama"], ["q_proj", "v_proj", "up_proj"]
-    model, batch = kind.model(), kind.batch()
-    with (
-        mock.patch.object(peft_layer, "get_fbd_cuda", lambda: True),
-        mock.patch.object(peft_layer.FastBlockDiag, "apply", block_diagonals),
-    ):
-        config = BOFTConfig(target_modules=targets, boft_block_size=4, boft_n_butterfly_factor=m)
-        theirs = get_peft_model(copy.deepcopy(model), config).eval()
-        delta = pl.attach(model, BOFT(block_size=4, m=m, targets=targets))
-        for address, placed in delta.placed.items():
-            name = address.removesuffix(".weight")
-            layer = theirs.get_submodule(f"base_model.model.{name}")
-            with seeded(5), torch.no_grad():
-                full, s = layer.boft_R["default"].normal_(std=0.2), layer.boft_s["default"]
-                s.add_(0.1 * torch.randn_like(s))
-                above = torch.triu_indices(4, 4, 1)
-                placed.patch.q.copy_(((full - full.mT) / 2)[..., above[0], above[1]])
-                placed.patch.s.copy_(s[:, 0])
-            w = placed.site.tensor
-            mat, s = layer.get_delta_weight("default")
-            assert (placed.patch.value(w) - (mat @ w.T).T * s).abs().max() <= 1e-5
-        assert len(delta.placed) == 6
-        close(kind.run(model, batch), kind.run(theirs, batch))

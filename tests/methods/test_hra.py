@@ -1,10 +1,7 @@
-"""HRA: the paper's chain of reflections, its start and its rank; the same in peft."""
-
-import copy
+"""HRA: the paper's chain of reflections, its start and its rank."""
 
 import pytest
 import torch
-from peft import HRAConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftlite as pl
@@ -90,32 +87,3 @@ def test_an_odd_chain_is_refused(rank: int) -> None:
     """peft warns, and begins with another model than the base."""
     with pytest.raises(pl.PeftliteError, match="rank must be an even number from 2 up"):
         HRA(rank=rank)
-
-
-# peft's `hra_u` is (d, r)
-def test_the_same_in_peft() -> None:
-    kind, targets = KIND["hf_bert"], ["query", "value", "dense"]
-    model, batch = kind.model(), kind.batch()
-    theirs = get_peft_model(copy.deepcopy(model), HRAConfig(r=4, target_modules=targets)).eval()
-    delta = pl.attach(model, HRA(rank=4, targets=targets))
-    for address, placed in delta.placed.items():
-        name = address.removesuffix(".weight")
-        layer = theirs.get_submodule(f"base_model.model.{name}")
-        with seeded(5), torch.no_grad():
-            placed.patch.u.copy_(layer.hra_u["default"].normal_().T)
-        w = placed.site.tensor
-        expected = w @ layer.get_delta_weight("default")
-        assert (placed.patch.value(w) - expected).abs().max() <= 1e-5
-    close(kind.run(model, batch), kind.run(theirs, batch))
-
-
-def test_a_kernel_in_peft() -> None:
-    with seeded():
-        model = nn.Sequential(nn.Conv2d(3, 5, 2))
-        x = torch.randn(2, 3, 6, 6)
-    theirs = get_peft_model(copy.deepcopy(model), HRAConfig(r=4, target_modules=["0"])).eval()
-    delta = pl.attach(model, HRA(rank=4, targets="0"))
-    with seeded(5), torch.no_grad():
-        u = theirs.get_submodule("base_model.model.0").hra_u["default"].normal_()
-        delta.placed["0.weight"].patch.u.copy_(u.T)
-        close(model(x), theirs(x))

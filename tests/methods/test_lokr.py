@@ -1,8 +1,7 @@
-"""LoKr: the paper's equation, its ranks and its count of parameters; the same in peft."""
+"""LoKr: the paper's equation, its ranks and its count of parameters."""
 
 import pytest
 import torch
-from peft import LoKrConfig, get_peft_model
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,9 +10,6 @@ import peftlite as pl
 from peftlite.methods.lokr import LoKr, split
 from tests.test_contract import close, disturb
 from tests.zoo import KINDS, seeded
-
-# peft 0.21 on transformers 5
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 KIND = {kind.name: kind for kind in KINDS}
 
@@ -98,33 +94,3 @@ def test_a_linear_map_never_forms_the_product(name: str) -> None:
     with Shapes() as shapes:
         kind.run(model, kind.batch()).sum().backward()
     assert shapes.seen.isdisjoint({placed.site.shape for placed in delta.placed.values()})
-
-
-@pytest.mark.parametrize("name", ["conv1d", "conv2d_grouped", "hf_bert", "hf_llama"])
-@pytest.mark.parametrize("both, most", [(False, None), (True, None), (True, 1)])
-def test_it_is_the_same_in_peft(name: str, both: bool, most: int | None) -> None:
-    """The same shapes, ΔW of every layer and logits; peft's padding of kernels is always zeros."""
-    kind = KIND[name]
-    method = LoKr(rank=1, alpha=3, decompose_both=both, factor=most)
-    delta = pl.attach(ours := kind.model(), method)
-    layers = [placed.site.address.removesuffix(".weight") for placed in delta.placed.values()]
-    config = LoKrConfig(
-        r=1,
-        alpha=3,
-        decompose_both=both,
-        decompose_factor=most or -1,
-        target_modules=layers,
-        init_weights="lycoris",
-    )
-    theirs = get_peft_model(kind.model(), config)
-    with torch.no_grad(), seeded():
-        for placed, where in zip(delta.placed.values(), layers, strict=True):
-            w, patch = placed.site.tensor, placed.patch
-            layer = theirs.get_base_model().get_submodule(where)
-            for key, own in patch.named_parameters():
-                peer = getattr(layer, "lokr_" + key.replace("a", "_a").replace("b", "_b")).default
-                assert own.numel() == peer.numel() and own.any() == peer.any()
-                own.copy_(peer.normal_(std=0.5).reshape(own.shape))
-            close(patch.value(w) - w, layer.get_delta_weight("default"))
-    if name != "conv2d_grouped":
-        close(kind.run(ours, kind.batch()), kind.run(theirs.eval(), kind.batch()))

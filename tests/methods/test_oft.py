@@ -1,11 +1,9 @@
-"""OFT: the paper's equation, what a rotation keeps, the Neumann series; the same in peft."""
+"""OFT: the paper's equation, what a rotation keeps, the Neumann series."""
 
-import copy
 import itertools
 
 import pytest
 import torch
-from peft import OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftlite as pl
@@ -129,60 +127,13 @@ def test_the_nearest_block_size_that_divides(size: int, wanted: int, block: int)
     assert block_near(size, wanted) == block
 
 
-def in_peft(model: nn.Module, targets: list[str], **how: object) -> tuple[nn.Module, dict]:
-    """The model in peft with random factors, and its OFT layers by name."""
-    config = OFTConfig(target_modules=targets, oft_block_size=4, **how)
-    theirs = get_peft_model(copy.deepcopy(model), config)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in theirs.named_modules()
-        if hasattr(module, "oft_R") and hasattr(module, "base_layer")
-    }
-    with seeded(5), torch.no_grad():
-        for layer in layers.values():
-            layer.oft_R["default"].weight.normal_(std=0.1)
-    return theirs.eval(), layers
-
-
-# peft calls it `oft_R.weight`; its Neumann series of n numbers, n ≥ 4, is ours of n − 2, inverted
-@pytest.mark.parametrize("how", ["exact", "neumann", "coft"])
-def test_the_same_in_peft(how: str) -> None:
-    kind, targets = KIND["hf_bert"], ["query", "value", "dense"]
-    model, batch = kind.model(), kind.batch()
-    theirs, layers = in_peft(
-        model,
-        targets,
-        use_cayley_neumann=how == "neumann",
-        num_cayley_neumann_terms=6,
-        coft=how == "coft",
-        eps=0.5,
-    )
-    method = OFT(
-        block_size=4,
-        neumann_terms=4 if how == "neumann" else None,
-        eps=0.5 if how == "coft" else None,
-        targets=targets,
-    )
-    delta = pl.attach(model, method)
-    for name, layer in layers.items():
-        placed = delta.placed[f"{name}.weight"]
-        sign = -1 if how == "neumann" else 1
-        with torch.no_grad():
-            placed.patch.q.copy_(sign * layer.oft_R["default"].weight)
-        w = placed.site.tensor
-        expected = (layer.get_delta_weight("default") @ w.T).T
-        assert (placed.patch.value(w) - expected).abs().max() <= 1e-5
-    assert len(layers) == len(delta.placed)
-    close(kind.run(model, batch), kind.run(theirs, batch))
-
-
-def test_a_kernel_merged_by_peft() -> None:
-    """peft's own call folds turned patches back into an image, and disagrees with its merge."""
+@pytest.mark.parametrize("method", [OFT(block_size=2, targets="0"), pl.HRA(rank=2, targets="0")])
+def test_a_map_tied_to_an_embedding_is_read_as_rotated(method: pl.Method) -> None:
+    """Ids are no inputs that could be turned."""
+    model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Embedding(12, 8)).double()
+    model[1].weight = model[0].weight
     with seeded():
-        model = nn.Sequential(nn.Conv2d(4, 5, 3))
-        x = torch.randn(2, 4, 6, 6)
-    theirs, layers = in_peft(model, ["0"], use_cayley_neumann=False)
-    delta = pl.attach(model, OFT(block_size=4, targets="0"))
-    with torch.no_grad():
-        delta.placed["0.weight"].patch.q.copy_(layers["0"].oft_R["default"].weight)
-        close(model(x), theirs.merge_and_unload()(x))
+        (placed,) = disturb(pl.attach(model, method)).placed.values()
+    w, ids = placed.patch.value(placed.site.tensor), torch.arange(12)
+    close(model[1](ids), w)
+    close(model[0](torch.eye(8, dtype=w.dtype)), w.T)

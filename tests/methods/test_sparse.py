@@ -127,7 +127,10 @@ def test_a_file_holds_the_entries_alone(tmp_path) -> None:
     pl.save(delta, tmp_path / "a.safetensors")
     held = pl.inspect(tmp_path / "a.safetensors").tensors
     count = round(0.005 * 256 * 256)
-    assert held == {"0.weight:indices": ("int32", (count,)), "0.weight:values": ("float32", (count,))}
+    assert held == {
+        "0.weight:indices": ("int32", (count,)),
+        "0.weight:values": ("float32", (count,)),
+    }
     fresh = copy.deepcopy(model)
     pl.detach(fresh, "default")
     pl.load(fresh, tmp_path / "a.safetensors")

@@ -1,0 +1,154 @@
+"""Gated: plain + g·(patched − plain), a method's change behind a gate that learns its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftlite.errors import PeftliteError
+from peftlite.methods.calls import CallPatch
+from peftlite.methods.features import Features, change_first, features
+from peftlite.patch import Method, Patch, check_choice, trainable, wide
+from peftlite.site import Site
+from peftlite.table import shown
+
+Per = Literal["sequence", "token"]
+
+
+class GatedPatch(CallPatch):
+    """Another patch behind a gate σ(G·x + c): `weight` G (1, i), where there's an x, and `bias` c.
+
+    A tensor is read as W + σ(c)·(V(W) − W), which can be merged.
+    """
+
+    patch: Any
+    weight: nn.Parameter | None
+
+    def __init__(self, site: Site, method: Gated, patch: Patch):
+        told = features(site) if site.is_call else None
+        super().__init__(site, told or Features(None, 0))
+        self.patch, self.per, i = patch, method.per, told and told.i
+        weight = trainable(1, i, site=site, dtype=method.dtype) if i else None
+        self.register_parameter("weight", weight)
+        self.bias = trainable(1, site=site, dtype=method.dtype)
+        if not site.is_call:
+            self.call = None
+
+    def reset(self, w: Tensor | None) -> None:
+        self.bias.zero_()
+        if self.weight is not None:
+            self.weight.normal_(std=0.02)
+
+    @property
+    def has_value(self) -> bool:
+        return self.patch.has_value
+
+    def value(self, w: Tensor) -> Tensor:
+        dtype = wide(w, self.bias)
+        change = self.patch.value(w).to(dtype) - w.to(dtype)
+        return (w + torch.sigmoid(self.bias.to(dtype)) * change).to(w.dtype)
+
+    def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        made: list[Any] = []
+
+        def make(*its: Any, **named: Any) -> Any:
+            made.append(inner(*its, **named))
+            return made[-1]
+
+        begins_with_it = isinstance(self.patch, CallPatch)
+        if not begins_with_it:
+            self._check_uncached(*args, *kwargs.values())
+            make(*args, **kwargs)
+        y, *_ = pytree.tree_leaves(self.patch.call(make, *args, **kwargs))
+        x = next(iter((*args, *kwargs.values())), None)
+        return change_first(made[0], lambda plain: plain + self._gate(x, plain.dim()) * (y - plain))
+
+    def _check_uncached(self, *given: Any) -> None:
+        if any(hasattr(each, "get_seq_length") for each in given):
+            raise PeftliteError(
+                f"{self.address} is called with a cache, which would be filled twice, with and "
+                f"without the {type(self.patch).__name__} behind its gate: pass use_cache=False"
+            )
+
+    def _gate(self, x: Any, dims: int) -> Tensor:
+        """g, to be multiplied with an output of so many dimensions."""
+        if self.weight is None:
+            return torch.sigmoid(self.bias)
+        self.check(x, self.weight.shape[1])
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        g = torch.sigmoid(self.along(lambda z: F.linear(z, weight, bias), x))
+        if self.per == "token" or g.dim() < 2:
+            return g
+        return g.flatten(1).mean(1).reshape(-1, *(1 for _ in range(dims - 1)))
+
+    def saved(self) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = {name: p for name, p in self._parameters.items() if p is not None}
+        return own | {f"patch.{name}": tensor for name, tensor in self.patch.saved().items()}
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        start = "patch."
+        inside = {k.removeprefix(start): s for k, s in shapes.items() if k.startswith(start)}
+        self.patch.resize(inside)
+
+    def regularizer(self) -> Tensor | None:
+        return self.patch.regularizer()
+
+
+@dataclass(frozen=True)
+class Gated(Method):
+    """y + g·(p − y), where y is what stands there, p what a method makes of it, and g = σ(Gx + c).
+
+    The gates of UniPELT (Mao et al., arXiv:2110.07577, §3.2), each for a site of its own: write
+    `[pl.Gated(pl.BottleneckAdapter()), pl.Gated(pl.LoRA(rank=8))]`. At a call, x is what it is
+    given; at an embedding or a convolution g is a number that is learned. At a tensor g is such a
+    number too, W + g·(W' − W), so that it can be merged; the paper's depends on x.
+    Where a method changes how a call is made, as a prefix does, it is made with and without, so no
+    cache can be filled in it.
+
+    Args:
+        method: what is gated. Its targets, exclude and dtype hold here, where none are given.
+        per: "sequence": the paper's, σ(Gx + c) averaged over all but the first dimension, the
+            batch; "token": one g at each place, for models that may not look ahead.
+    """
+
+    method: Method
+    per: Per = "sequence"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise PeftliteError(f"Gated takes a method such as LoRA(), not {shown(self.method)}")
+        for name in ("targets", "exclude", "dtype"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.method, name))
+        object.__setattr__(self, "takes", self.method.takes)
+        super().__post_init__()
+        check_choice(self, "per", get_args(Per))
+
+    def default(self, site: Site) -> bool:
+        return self.method.default(site)
+
+    def accepts(self, site: Site) -> bool:
+        return self.method.accepts(site)
+
+    def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
+        return self.method.choose(picked, everything)
+
+    def build(self, site: Site) -> Patch:
+        return self.build_all([site])[0]
+
+    def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        patches = self.method.build_all(sites)
+        return [GatedPatch(site, self, patch) for site, patch in zip(sites, patches, strict=True)]
+
+    def begin(self, patches: Sequence[Any], tensors: Sequence[Tensor | None]) -> None:
+        self.method.begin([gated.patch for gated in patches], tensors)
+        super().begin(patches, tensors)
+
+    def step(self, patches: Sequence[Any]) -> None:
+        self.method.step([gated.patch for gated in patches])

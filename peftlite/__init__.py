@@ -34,6 +34,7 @@ from peftlite.methods import LoKr as LoKr
 from peftlite.methods import LoRA as LoRA
 from peftlite.methods import LoReFT as LoReFT
 from peftlite.methods import NormTuning as NormTuning
+from peftlite.methods import PrefixTuning as PrefixTuning
 from peftlite.methods import PromptTuning as PromptTuning
 from peftlite.methods import PTuning as PTuning
 from peftlite.methods import SHiRA as SHiRA

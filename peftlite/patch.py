@@ -100,10 +100,11 @@ class Method:
             if isinstance(field.default, bool):
                 check_choice(self, field.name, (True, False))
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         # a file names its methods by class name
         super().__init_subclass__()
-        Method.known[cls.__name__] = cls
+        if not abstract:
+            Method.known[cls.__name__] = cls
 
     def default(self, site: Site) -> bool:
         """Whether to take `site` when no targets are given."""
@@ -139,16 +140,23 @@ class Method:
         return TargetError(f"{site.address} is {what}; {type(self).__name__} takes {self.takes}")
 
 
-class WeightMethod(Method):
+class WeightMethod(Method, abstract=True):
     """A method of matrices: by default every weight of a linear map but the output head's."""
 
     takes = "tensors of 2 or more dimensions"
+    patch: ClassVar[Callable[[Site, Any], Patch]]
+    """What makes a patch for a site of a method; where a method doesn't override `build`."""
 
     def default(self, site: Site) -> bool:
         return site.linear and not site.head
 
     def accepts(self, site: Site) -> bool:
         return not site.is_call and site.whole.dim() >= 2
+
+    def build(self, site: Site) -> Patch:
+        if not self.accepts(site):
+            raise self.refuse(site)
+        return type(self).patch(site, self)
 
 
 def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ class Site:
         dim, start, stop = self.index
         return self.whole.narrow(dim, start, stop - start)
 
+    @property
+    def rides(self) -> bool:
+        """Whether it is the whole weight of linear maps of vectors, the same kind in every owner."""
+        kinds = {maps.kind_of(module) for module, _ in self.owners}
+        return self.index is None and kinds in ({maps.Linear}, {maps.TransposedLinear})
+
     def overlaps(self, other: Site) -> bool:
         """Whether two sites of one tensor share entries."""
         return overlap(self.index, other.index)

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,6 +58,15 @@ NO_IDS = {
         "conv2d_grouped conv2d_same conv3d conv_transpose embedding_bag lstm gru weight_norm "
         "conv1d_hf norms hf_vit"
     ).split()
+}
+
+NO_ATTENTION = {
+    kind: "PrefixTuning takes none of this model's sites by default"
+    for kind in (
+        "mlp shared experts raw bilinear conv1d conv2d_grouped conv2d_same conv3d conv_transpose "
+        "embedding embedding_bag lstm gru weight_norm conv1d_hf norms".split()
+        + ["hf_t5"] * transformers.__version__.startswith("4.")  # whose attention calls no SDPA
+    )
 }
 
 METHODS = (
@@ -153,6 +163,19 @@ METHODS = (
             "gpt gpt_fused gpt_tied mha_encoder hf_bert hf_gpt2 hf_llama hf_t5 hf_vit".split()
         ),
     ),
+    Row("prefix", pl.PrefixTuning(prefix_length=3), refused=NO_ATTENTION, fresh=False),
+    Row(
+        "prefix_reparametrized",
+        pl.PrefixTuning(prefix_length=3, reparametrize=True, hidden_size=7),
+        refused=NO_ATTENTION,
+        fresh=False,
+    ),
+    Row(
+        "prefix_mix",
+        [pl.PrefixTuning(prefix_length=3), pl.LoRA(rank=2)],
+        only=("gpt_fused", "hf_gpt2", "hf_llama", "mha_encoder", "mha_decoder", "mha_seq_first"),
+        fresh=False,
+    ),
     Row("prompt", pl.PromptTuning(prompt_length=2), refused=NO_IDS, fresh=False),
     Row("ptuning", pl.PTuning(prompt_length=2, hidden_size=5), refused=NO_IDS, fresh=False),
     Row(
@@ -162,6 +185,12 @@ METHODS = (
         fresh=False,
     ),
     Row("gated_lora", pl.Gated(pl.LoRA(rank=2))),
+    Row(
+        "gated_prefix",
+        pl.Gated(pl.PrefixTuning(prefix_length=2)),
+        only=("gpt", "mha_encoder", "hf_bert", "hf_llama", "hf_vit"),
+        fresh=False,
+    ),
     Row("gated_rows", pl.Gated(pl.LoRA(rank=2, targets=FUSED)), only=("gpt_fused",)),
     Row("gated_adapter", pl.Gated(pl.BottleneckAdapter(bottleneck_size=3, targets=layers))),
     Row(
@@ -324,6 +353,7 @@ def in_threads(*jobs: Callable[[], None]) -> None:
     errors: list[BaseException] = []
 
     def run(job: Callable[[], None]) -> None:
+        torch.set_num_threads(1)  # a thread has its own limit
         try:
             job()
         except BaseException as error:

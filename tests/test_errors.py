@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -929,6 +930,24 @@ def bad_file(
     return Case(loading(**options), says, kind, model, file)
 
 
+def exotic(path: Path) -> None:
+    """A file with a dtype of its own."""
+    head = json.dumps({"x": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + b"\0\0")
+
+
+def nest(head: dict[str, Any], _: Any) -> None:
+    own = head["methods"][0]
+    for _ in range(12):
+        settings = {
+            "per": "token",
+            "dtype": None,
+            "method": {k: own[k] for k in ("method", "config")},
+        }
+        own = {"method": "Gated", "config": settings}
+    head["methods"][0].update(own)
+
+
 DAMAGED = "'…' is no safetensors file, or is damaged: …"
 BROKEN = "'…' has a broken header: its "
 FOREIGN = "'…' is not of pl.save's making; it holds "
@@ -966,7 +985,8 @@ UNREADABLE = [
     (header(packed=[]), BROKEN + "'packed' is []"),
     (header(packed={"a": 3}), "'…' has a broken header: its 'packed' has 'a': 3"),
     (header(notes="by me"), BROKEN + "'notes' is 'by me'"),
-    (raw(good().replace(b'"F32"', b'"F4" ', 1)), "'…' …"),
+    (exotic, "'…' has x as F8_E8M0, which torch lacks"),
+    (edited(nest), "'…' has a broken header: methods within methods within methods …"),
     (header(methods={}), BROKEN + "'methods' is {}"),
     (header(methods=["LoRA"]), BROKEN + "'sites' is None"),
     *((method(sites=value), f"{BROKEN}'sites' is {value!r}") for value in (None, "a.weight", {})),
@@ -1138,6 +1158,8 @@ METHODS = [
          "with a cache, which would be filled twice, with and without the PrefixPatch behind its "
          "gate: pass use_cache=False", model=gated_prefix),
     refusing(pl.Compacter, "blocks.0()", "a call", phm_dim=5),
+    refusing(pl.LoReFT, "blocks.0()", "a call", rank=99),
+    refusing(pl.PrefixTuning, "embed()", "a call"),
     Case(lambda *_: pl.Gated("lora"), "Gated takes a method such as LoRA(), not 'lora'"),
     Case(lambda *_: pl.BottleneckAdapter(preset="x"),
          "preset must be one of 'houlsby', 'pfeiffer', 'parallel', not 'x'"),
@@ -1182,6 +1204,28 @@ def cut_cache(model: nn.Module, _: Path) -> None:
     cache = model(ids(3), use_cache=True).past_key_values
     model(ids(3), attention_mask=torch.ones(1, 8), past_key_values=cache)
 
+
+class Attends(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def given_ids(model: nn.Module, _: Path) -> None:
+    model(torch.zeros(2, 4, dtype=torch.long))
+
+
+PREFIXES = [
+    Case(given_ids, "blocks.0.attn() attends to keys (2, 2, 4, 6) and values (2, 2, 4, 6), and its "
+         "prefix has 3 heads of 5 features: say num_heads= and head_dim=",
+         model=attached(bare(), pl.PrefixTuning(num_heads=3, head_dim=5))),
+    Case(given_ids, "blocks.0.mlp() came to no F.scaled_dot_product_attention in this call, so its "
+         "prefix had no effect: for transformers, type model.set_attn_implementation(\"sdpa\"), "
+         "and ask for no output_attentions", model=attached(
+             bare(), pl.PrefixTuning(targets="blocks.0.mlp()", num_heads=2, head_dim=6))),
+    Case(attaching(pl.PrefixTuning()), "how many heads the keys of () have, and how wide they are, "
+         "can't be told from its attributes: say num_heads= and head_dim=", pl.TargetError,
+         model=Attends),
+]  # fmt: skip
 
 PROMPTS = [
     Case(attaching(pl.PromptTuning(targets="blocks.0()")), "blocks.0" + ONE_CALL, pl.TargetError,
@@ -1261,7 +1305,7 @@ DEMO = [
 
 CASES = [
     *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
-    *(MERGES + SAVES + FILES + METHODS + PROMPTS + INITIALIZE + DEMO),
+    *(MERGES + SAVES + FILES + METHODS + PREFIXES + PROMPTS + INITIALIZE + DEMO),
 ]
 
 

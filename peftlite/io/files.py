@@ -153,8 +153,6 @@ class Tensors:
 
     def __init__(self, path: Path):
         self.path = str(path)
-        if path.is_dir():
-            raise FileError(f"{self.path!r} is a folder: name the file in it")
         with self._failing():
             self._file = safetensors.safe_open(self.path, framework="pt")
             self.metadata: dict[str, str] = self._file.metadata() or {}

@@ -234,10 +234,7 @@ def _header(file: Tensors) -> tuple[dict[str, Any], list[tuple[Method, list[str]
         header = json.loads(file.metadata[KEY])
     except (ValueError, RecursionError) as error:
         raise FileError(f"{at!r} has a header that is no JSON: {error}") from error
-    try:
-        methods = _check(header, at)
-    except RecursionError as error:
-        raise FileError(f"{at!r} has a broken header: methods within methods") from error
+    methods = _check(header, at)
     if not _intact(header, file.metadata[KEY]):
         raise FileError(f"{at!r} is damaged: its header isn't what was saved; copy it again")
     for key, its in header.get("packed", {}).items():
@@ -284,7 +281,9 @@ def _check(header: Any, at: str) -> list[tuple[Method, list[str]]]:
     return methods
 
 
-def _method(name: str, config: dict[str, Any], at: str) -> Method:
+def _method(name: str, config: dict[str, Any], at: str, depth: int = 0) -> Method:
+    if depth > 8:
+        raise FileError(f"{at!r} has a broken header: methods within methods within methods …")
     kind = Method.known.get(name)
     if kind is None:
         raise FileError(
@@ -298,7 +297,7 @@ def _method(name: str, config: dict[str, Any], at: str) -> Method:
     for key, value in config.items():
         match value:
             case {"method": str(inner), "config": dict(its), **rest} if not rest:
-                config = {**config, key: _method(inner, its, at)}
+                config = {**config, key: _method(inner, its, at, depth + 1)}
     if isinstance(config["dtype"], str):
         config = {**config, "dtype": getattr(torch, config["dtype"], config["dtype"])}
     try:

@@ -19,6 +19,7 @@ from peftlite.methods.loreft import LoReFT
 from peftlite.methods.ltsft import LTSFT
 from peftlite.methods.norm import NormTuning
 from peftlite.methods.oft import OFT
+from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.ptuning import PTuning
 from peftlite.methods.shira import SHiRA
@@ -45,6 +46,7 @@ __all__ = [
     "LoReFT",
     "NormTuning",
     "PTuning",
+    "PrefixTuning",
     "PromptTuning",
     "SHiRA",
     "SparseMask",

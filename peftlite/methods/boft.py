@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from peftlite.methods.oft import (
+    RotationMethod,
     RotationPatch,
     block_near,
     cayley,
     neurons,
     skew,
     turn_blocks,
-    turnable,
 )
-from peftlite.patch import Method, set_number, trainable
+from peftlite.patch import set_number, trainable, wide
 from peftlite.site import Site
 
 
@@ -39,8 +39,8 @@ class BOFTPatch(RotationPatch):
 
     def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
         """W' − W for the rows of W; with no `call`, nothing asks for the transposed."""
-        q = self.q.to(torch.promote_types(self.q.dtype, torch.float32))
-        factors = cayley(skew(q, self.block)).to(x.dtype).mT.unbind(-4)
+        q = skew(self.q.to(wide(self.q)), self.block)
+        factors = cayley(q).to(x.dtype).mT.unbind(-4)
         change = torch.zeros_like(x)
         for i, factor in enumerate(factors):
             turned = turn_blocks(self._gather(x + change, i), factor)
@@ -62,7 +62,7 @@ class BOFTPatch(RotationPatch):
 
 
 @dataclass(frozen=True)
-class BOFT(Method):
+class BOFT(RotationMethod):
     """W' = diag(s) W Rᵀ, R = B_m … B₁; B_i turns pairs of half-blocks that are 2ⁱ⁻¹ apart.
 
     Liu et al., arXiv:2311.06243, §4. Each B is one of OFT's rotations in blocks, with the inputs
@@ -86,12 +86,6 @@ class BOFT(Method):
         super().__post_init__()
         set_number(self, "block_size", int, lambda k: k >= 2, "a whole number from 2 up")
         set_number(self, "m", int, lambda m: m >= 1, "a whole number from 1 up")
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head and self.accepts(site)
-
-    def accepts(self, site: Site) -> bool:
-        return turnable(site)
 
     def build(self, site: Site) -> BOFTPatch:
         if not self.accepts(site):

@@ -40,7 +40,7 @@ class CallPatch(Patch):
 
 
 @dataclass(frozen=True)
-class CallMethod(Method):
+class CallMethod(Method, abstract=True):
     """A method of calls that give features.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError
+from peftlite.patch import wide
 from peftlite.site import sites
 
 
@@ -26,10 +27,7 @@ def fish_scores(
     """
     found = {where.address: where.whole for where in sites(model) if not where.is_call}
     found = {address: w for address, w in found.items() if w.requires_grad and w.is_leaf}
-    scores = {
-        address: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
-        for address, w in found.items()
-    }
+    scores = {address: torch.zeros_like(w, dtype=wide(w)) for address, w in found.items()}
     examples = 0
     for batch in batches if found else ():
         losses = loss(model, batch).reshape(-1)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from peftlite.methods.oft import RotationPatch, turnable
-from peftlite.patch import Method, set_number, trainable
+from peftlite.methods.oft import RotationMethod, RotationPatch
+from peftlite.patch import set_number, trainable, wide
 from peftlite.site import Site
 
 
@@ -33,7 +33,7 @@ class HRAPatch(RotationPatch):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A (*stack, d, r) and B (*stack, r, d), with B exactly zero where pairs are equal."""
-        u = self.u.to(torch.promote_types(self.u.dtype, torch.float32))
+        u = self.u.to(wide(self.u))
         a, b = _pairs(*u.unflatten(-2, (-1, 2)).unbind(-2))
         *firsts, left = a.unbind(-3)
         *seconds, right = b.unbind(-3)
@@ -62,7 +62,7 @@ def _pairs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class HRA(Method):
+class HRA(RotationMethod):
     """W' = W H₁ … H_r with H = I − 2uuᵀ/|u|². Yuan et al., arXiv:2405.17484, §3.1.
 
     The chain begins as pairs of equal reflections, which undo one another. It is I + AB with A and
@@ -77,19 +77,8 @@ class HRA(Method):
 
     rank: int = 8
 
-    takes = "tensors of 2 or more dimensions that have 2 or more inputs"
+    patch = HRAPatch
 
     def __post_init__(self) -> None:
         super().__post_init__()
         set_number(self, "rank", int, lambda r: r >= 2 and r % 2 == 0, "an even number from 2 up")
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head and self.accepts(site)
-
-    def accepts(self, site: Site) -> bool:
-        return turnable(site)
-
-    def build(self, site: Site) -> HRAPatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
-        return HRAPatch(site, self)

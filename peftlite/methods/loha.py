@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftlite.patch import Patch, WeightMethod, set_number, trainable
+from peftlite.methods.low_rank import RankMethod, sizes
+from peftlite.patch import Patch, trainable, wide
 from peftlite.site import Site
 
 
@@ -17,9 +18,8 @@ class LoHaPatch(Patch):
 
     def __init__(self, site: Site, method: LoHa):
         super().__init__()
-        stack, (rows, columns) = site.matrices
-        i, o = (rows, columns) if site.transposed else (columns, rows)
         self.scale, self.transposed = method.scale, site.transposed
+        stack, i, o = sizes(site)
         self.w1a = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
         self.w1b = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
         self.w2a = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
@@ -32,16 +32,15 @@ class LoHaPatch(Patch):
         self.w2b.zero_()
 
     def value(self, w: Tensor) -> Tensor:
-        # in fp32 at least, so that W' is rounded once
-        wide = torch.promote_types(torch.promote_types(w.dtype, self.w1a.dtype), torch.float32)
-        w1 = self.w1a.to(wide) @ self.w1b.to(wide)
-        change = w1 * (self.w2a.to(wide) @ self.w2b.to(wide))
+        factors = self.w1a, self.w1b, self.w2a, self.w2b
+        w1a, w1b, w2a, w2b = (factor.to(wide(w, factor)) for factor in factors)
+        change = (w1a @ w1b) * (w2a @ w2b)
         change = change.mT if self.transposed else change
         return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
 
 
 @dataclass(frozen=True)
-class LoHa(WeightMethod):
+class LoHa(RankMethod):
     """W' = W + s·(w1a w1b) ⊙ (w2a w2b), of rank up to r². Hyeon-Woo et al., arXiv:2108.06098, §2.
 
     s = alpha/r. A weight of more than two dimensions is a stack of matrices, each with its own
@@ -54,21 +53,4 @@ class LoHa(WeightMethod):
         alpha: the numerator of the scaling. Default: equal to `rank`.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
-        if self.alpha is not None:
-            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
-
-    @property
-    def scale(self) -> float:
-        """s, the factor of the change."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def build(self, site: Site) -> LoHaPatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
-        return LoHaPatch(site, self)
+    patch = LoHaPatch

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.maps import Linear, Map, TransposedLinear, kind_of
-from peftlite.patch import Patch, WeightMethod, set_number, trainable
+from peftlite.maps import Map
+from peftlite.methods.low_rank import RankMethod
+from peftlite.patch import Patch, set_number, trainable, wide
 from peftlite.site import Site
 
 
@@ -35,10 +36,7 @@ class LoKrPatch(Patch):
             for key, shape in (shapes if low else {name: (rows, columns)}).items():
                 factor = trainable(*stack, *shape, site=site, dtype=method.dtype)
                 self.register_parameter(key, factor)
-        if site.index is not None or {kind_of(module) for module, _ in site.owners} not in (
-            {Linear},
-            {TransposedLinear},
-        ):
+        if not site.rides:
             self.call = None
 
     def reset(self, w: Tensor | None) -> None:
@@ -55,10 +53,8 @@ class LoKrPatch(Patch):
         return own[name + "a"].to(dtype) @ own[name + "b"].to(dtype)
 
     def value(self, w: Tensor) -> Tensor:
-        # in fp32 at least, so that W' is rounded once
-        first = next(self.parameters())
-        wide = torch.promote_types(torch.promote_types(w.dtype, first.dtype), torch.float32)
-        w1, w2 = self._factor("w1", wide), self._factor("w2", wide)
+        dtype = wide(w, next(self.parameters()))
+        w1, w2 = self._factor("w1", dtype), self._factor("w2", dtype)
         change = w1[..., :, None, :, None] * w2[..., None, :, None, :]
         return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
 
@@ -80,7 +76,7 @@ def split(n: int, most: int | None) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LoKr(WeightMethod):
+class LoKr(RankMethod):
     """W' = W + s·w1 ⊗ w2, w2 = w2a w2b. Yeh et al. (LyCORIS), arXiv:2309.14859.
 
     Each dimension n of W is split as u·v with u ≤ v; w1 has the smaller parts, w2 the larger, and
@@ -96,26 +92,12 @@ class LoKr(WeightMethod):
         decompose_both: whether w1 is of rank r too, by the same rule.
     """
 
-    rank: int = 8
-    alpha: float | None = None
     factor: int | None = None
     decompose_both: bool = False
 
+    patch = LoKrPatch
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
-        if self.alpha is not None:
-            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
         if self.factor is not None:
             set_number(self, "factor", int, lambda f: f >= 1, "a whole number from 1 up")
-        object.__setattr__(self, "decompose_both", bool(self.decompose_both))
-
-    @property
-    def scale(self) -> float:
-        """s, the factor of the change."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def build(self, site: Site) -> LoKrPatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
-        return LoKrPatch(site, self)

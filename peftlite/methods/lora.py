@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from peftlite import maps
 from peftlite.errors import TargetError
-from peftlite.methods.low_rank import LowRankPatch
-from peftlite.patch import WeightMethod, check_choice, set_number, trainable, wide
+from peftlite.methods.low_rank import LowRankPatch, RankMethod
+from peftlite.patch import check_choice, set_number, trainable, wide
 from peftlite.site import Site
 
 Scaling = Literal["alpha/r", "rslora"]
@@ -103,7 +103,7 @@ class LoRAPatch(LowRankPatch):
 
 
 @dataclass(frozen=True)
-class LoRA(WeightMethod):
+class LoRA(RankMethod):
     """W' = W + s·BA, with A (r, i) and B (o, r). Hu et al., arXiv:2106.09685, §4.1.
 
     On linear maps (Linear, convolutions, embeddings) the product is never formed:
@@ -127,21 +127,16 @@ class LoRA(WeightMethod):
             input is kept for the backward pass (LoRA-FA, Zhang et al., arXiv:2308.03303, §3).
     """
 
-    rank: int = 8
-    alpha: float | None = None
     dropout: float = 0.0
     scaling: Scaling = "alpha/r"
     init: Init = "kaiming"
     freeze_a: bool = False
 
-    patch: ClassVar[type[LoRAPatch]] = LoRAPatch
+    patch = LoRAPatch
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
         set_number(self, "dropout", float, lambda p: 0 <= p < 1, "in [0, 1)")
-        if self.alpha is not None:
-            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
         check_choice(self, "scaling", get_args(Scaling))
         check_choice(self, "init", get_args(Init))
 

@@ -64,7 +64,7 @@ class LowRankPatch(Patch):
 
 
 @dataclass(frozen=True)
-class RankMethod(WeightMethod):
+class RankMethod(WeightMethod, abstract=True):
     """A method of matrices with a rank r and a change that is scaled by s = alpha/r.
 
     Args:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftlite.maps import Linear, Map, TransposedLinear, kind_of
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.maps import Map
+from peftlite.patch import Patch, WeightMethod, set_number, trainable, wide
 from peftlite.site import Site
 
 
@@ -24,7 +24,7 @@ class RotationPatch(Patch):
     def __init__(self, site: Site):
         super().__init__()
         self.stack, self.size, self.groups = neurons(site)
-        if site.index is not None or kind_of(site.module) not in (Linear, TransposedLinear):
+        if not site.rides:
             self.call = None  # a kernel's inputs overlap; a part's are other parts' as well
 
     def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
@@ -35,8 +35,7 @@ class RotationPatch(Patch):
         outputs_first = w
         if self.groups:
             outputs_first = w.unflatten(0, (self.groups, -1)).transpose(1, 2)
-        wide = torch.promote_types(w.dtype, torch.float32)
-        rows = outputs_first.to(wide).reshape(*self.stack, -1, self.size)
+        rows = outputs_first.to(wide(w)).reshape(*self.stack, -1, self.size)
         change = self.turn(rows).reshape(outputs_first.shape)
         if self.groups:
             change = change.transpose(1, 2).flatten(0, 1)
@@ -62,9 +61,16 @@ def neurons(site: Site) -> tuple[list[int], int, int]:
     return stack, size, 0
 
 
-def turnable(site: Site) -> bool:
-    """Whether a site has neurons of two weights or more: a single one can't turn."""
-    return not site.is_call and site.whole.dim() >= 2 and neurons(site)[1] >= 2
+class RotationMethod(WeightMethod, abstract=True):
+    """A method that turns neurons of two weights or more: a single one can't turn."""
+
+    takes = "tensors of 2 or more dimensions that have 2 or more inputs"
+
+    def default(self, site: Site) -> bool:
+        return super().default(site) and self.accepts(site)
+
+    def accepts(self, site: Site) -> bool:
+        return super().accepts(site) and neurons(site)[1] >= 2
 
 
 def skew(q: Tensor, k: int) -> Tensor:
@@ -121,8 +127,7 @@ class OFTPatch(RotationPatch):
         self.q.zero_()
 
     def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
-        q = self.q.to(torch.promote_types(self.q.dtype, torch.float32))
-        q = skew(q, self.block)
+        q = skew(self.q.to(wide(self.q)), self.block)
         if self.eps is not None:
             limit = self.eps / math.sqrt(q.shape[-3])
             q = q * (limit / torch.linalg.matrix_norm(q, keepdim=True).clamp_min(limit))
@@ -132,7 +137,7 @@ class OFTPatch(RotationPatch):
 
 
 @dataclass(frozen=True)
-class OFT(Method):
+class OFT(RotationMethod):
     """W' = W Rᵀ, R = diag(R₁, R₂, …), Rⱼ = (I−Qⱼ)(I+Qⱼ)⁻¹ with Qⱼᵀ = −Qⱼ, zero at first.
 
     Qiu et al., arXiv:2306.07280, §3; on linear maps the inputs are turned, y = W(Rᵀx): Qiu et al.,
@@ -153,7 +158,7 @@ class OFT(Method):
     neumann_terms: int | None = None
     eps: float | None = None
 
-    takes = "tensors of 2 or more dimensions that have 2 or more inputs"
+    patch = OFTPatch
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,14 +167,3 @@ class OFT(Method):
             set_number(self, "neumann_terms", int, lambda k: k >= 1, "a whole number from 1 up")
         if self.eps is not None:
             set_number(self, "eps", float, lambda e: 0 < e < math.inf, "finite and above 0")
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head and self.accepts(site)
-
-    def accepts(self, site: Site) -> bool:
-        return turnable(site)
-
-    def build(self, site: Site) -> OFTPatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
-        return OFTPatch(site, self)

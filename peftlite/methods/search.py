@@ -74,7 +74,7 @@ class SearchPatch(SparsePatch):
 
 
 @dataclass(frozen=True)
-class SearchMethod(EntryMethod):
+class SearchMethod(EntryMethod, abstract=True):
     """A method that trains densely for a while, and then the largest changes alone."""
 
     steps: int = field(kw_only=True)

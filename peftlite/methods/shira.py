@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from peftlite.methods.sparse import SparsePatch, draw
-from peftlite.patch import Method, set_number
+from peftlite.patch import WeightMethod, set_number
 from peftlite.site import Site
 
 
 @dataclass(frozen=True)
-class SHiRA(Method):
+class SHiRA(WeightMethod):
     """W' = W + D, with D zero but at r·(i + o) random entries of each matrix.
 
     Bhardwaj et al., arXiv:2406.13175, §3 (SHiRA-Rand). Its other masks, by magnitude or by scores,
@@ -29,18 +29,10 @@ class SHiRA(Method):
     rank: int = 32
     seed: int = 0
 
-    takes = "tensors of 2 or more dimensions"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
         set_number(self, "seed", int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head
-
-    def accepts(self, site: Site) -> bool:
-        return not site.is_call and site.whole.dim() >= 2
 
     def build(self, site: Site) -> SparsePatch:
         if not self.accepts(site):

@@ -51,7 +51,7 @@ class SparsePatch(Patch):
 
 
 @dataclass(frozen=True)
-class EntryMethod(Method):
+class EntryMethod(Method, abstract=True):
     """A method of a fraction of the entries of all its sites taken together."""
 
     fraction: float = 0.005

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.maps import Map, widen
+from peftlite.methods.low_rank import LowRankPatch, sizes
 from peftlite.patch import Patch, WeightMethod, set_number, trainable
 from peftlite.site import Site
 
@@ -45,44 +45,22 @@ class Projection(nn.Module):
         return self
 
 
-class VeRAPatch(Patch):
+class VeRAPatch(LowRankPatch):
     """The vectors of one site: `d` (r) scales A's rows, `b` (o) scales B's."""
 
     def __init__(self, site: Site, method: VeRA, projection: Projection):
-        super().__init__()
-        stack, (self.i, self.o) = _dims(site)
-        self.d_initial, self.transposed = method.d_initial, site.transposed
-        self.projection = projection
-        self.d = trainable(*stack, method.rank, site=site, dtype=method.dtype)
-        self.b = trainable(*stack, self.o, site=site, dtype=method.dtype)
+        super().__init__(site)
+        self.d_initial, self.projection = method.d_initial, projection
+        self.d = trainable(*self.stack, method.rank, site=site, dtype=method.dtype)
+        self.b = trainable(*self.stack, self.o, site=site, dtype=method.dtype)
 
     def reset(self, w: Tensor | None) -> None:
         self.d.fill_(self.d_initial)
         self.b.zero_()
 
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Λ_b B and Λ_d A, or the other way round and transposed, as the weight is stored."""
+    def factors(self) -> tuple[Tensor, Tensor]:
         shared = self.projection
-        left = (self.b[..., None] * shared.b[: self.o]).to(dtype)
-        right = (self.d[..., None] * shared.a[:, : self.i]).to(dtype)
-        return (right.mT, left.mT) if self.transposed else (left, right)
-
-    def value(self, w: Tensor) -> Tensor:
-        # in fp32 at least, so that W' is rounded once
-        wide = torch.promote_types(torch.promote_types(w.dtype, self.b.dtype), torch.float32)
-        left, right = self._factors(wide)
-        return (w + (left @ right).reshape(w.shape)).to(w.dtype)
-
-    def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-        w = inner.weight
-        left, right = widen(*self._factors(w.dtype), self.index, w.shape)
-        return inner.add_low_rank(left, right, 1.0, input, input, *args, **kwargs)
-
-
-def _dims(site: Site) -> tuple[list[int], tuple[int, int]]:
-    """The stack, and the input and output dimension of the matrices in it."""
-    stack, (rows, columns) = site.matrices
-    return stack, (rows, columns) if site.transposed else (columns, rows)
+        return self.d[..., None] * shared.a[:, : self.i], self.b[..., None] * shared.b[: self.o]
 
 
 @dataclass(frozen=True)
@@ -118,7 +96,7 @@ class VeRA(WeightMethod):
         for site in sites:
             if not self.accepts(site):
                 raise self.refuse(site)
-        i, o = map(max, zip((0, 0), *(_dims(site)[1] for site in sites), strict=True))
+        i, o = map(max, zip((0, 0), *(sizes(site)[1:] for site in sites), strict=True))
         devices = dict.fromkeys(site.device for site in sites)
         shared: dict[Any, Projection] = {on: Projection(self, i, o, on) for on in devices}
         return [VeRAPatch(site, self, shared[site.device]) for site in sites]

@@ -1,0 +1,171 @@
+"""Prefix tuning: n learned keys and values in front of those of every attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.methods.attention import Prepend, is_attention, key_heads
+from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.site import Site, walk
+
+
+class Trunk(nn.Module):
+    """tanh(E·Wᵀ + w) with `embedding` E: what all prefixes of one delta are made from."""
+
+    def __init__(self, site: Site, method: PrefixTuning, d: int):
+        super().__init__()
+        self.embedding, self.down, self.down_bias = (
+            trainable(*shape, site=site, dtype=method.dtype)
+            for shape in ((method.prefix_length, d), (method.hidden_size, d), (method.hidden_size,))
+        )
+
+    def reset(self) -> None:
+        self.embedding.normal_()
+        _fill(self.down, self.down_bias)
+
+    def forward(self) -> Tensor:
+        return torch.tanh(F.linear(self.embedding, self.down, self.down_bias))
+
+
+class PrefixPatch(Patch):
+    """`prefix` (2, h, n, d), keys and values; reparametrised, a buffer for what `up` gives."""
+
+    unsaved = frozenset({"trunk.embedding", "trunk.down", "trunk.down_bias", "up", "up_bias"})
+
+    def __init__(self, site: Site, method: PrefixTuning, h: int, d: int, trunk: Trunk | None):
+        super().__init__()
+        self.address, self.trunk = site.address, trunk
+        make = functools.partial(trainable, site=site, dtype=method.dtype)
+        prefix = make(2, h, method.prefix_length, d)
+        if trunk is None:
+            self.prefix = prefix
+        else:
+            self.register_buffer("prefix", prefix.data)
+            self.up, self.up_bias = make(2 * h * d, method.hidden_size), make(2 * h * d)
+
+    def reset(self, w: Tensor | None) -> None:
+        if self.trunk is None:
+            self.prefix.normal_()
+        else:
+            self.trunk.reset()
+            _fill(self.up, self.up_bias)
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        # a file has the prefix alone
+        if self.trunk is not None:
+            self.trunk = self.up = self.up_bias = None
+            self.prefix = nn.Parameter(self.prefix)
+
+    def current(self) -> Tensor:
+        """The prefix (2, h, n, d)."""
+        if self.trunk is None:
+            return self.prefix
+        _, h, n, d = self.prefix.shape
+        rows = F.linear(self.trunk().to(self.up.device), self.up, self.up_bias)
+        return rows.view(n, 2, h, d).permute(1, 2, 0, 3)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.trunk is not None:
+            with torch.no_grad():
+                self.prefix.copy_(self.current())
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        mode = Prepend(self.current(), self.address)
+        with mode:
+            output = inner(*args, **kwargs)
+        if not mode.reached:
+            raise PeftliteError(
+                f"{self.address} came to no F.scaled_dot_product_attention in this call, so its "
+                "prefix had no effect: for transformers, type "
+                'model.set_attn_implementation("sdpa"), and ask for no output_attentions'
+            )
+        return output
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """softmax(q[P_k; K]ᵀ/√d)·[P_v; V]: n learned keys and values before those of an attention.
+
+    Li & Liang, arXiv:2101.00190, §4. P_k and P_v (h, n, d) are learned for each attention; every
+    query sees them, whatever its masks, and they take no positions: those of the tokens, and what
+    a cache holds of them, stay as they are. With the prefix an output changes from the start.
+
+    By default it takes every attention that comes to torch's scaled_dot_product_attention: modules
+    that call it, nn.MultiheadAttention, and transformers with attn_implementation="sdpa". Others
+    can't be reached, such as T5's in transformers 4, which adds position biases by itself, nor can
+    attention whose values are narrower than its keys.
+
+    Args:
+        prefix_length: n.
+        reparametrize: whether to learn, in place of P, a network that gives it (§4.3):
+            P = tanh(E·Wᵀ + w)·Uᵀ + u, where E (n, h·d), W and w are shared by all sites. A file
+            holds P alone, and a delta loaded from one goes on learning P itself.
+        hidden_size: the width of the tanh.
+        num_heads: h, the heads of the keys, where it can't be told from a module.
+        head_dim: d, likewise.
+    """
+
+    prefix_length: int = 10
+    reparametrize: bool = False
+    hidden_size: int = 512
+    num_heads: int | None = None
+    head_dim: int | None = None
+
+    takes = (
+        "calls of attention that come to F.scaled_dot_product_attention (for transformers, type "
+        'model.set_attn_implementation("sdpa") first) or of nn.MultiheadAttention'
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prefix_length", "hidden_size", "num_heads", "head_dim"):
+            if getattr(self, name) is not None or name in ("prefix_length", "hidden_size"):
+                set_number(self, name, int, lambda n: n >= 1, "a whole number from 1 up")
+
+    def default(self, site: Site) -> bool:
+        # of two, one in the other, the inner one
+        return self.accepts(site) and sum(is_attention(m) for _, m in walk(site.module)) == 1
+
+    def accepts(self, site: Site) -> bool:
+        return site.is_call and is_attention(site.module)
+
+    def build(self, site: Site) -> Patch:
+        return self.build_all([site])[0]
+
+    def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        shapes = [self._shape(site) for site in sites]
+        trunk = None
+        if self.reparametrize and sites:
+            trunk = Trunk(sites[0], self, max(h * d for h, d in shapes))
+        pairs = zip(sites, shapes, strict=True)
+        return [PrefixPatch(site, self, h, d, trunk) for site, (h, d) in pairs]
+
+    def _shape(self, site: Site) -> tuple[int, int]:
+        """h and d of a site's keys. Raises TargetError."""
+        told = self.num_heads and self.head_dim
+        if not site.is_call or not (told or self.accepts(site)):
+            raise self.refuse(site)
+        h, d = key_heads(site.module)
+        h, d = self.num_heads or h, self.head_dim or d
+        if not h or not d:
+            raise TargetError(
+                f"how many heads the keys of {site.address} have, and how wide they are, can't be "
+                "told from its attributes: say num_heads= and head_dim="
+            )
+        return h, d
+
+
+def _fill(weight: Tensor, bias: Tensor) -> None:
+    """As nn.Linear begins."""
+    bound = weight.shape[1] ** -0.5
+    for parameter in (weight, bias):
+        nn.init.uniform_(parameter, -bound, bound)

@@ -27,6 +27,7 @@ from peftlite.methods import BottleneckAdapter as BottleneckAdapter
 from peftlite.methods import Compacter as Compacter
 from peftlite.methods import DiffPruning as DiffPruning
 from peftlite.methods import DoRA as DoRA
+from peftlite.methods import FourierFT as FourierFT
 from peftlite.methods import FullTuning as FullTuning
 from peftlite.methods import Gated as Gated
 from peftlite.methods import LoHa as LoHa
@@ -39,6 +40,7 @@ from peftlite.methods import PromptTuning as PromptTuning
 from peftlite.methods import PTuning as PTuning
 from peftlite.methods import SHiRA as SHiRA
 from peftlite.methods import SparseMask as SparseMask
+from peftlite.methods import VBLoRA as VBLoRA
 from peftlite.methods import VeRA as VeRA
 from peftlite.methods import fish_scores as fish_scores
 from peftlite.patch import Method as Method

@@ -29,8 +29,13 @@ models and of merging is tried out on the models of `tests/zoo.py`.
 
 Every method takes `targets`, `exclude` (see [concepts](concepts.md), "Targets") and `dtype`, the
 dtype of its parameters: by default the tensor's own, or fp32 where that is half precision. Several
-methods make one delta: `pl.attach(model, [pl.LoRA(), pl.BitFit()])`. Where other libraries differ
-from the papers, [peers](peers.md) says how.
+methods make one delta. Where other libraries differ from the papers, [peers](peers.md) says how.
+
+```python
+import peftlite as pl
+
+together = [pl.LoRA(rank=8), pl.BitFit(), pl.FullTuning(targets="head")]
+```
 
 Shape letters: `b` batch, `t` tokens, `i` in, `o` out, `r` rank, `e` experts, `h` heads, `n` virtual
 tokens.
@@ -51,6 +56,7 @@ def _overview() -> str:
     for name in " ".join(FAMILIES.values()).split():
         method = getattr(pl, name)
         line = _prose(method).split(". ")[0].split("\n\n")[0].replace("\n", " ").rstrip(".:")
+        line = line.replace("|", r"\|")
         merges, served = _tried(method)
         link = f"[`{name}`](#{name.lower()})"
         rows.append(f"| {link} | {line} | {merges} | {len(served)} of {len(KINDS)} |")

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import peftlite as pl
+from tests import methods_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +37,22 @@ def test_the_readme_learns_and_restores(tmp_path: Path, monkeypatch: pytest.Monk
     pl.use(names["model"], None)
     base = torch.nn.functional.cross_entropy(names["model"](names["x"]), names["y"])
     assert loss < 0.9 * base
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith("4."),
+    reason="the page is made with the versions of constraints.txt, which serve other models",
+)
+def test_the_page_of_methods_is_what_they_say() -> None:
+    stale = "docs/methods.md is stale: python -m tests.methods_page"
+    assert methods_page.PAGE.read_text() == methods_page.render(), stale
+
+
+def test_every_method_is_on_the_page() -> None:
+    ours = {
+        name for name, kind in pl.Method.known.items() if kind.__module__.startswith("peftlite.")
+    }
+    assert ours == set(" ".join(methods_page.FAMILIES.values()).split())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

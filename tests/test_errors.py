@@ -1133,7 +1133,7 @@ def narrow() -> nn.Module:
 
 METHODS = [
     *(refusing(method, "norm.weight", "a tensor of shape (16,)")
-      for method in (pl.LoHa, pl.LoKr, pl.VeRA, pl.OFT, pl.BOFT, pl.HRA, pl.SHiRA)),
+      for method in (pl.VBLoRA, pl.FourierFT, pl.LoHa, pl.LoKr, pl.VeRA, pl.OFT, pl.BOFT, pl.HRA, pl.SHiRA)),
     *(refusing(method, "blocks.0.attn()", "a call")
       for method in (pl.IA3, pl.NormTuning, pl.SparseMask)),
     refusing(pl.AdaLoRA, "norm.weight", "a tensor of shape (16,)", total_steps=9),

@@ -8,6 +8,7 @@ from peftlite.methods.compacter import Compacter
 from peftlite.methods.diff_pruning import DiffPruning
 from peftlite.methods.dora import DoRA
 from peftlite.methods.fish import fish_scores
+from peftlite.methods.fourier import FourierFT
 from peftlite.methods.full import FullTuning
 from peftlite.methods.gated import Gated
 from peftlite.methods.hra import HRA
@@ -24,6 +25,7 @@ from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.ptuning import PTuning
 from peftlite.methods.shira import SHiRA
 from peftlite.methods.sparse import SparseMask
+from peftlite.methods.vblora import VBLoRA
 from peftlite.methods.vera import VeRA
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Compacter",
     "DiffPruning",
     "DoRA",
+    "FourierFT",
     "FullTuning",
     "Gated",
     "LoHa",
@@ -50,6 +53,7 @@ __all__ = [
     "PromptTuning",
     "SHiRA",
     "SparseMask",
+    "VBLoRA",
     "VeRA",
     "fish_scores",
 ]

@@ -50,9 +50,9 @@ class GatedPatch(CallPatch):
         return self.patch.has_value
 
     def value(self, w: Tensor) -> Tensor:
-        dtype = wide(w, self.bias)
-        change = self.patch.value(w).to(dtype) - w.to(dtype)
-        return (w + torch.sigmoid(self.bias.to(dtype)) * change).to(w.dtype)
+        whole = w.to(wide(w, self.bias))  # so that the patch doesn't round
+        change = self.patch.value(whole) - whole
+        return (whole + torch.sigmoid(self.bias.to(whole.dtype)) * change).to(w.dtype)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made: list[Any] = []

@@ -1,5 +1,9 @@
 """peftlite: parameter-efficient fine-tuning that attaches to any torch module."""
 
+from peftlite.algebra import combine as combine
+from peftlite.algebra import extract as extract
+from peftlite.algebra import rescale as rescale
+from peftlite.algebra import resize_rank as resize_rank
 from peftlite.attach import attach as attach
 from peftlite.attach import deltas as deltas
 from peftlite.attach import detach as detach
@@ -13,9 +17,12 @@ from peftlite.io import Info as Info
 from peftlite.io import inspect as inspect
 from peftlite.io import load as load
 from peftlite.io import save as save
+from peftlite.io.export import export as export
+from peftlite.io.peft.writing import check_vllm as check_vllm
 from peftlite.merge import Receipt as Receipt
 from peftlite.merge import merge as merge
 from peftlite.merge import unmerge as unmerge
+from peftlite.merge_files import merge_files as merge_files
 from peftlite.methods import BOFT as BOFT
 from peftlite.methods import HRA as HRA
 from peftlite.methods import IA3 as IA3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from peftlite.choice import Choice
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.patch import Method
+from peftlite.residual import Residual
 from peftlite.site import whole_address
 from peftlite.table import shown
 
@@ -30,7 +32,7 @@ class Registry:
     choice: Choice = field(default_factory=Choice)
     deltas: dict[str, Delta] = field(default_factory=dict)
     thawed: tuple[str, ...] = ()  # the base's parameters that were trainable, to be so again
-    originals: dict[str, Tensor] = field(default_factory=dict)  # see merge.py
+    originals: dict[str, Tensor | Residual] = field(default_factory=dict)  # see merge.py
     merged: dict[str, Any] = field(default_factory=dict)
     views: weakref.WeakSet[Choice] = field(default_factory=weakref.WeakSet)
 
@@ -154,24 +156,41 @@ def check(model: nn.Module, name: str) -> None:
 def commit(root: nn.Module, delta: Delta) -> Delta:
     """Installs a delta as the standing choice, or leaves the model as it was."""
     _, registry = find(root) or (root, Registry())
-    try:
+    with restoring(root, registry):
         host.make_host(root, registry.choice).registry = registry
         for address, placed in delta.placed.items():
             for i, (module, slot) in enumerate(placed.site.owners):
                 key = slot + address[len(whole_address(address)) :]
                 host.plant(module, delta.name, key, placed.patch, registry.choice, owner=i == 0)
         host.settle_encoders(root, registry.choice)
-    except BaseException:
-        _uproot(root, registry, delta)
-        raise
-    if not registry.deltas:
-        base = dict(base_parameters(root, [delta]))
-        registry.thawed = tuple(name for name, p in base.items() if p.requires_grad)
-        for name in registry.thawed:
-            base[name].requires_grad_(False)
-    registry.deltas[delta.name] = delta
-    registry.choice.standing = (delta.name,)
+        if not registry.deltas:
+            base = dict(base_parameters(root, [delta]))
+            registry.thawed = tuple(name for name, p in base.items() if p.requires_grad)
+            for name in registry.thawed:
+                base[name].requires_grad_(False)
+        registry.deltas[delta.name] = delta
+        registry.choice.standing = (delta.name,)
     return delta
+
+
+@contextlib.contextmanager
+def restoring(root: nn.Module, registry: Registry) -> Iterator[None]:
+    """Runs its body; if that fails, the model and what it knows of its deltas are as they were."""
+    known = {k: v.copy() if isinstance(v, dict) else v for k, v in registry.__dict__.items()}
+    standing = registry.choice.standing
+    trainable = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    try:
+        with host.restoring(root):
+            yield
+    except BaseException:
+        registry.__dict__.update(known)
+        registry.choice.standing = standing
+        for delta in registry.deltas.values():
+            delta.merged_in = registry if delta.name in registry.merged else None
+        for parameter, flag in trainable:
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
+        raise
 
 
 def detach(model: nn.Module, name: str) -> Delta:
@@ -182,9 +201,9 @@ def detach(model: nn.Module, name: str) -> Delta:
     """
     root, registry = require(model, name)
     changeable(registry)
-    if name in registry.merged:
-        registry.merged[name].undo(registry)
-    return remove(root, registry, name)
+    merged = registry.merged.get(name)
+    with restoring(root, registry), merged.undone(registry) if merged else contextlib.nullcontext():
+        return remove(root, registry, name)
 
 
 def remove(root: nn.Module, registry: Registry, name: str) -> Delta:

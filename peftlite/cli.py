@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from peftlite import commands
+from peftlite.algebra.combine import How
+from peftlite.commands import Outcome
 from peftlite.errors import PeftliteError
+from peftlite.io.convert import To
+from peftlite.version import __version__
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Command:
 
     help: str
     arguments: Mapping[str, Mapping[str, Any]]
-    run: Callable[[argparse.Namespace], int]
+    run: Callable[[argparse.Namespace], Outcome | int]
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -36,7 +42,130 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftlite"
 
 
+_OUT = {"-o --out": {"required": True, "metavar": "OUT", "help": "what to write"}}
+_FILE = {"metavar": "FILE", "help": "a delta's file, peftlite's or a peer's"}
+_BASE = "a safetensors file, or a folder of shards with their index"
+_TRANSPOSED = {
+    "--transposed": {
+        "action": "store_true",
+        "help": "matrices that no file tells of are stored (inputs, outputs), as GPT-2's are",
+    }
+}
+_SVD = {
+    "--rank": {"type": int, "metavar": "R", "help": "the rank to keep, at most"},
+    "--energy": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "keep this share of the squared singular values, by the smallest rank that does",
+    },
+}
+
 COMMANDS = {
+    "inspect": Command(
+        "what is in a file: methods, sites, tensors, notes",
+        {"file": _FILE},
+        commands.run_inspect,
+    ),
+    "verify": Command(
+        "whether a file is as it was saved, and whether a base is the one that it was made for",
+        {
+            "file": _FILE,
+            "--base": {"metavar": "BASE", "help": f"a checkpoint: {_BASE}"},
+        },
+        commands.run_verify,
+    ),
+    "diff": Command(
+        "how two files differ: methods, sites, and the largest difference in each tensor",
+        {
+            "a": {"metavar": "A", "help": "a delta's file, or any of safetensors"},
+            "b": {"metavar": "B", "help": "another"},
+        },
+        commands.run_diff,
+    ),
+    "convert": Command(
+        "writes a delta in another format; a pickle is read only here, and for tensors alone",
+        {
+            "file": _FILE,
+            "out": {"metavar": "OUT", "help": "the file, or the folder, to write"},
+            "--to": {
+                "choices": get_args(To),
+                "default": "safetensors",
+                "help": "the format; safetensors leaves the names as they are (default)",
+            },
+            "--base": {"metavar": "BASE", "help": f"the base, for the other formats: {_BASE}"},
+            "--alpha": {
+                "type": float,
+                "metavar": "NUMBER",
+                "help": "alpha, for files that don't say it",
+            },
+            "--parts": {
+                "nargs": "+",
+                "metavar": "PART",
+                "help": "which parts of fused weights have changes, such as: q v",
+            },
+            **_TRANSPOSED,
+        },
+        commands.run_convert,
+    ),
+    "merge": Command(
+        "merges a delta into a checkpoint, tensor by tensor; the checkpoint stays as it is",
+        {
+            "base": {"metavar": "BASE", "help": f"the checkpoint: {_BASE}"},
+            "delta": {"metavar": "DELTA", "help": "the delta's file"},
+            **_OUT,
+            "--check-base": {
+                "choices": ("error", "warn", "off"),
+                "default": "error",
+                "help": "what to do if the base is not the one the delta was made for",
+            },
+        },
+        commands.run_merge,
+    ),
+    "extract": Command(
+        "writes what makes one checkpoint of another as a delta: LoRA, and the rest as it is",
+        {
+            "base": {"metavar": "BASE", "help": f"a checkpoint: {_BASE}"},
+            "tuned": {"metavar": "TUNED", "help": "what became of it"},
+            **_OUT,
+            **_SVD,
+            "--targets": {
+                "nargs": "+",
+                "metavar": "PATTERN",
+                "help": "what LoRA takes (default: linear maps)",
+            },
+            "--exclude": {"nargs": "+", "metavar": "PATTERN", "help": "what LoRA leaves"},
+            "--ignore-rest": {
+                "action": "store_true",
+                "help": "leave out what else differs, in place of keeping it in full",
+            },
+            "--name": {"default": "extracted", "help": "the delta's name (default: extracted)"},
+            **_TRANSPOSED,
+        },
+        commands.run_extract,
+    ),
+    "combine": Command(
+        "writes a delta that does what several do together",
+        {
+            "base": {"metavar": "BASE", "help": f"the checkpoint they were made for: {_BASE}"},
+            "deltas": {
+                "nargs": "+",
+                "metavar": "FILE=WEIGHT",
+                "help": "the deltas' files; a weight that isn't given is 1",
+            },
+            **_OUT,
+            "--how": {"choices": get_args(How), "default": "sum", "help": "(default: sum)"},
+            **_SVD,
+            "--density": {
+                "type": float,
+                "metavar": "SHARE",
+                "help": "of its entries that a delta keeps: for ties, dare, magnitude_prune",
+            },
+            "--seed": {"type": int, "default": 0, "help": "of dare's chance (default: 0)"},
+            "--name": {"default": "combined", "help": "the delta's name (default: combined)"},
+            **_TRANSPOSED,
+        },
+        commands.run_combine,
+    ),
     "demo": Command(
         "two deltas on one small language model, and every law measured on them: 2 minutes",
         {
@@ -51,22 +180,39 @@ COMMANDS = {
     ),
 }
 
+_CODES = "exit codes: 0 all well; 1 a finding, such as damage or a difference; 2 an error"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
-    parser = argparse.ArgumentParser("peftlite", description="Parameter-efficient fine-tuning.")
-    subparsers = parser.add_subparsers(required=True, metavar="command")
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
-        for argument, how in command.arguments.items():
-            subparser.add_argument(argument, **how)
-        subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    """Runs a command and returns its exit code: 0, 1 for a finding, 2 for an error."""
+    args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        outcome = args.run(args)
     except (PeftliteError, OSError) as error:
         print(f"peftlite: {error}", file=sys.stderr)
-        return 1
+        return 2
+    if isinstance(outcome, int):
+        return outcome
+    print(json.dumps(outcome.data, indent=2, default=str) if args.json else outcome.text)
+    return int(outcome.amiss)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "peftlite", description="Parameter-efficient fine-tuning.", epilog=_CODES
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=command.help, description=f"{command.help}.", epilog=_CODES
+        )
+        for argument, how in command.arguments.items():
+            subparser.add_argument(*argument.split(), **how)
+        if command.run is not _demo:
+            subparser.add_argument("--json", action="store_true", help="print JSON")
+        subparser.set_defaults(run=command.run)
+    return parser
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +21,52 @@ if TYPE_CHECKING:
     from peftlite.attach import Registry
 
 
-class Delta:
+class Weighted:
+    """Deltas with weights, as `0.7 * sql - chat` makes them for `pl.combine`."""
+
+    def __init__(self, terms: Mapping[Delta, float]):
+        self._terms = terms
+
+    @property
+    def terms(self) -> Mapping[Delta, float]:
+        """The weight of each delta."""
+        return self._terms
+
+    def __mul__(self, factor: float) -> Weighted:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        return Weighted({delta: factor * weight for delta, weight in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Weighted:
+        return -1 * self
+
+    def __add__(self, other: Weighted) -> Weighted:
+        if not isinstance(other, Weighted):
+            return NotImplemented
+        ours, theirs = self.terms, other.terms
+        return Weighted({d: ours.get(d, 0) + theirs.get(d, 0) for d in {**ours, **theirs}})
+
+    def __sub__(self, other: Weighted) -> Weighted:
+        return self + -other
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{weight:g} * {delta.name}" for delta, weight in self.terms.items())
+
+
+class Delta(Weighted):
     """A named set of patches in one model: what is trained, saved, merged and swapped."""
 
     def __init__(self, name: str, methods: Sequence[Method], placed: Iterable[Placed]):
         self.name, self.methods = name, tuple(methods)
         self.placed = {item.site.address: item for item in placed}
+        self.energy: dict[str, float] = {}  # the share that `combine` or `extract` kept of a change
         self._home: weakref.ref[Registry] | None = None
+
+    @property
+    def terms(self) -> Mapping[Delta, float]:
+        return {self: 1.0}
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers as `address:name`, shared ones once."""
@@ -173,8 +213,8 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} as {shown(theirs)}, no tensor")
         elif theirs.shape != mine.shape:
             problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
-        elif theirs.dtype is not mine.dtype and (
-            theirs.is_floating_point() != mine.is_floating_point() or theirs.itemsize < 2
+        elif theirs.dtype is not mine.dtype and not (
+            theirs.is_floating_point() and mine.is_floating_point() and theirs.itemsize > 1
         ):
             problems.append(f"{key} as {theirs.dtype}, not {mine.dtype}")
         elif theirs.is_meta and not mine.is_meta:

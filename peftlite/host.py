@@ -11,6 +11,7 @@ beside `_modules`, so an nn.Sequential doesn't run them; who asks for the childr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -286,6 +287,31 @@ _FLAT_WEIGHTS = property(
 
 
 # -- planting and uprooting: the only code that changes a module
+
+
+@contextlib.contextmanager
+def restoring(root: nn.Module) -> Iterator[None]:
+    """Runs its body; if that fails, every module's class and what hangs on it are as they were."""
+    before = []
+    for module in root.modules():
+        hosted = module.__dict__.get(ATTRIBUTE)
+        ours = isinstance(hosted, Patches)
+        held = (hosted, hosted.__dict__.copy(), hosted._modules.copy()) if ours else None
+        before.append((module, type(module), module.__dict__.copy(), held))
+    try:
+        yield
+    except BaseException:
+        for module, kind, own, held in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            if held is not None:
+                hosted, state, patches = held
+                hosted.__dict__.update(state)
+                hosted._modules.clear()
+                hosted._modules.update(patches)
+        raise
 
 
 def make_host(module: nn.Module, choice: Choice) -> Patches:

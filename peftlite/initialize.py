@@ -153,9 +153,9 @@ def _learning(tensors: Iterable[Tensor]) -> Iterator[None]:
 @contextlib.contextmanager
 def _listening(seen: dict[str, Any], address: str, placed: Placed) -> Iterator[None]:
     """Takes in what the site's module is called with."""
-    index, patch = placed.site.index, placed.patch
-    columns = index is not None and (index[0] == 0) == patch.transposed
-    start, stop = index[1:] if columns else (0, None)
+    patch, (dim, *part) = placed.patch, placed.site.index or (0, 0, 0)
+    columns = placed.site.index is not None and (dim == 0) == patch.transposed
+    start, stop = part if columns else (0, None)
     kind = Covariance if patch.method.init == "corda" else Directions
 
     @torch.no_grad()
@@ -174,7 +174,8 @@ class Directions:
     """The first right singular vectors of rows that come batch by batch, in bounded memory."""
 
     def __init__(self, rank: int):
-        self.kept, self.rows = 4 * rank, None
+        self.kept = 4 * rank
+        self.rows: Any = None
 
     def add(self, x: Tensor) -> None:  # (tokens, i)
         rows = x if self.rows is None else torch.cat([self.rows, x])

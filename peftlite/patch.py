@@ -7,15 +7,15 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError, TargetError
+from peftlite.fields import check_fields
 
 if TYPE_CHECKING:
     import re
@@ -54,8 +54,18 @@ class Patch(nn.Module):
     def reset(self, w: Tensor | None) -> None:
         """Fills the parameters as the method begins; `w` is the base tensor, None at a call."""
 
+    def fit(self, w: Tensor, change: Tensor) -> None:
+        """Fills the parameters so that W' is `w + change`, or as near to it as they allow."""
+        raise PeftliteError(
+            f"{type(self).__name__} can't be fitted to a change of weights: extract with methods "
+            "such as pl.LoRA, pl.FullTuning or pl.SparseMask"
+        )
+
     def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Takes on the shapes that a file has, where they come from data and not from the site."""
+
+    def verify(self) -> None:
+        """Raises ValueError if the values that a file gave it can't be."""
 
     def saved(self) -> dict[str, Tensor]:
         """What a file holds of it, by name: its state but for what training alone needs."""
@@ -95,10 +105,7 @@ class Method:
             isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         ):
             raise PeftliteError(f"dtype must be such as torch.float32 or bfloat16, not {dtype!r}")
-
-        for field in fields(self):
-            if isinstance(field.default, bool):
-                check_choice(self, field.name, (True, False))
+        check_fields(self)
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
         # a file names its methods by class name
@@ -130,6 +137,13 @@ class Method:
         """Fills a fresh delta's parameters; override it where one site depends on the others."""
         for patch, w in zip(patches, tensors, strict=True):
             patch.reset(w)
+
+    def fit(
+        self, patches: Sequence[Patch], tensors: Sequence[Tensor], changes: Iterable[Tensor]
+    ) -> None:
+        """Fits patches to changes of their tensors, which are formed anew on each pass."""
+        for patch, w, change in zip(patches, tensors, changes, strict=True):
+            patch.fit(w, change)
 
     def step(self, patches: Sequence[Patch]) -> None:
         """What the method does to its patches of one delta after each step of the optimizer."""
@@ -179,24 +193,3 @@ def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Paramete
 def wide(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute a change in, so that W' is rounded once: the widest, fp32 at least."""
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-
-
-def set_number(
-    method: Method, name: str, kind: type, allowed: Callable[[Any], bool], what: str
-) -> None:
-    """Makes a hyperparameter a plain `kind` (a sweep may give NumPy's). Raises PeftliteError."""
-    given = getattr(method, name)
-    try:
-        number = operator.index(given) if kind is int else float(given)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or isinstance(given, bool | str) or not allowed(number):
-        raise PeftliteError(f"{name} must be {what}, not {given!r}")
-    object.__setattr__(method, name, number)
-
-
-def check_choice(method: Method, name: str, allowed: Collection[Any]) -> None:
-    """Raises PeftliteError if a hyperparameter is none of those allowed."""
-    given = getattr(method, name)
-    if not any(isinstance(given, type(one)) and given == one for one in allowed):
-        raise PeftliteError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {given!r}")

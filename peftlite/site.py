@@ -74,7 +74,7 @@ class Site:
 
     @property
     def rides(self) -> bool:
-        """Whether it is the whole weight of linear maps of vectors, the same kind in every owner."""
+        """Whether it is the whole weight of linear maps of vectors, alike in every owner."""
         kinds = {maps.kind_of(module) for module, _ in self.owners}
         return self.index is None and kinds in ({maps.Linear}, {maps.TransposedLinear})
 

@@ -124,7 +124,7 @@ def test_a_broken_law_fails(
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert cli.main(["demo", "--cache", str(tmp_path / "file")]) == 1
+    assert cli.main(["demo", "--cache", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("peftlite: ")
 
 

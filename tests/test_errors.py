@@ -28,8 +28,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftlite as pl
+from peftlite import cli
 from peftlite.demo import text
 from peftlite.io import packing
+from peftlite.io.checkpoint import Checkpoint
+from peftlite.io.convert import convert
+from peftlite.io.files import Entry, write_tensors
 from peftlite.site import sites
 from tests.digest import assert_same, bits, digest
 from tests.zoo import KINDS, seeded
@@ -727,6 +731,14 @@ def replaced() -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def written() -> nn.Module:
+    model = two()
+    pl.merge(model, "sql", backup="residual")
+    delta(model).placed[Q].site.whole[0, 0] += 1
+    return model
+
+
 def merging(model: nn.Module, _: Path) -> None:
     pl.merge(model, "sql")
 
@@ -736,11 +748,17 @@ RESIZED = (
     "pl.detach, then resize, then attach"
 )
 
+Q = "blocks.0.attn.q_proj.weight"
+
 MERGES = [
-    Case(lambda model, _: pl.merge(model, "sql", backup="disk"),
-         "backup must be 'device', 'host' or 'none', not 'disk'"),
-    Case(lambda model, _: pl.merge(model, "sql", backup=True),
-         "backup must be 'device', 'host' or 'none', not True"),
+    *(Case(lambda model, _, backup=backup: pl.merge(model, "sql", backup=backup),
+           f"backup must be one of 'device', 'host', 'residual', 'none', not {backup!r}")
+      for backup in ("disk", True)),
+    *(Case(act, f"{Q} was written to since 'sql' was merged into it, and what was kept is a "
+           "residual, which tells the base from the merged weights alone: put those back, or merge "
+           "with backup='host' where they are to change", model=written)
+      for act in (lambda model, _: pl.unmerge(model, "sql"), lambda *its: saving(*its),
+                  lambda model, _: pl.merge(model, "chat"), lambda *its: pl.detach(its[0], "sql"))),
     Case(merging, "'sql' is merged already: pl.unmerge it first", model=merged),
     Case(lambda model, _: pl.unmerge(model, "sql"), "'sql' is not merged; merged are: none"),
     Case(lambda model, _: pl.unmerge(model, "chat"), "'chat' is not merged; merged are: sql",
@@ -785,7 +803,6 @@ def loading_state(tensors: Callable[[dict[str, Tensor]], Any]) -> Callable[[Any,
 A_DELTA = "save takes a delta, such as pl.deltas(model)['sql']: not "
 UNFIT = "these tensors don't fit 'sql': there is "
 A_PATH = "a path is a str or an os.PathLike: not "
-Q = "blocks.0.attn.q_proj.weight"
 
 SAVES = [
     Case(lambda _, path: pl.save("sql", path), A_DELTA + "'sql'"),
@@ -882,9 +899,12 @@ def edited(edit: Callable[[dict, dict], Any]) -> Callable[[Path], None]:
         del head["sha256"]
         edit(head, values)
         if "tensors" in head:
-            head["tensors"] = {key: sha256(value) for key, value in values.items()}
+            head["tensors"] = {key: told(value) for key, value in values.items()}
         head["sha256"] = hashlib.sha256(canonical(head).encode()).hexdigest()
-        path.write_bytes(safetensors.torch.save(values, {"peftlite": canonical(head)}))
+        entries = {key: Entry(value.dtype, tuple(value.shape)) for key, value in values.items()}
+        with path.open("wb") as file:
+            text = {"peftlite": canonical(head)}
+            write_tensors(file, entries, values.__getitem__, lambda _: text)
 
     return write
 
@@ -900,12 +920,30 @@ def sparse(path: Path) -> None:
     edited(edit)(path)
 
 
+def unsound(method: pl.Method, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """A file of a delta whose every patch was tampered with before it was saved."""
+
+    def write(path: Path) -> None:
+        tampered = pl.attach(bare(), method, "sql")
+        for placed in tampered.placed.values():
+            change(placed.patch)
+        pl.save(tampered, path)
+
+    return write
+
+
+def no_such_vector(patch: Any) -> None:
+    patch.resize({"indices_a": ()})
+    patch.indices_a.fill_(200)
+
+
 def canonical(head: dict[str, Any]) -> str:
     return json.dumps(head, sort_keys=True, ensure_ascii=False)
 
 
-def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(bits(tensor)).hexdigest()
+def told(tensor: Tensor) -> dict[str, Any]:
+    dtype, digest = str(tensor.dtype).removeprefix("torch."), hashlib.sha256(bits(tensor))
+    return {"dtype": dtype, "shape": [*tensor.shape], "sha256": digest.hexdigest()}
 
 
 def raw(data: bytes) -> Callable[[Path], Any]:
@@ -913,7 +951,7 @@ def raw(data: bytes) -> Callable[[Path], Any]:
 
 
 def metadata(entries: dict[str, str] | None) -> Callable[[Path], Any]:
-    return raw(safetensors.torch.save({"layer.lora_A": torch.zeros(2)}, entries))
+    return raw(safetensors.torch.save({"layer.frob": torch.zeros(2)}, entries))
 
 
 def loading(**options: Any) -> Callable[[Any, Path], Any]:
@@ -950,7 +988,7 @@ def nest(head: dict[str, Any], _: Any) -> None:
 
 DAMAGED = "'…' is no safetensors file, or is damaged: …"
 BROKEN = "'…' has a broken header: its "
-FOREIGN = "'…' is not of pl.save's making; it holds "
+FOREIGN = "'…' is no delta of a known format; it holds "
 
 # what is wrong with a file whatever the model: pl.inspect says the same
 UNREADABLE = [
@@ -961,8 +999,8 @@ UNREADABLE = [
         good()[:-1], good() + b"\0", good()[:8] + b"}" + good()[9:],
         struct.pack("<Q", 2**63) + good()[8:], struct.pack("<Q", 0) + good()[8:],
     )),
-    (metadata(None), FOREIGN + "layer.lora_A"),
-    (metadata({"format": "pt"}), FOREIGN + "format; layer.lora_A"),
+    (metadata(None), FOREIGN + "layer.frob"),
+    (metadata({"format": "pt"}), FOREIGN + "format; layer.frob"),
     (raw(safetensors.torch.save({})), FOREIGN + "nothing"),
     *((metadata({"peftlite": data}), "'…' has a header that is no JSON: …")
       for data in ("", "{", "peftlite", "[" * 100_000)),
@@ -982,6 +1020,10 @@ UNREADABLE = [
        "isn't what was saved; copy it again")
       for changes in ({"sha256": "0"}, {"library": "\ud800"}, {"more": float("nan")})),
     (header(base={"a": 3}), "'…' has a broken header: its base has 'a': 3"),
+    (header(modules=[]), BROKEN + "'modules' is []"),
+    *((header(modules={"a": its}), f"{BROKEN}'modules' has 'a': {its!r}")
+      for its in (3, {}, {"module": "os.system"}, {"module": "Linear", "names": "b"},
+                  {"groups": True, "module": "Conv2d"}, {"kernel": 3, "module": "Conv2d"})),
     (header(packed=[]), BROKEN + "'packed' is []"),
     (header(packed={"a": 3}), "'…' has a broken header: its 'packed' has 'a': 3"),
     (header(notes="by me"), BROKEN + "'notes' is 'by me'"),
@@ -1072,6 +1114,9 @@ FILES = [
              "embed.weight share entries of one tensor in this model", model=on("gpt_tied")),
     bad_file(raw(good()), f"{MISFIT}{Q} is on the meta device: give the model its weights, then "
              "load", model=lambda: bare().to("meta")),
+    bad_file(edited(lambda old, _: old["modules"].update({Q: {"module": "Conv1D"}})),
+             f"{MISFIT}{Q} is stored as (outputs, inputs), and was as (inputs, outputs), in a "
+             "Conv1D, where the delta was made"),
     bad_file(more_sites("lm_head.weight[0:99]"), MISFIT + "[0:99]" + BEYOND + "[0:29]"),
     bad_file(more_sites("lm_head.weight[zz]"), MISFIT + "[zz]" + NO_PART),
     bad_file(more_sites("norm.weight"), f"{MISFIT}norm.weight is a tensor of shape (16,); "
@@ -1086,6 +1131,11 @@ FILES = [
     bad_file(raw(good()[:-1] + bytes([good()[-1] ^ 1])),
              "'…' is damaged, copy it again: not what was saved is blocks.1.attn.v_proj.weight:b"),
     bad_file(edited(lambda _, old: old.pop(f"{Q}:a")), f"{MISFIT}it has no {Q}:a"),
+    *(bad_file(unsound(pl.SparseMask(targets="q_proj"), change),
+               f"{MISFIT}{Q} has indices beyond the tensor, or out of order")
+      for change in (lambda patch: patch.indices.neg_(), lambda patch: patch.indices.add_(191))),
+    bad_file(unsound(pl.VBLoRA(rank=2, num_vectors=9, vector_length=4, save_only_topk_weights=True),
+                     no_such_vector), MISFIT + "… has indices of no vector in the bank"),
     bad_file(edited(lambda _, old: old.update(x=torch.zeros(2))),
              f"{MISFIT}it has x, which nothing asks for"),
     bad_file(header(methods=[]), f"{MISFIT}it has {Q}:a, which nothing asks for; …; and 4 more"),
@@ -1133,7 +1183,8 @@ def narrow() -> nn.Module:
 
 METHODS = [
     *(refusing(method, "norm.weight", "a tensor of shape (16,)")
-      for method in (pl.VBLoRA, pl.FourierFT, pl.LoHa, pl.LoKr, pl.VeRA, pl.OFT, pl.BOFT, pl.HRA, pl.SHiRA)),
+      for method in (pl.VBLoRA, pl.FourierFT, pl.LoHa, pl.LoKr, pl.VeRA, pl.OFT, pl.BOFT, pl.HRA,
+                     pl.SHiRA)),
     *(refusing(method, "blocks.0.attn()", "a call")
       for method in (pl.IA3, pl.NormTuning, pl.SparseMask)),
     refusing(pl.AdaLoRA, "norm.weight", "a tensor of shape (16,)", total_steps=9),
@@ -1289,6 +1340,130 @@ INITIALIZE = [
 ]  # fmt: skip
 
 
+# -- algebra
+
+
+def combining(given: Any, how: str = "sum", **options: Any) -> Callable[[Any, Path], Any]:
+    return lambda model, _: pl.combine(model, given, how, **options)
+
+
+def extracting(tuned: Callable[[], Any], method: Any, says: str, **options: Any) -> Case:
+    act = lambda model, _: pl.extract(model, tuned(), method, **options)  # noqa: E731
+    return Case(act, says, model=bare)
+
+
+def moved(*addresses: str, by: float = 1.0) -> Callable[[], nn.Module]:
+    """The bare model, some of its tensors with other values."""
+
+    def build() -> nn.Module:
+        model = bare()
+        for address in addresses:
+            model.get_parameter(address).data += by
+        return model
+
+    return build
+
+
+def state(change: Callable[[dict[str, Any]], Any]) -> Callable[[], dict[str, Any]]:
+    def build() -> dict[str, Any]:
+        tensors = {**bare().state_dict()}
+        change(tensors)
+        return tensors
+
+    return build
+
+
+@torch.no_grad()
+def filled() -> nn.Module:
+    model = two()
+    for parameter in delta(model).parameters():
+        parameter.fill_(1)
+    return model
+
+
+BOTH = {"sql": 1, "chat": -1}
+BY_NAME = ("combine takes weights by name, such as {'sql': 0.7, 'chat': -1}, or 0.7 * sql - chat: "
+           "not ")  # fmt: skip
+WEIGHT = "the weight of 'sql' must be a finite number, not "
+UNLIKE = "tuned doesn't match base: there is "
+NORM = "norm.weight"
+
+ALGEBRA = [
+    *(Case(combining(given), BY_NAME + shown)
+      for given, shown in (("sql", "'sql'"), (["sql"], "['sql']"), ({}, "{}"), (None, "None"))),
+    *(Case(combining({"sql": weight}), WEIGHT + shown)
+      for weight, shown in ((float("nan"), "nan"), (float("inf"), "inf"), ("1", "'1'"),
+                            (None, "None"), (10**400, "an int"))),
+    Case(combining({"dba": 1}),
+         "no delta is named 'dba' in this model; there are: 'sql', 'chat'"),
+    Case(lambda model, _: pl.combine(model, {delta(model): 1}),
+         "a delta goes by its name here: 'sql', not Delta('sql', LoRA, 224 parameters)"),
+    Case(lambda model, _: pl.combine(model, 2 * delta(two())),
+         "'sql' is no delta of this model, or no longer"),
+    Case(combining(BOTH, name="sql"), "a delta named 'sql' is attached already: choose another "
+         "name=, or pl.detach(model, 'sql') first"),
+    Case(combining(BOTH, "mean"), "how must be one of 'sum', 'linear', 'cat', 'svd', 'ties', "
+         "'dare', 'magnitude_prune', not 'mean'"),
+    Case(combining(BOTH, "svd"), "how='svd' needs rank= or energy=, and was given nothing"),
+    Case(combining(BOTH, "svd", rank=2, energy=0.5),
+         "how='svd' needs rank= or energy=, and was given rank= and energy="),
+    Case(combining(BOTH, "dare"), "how='dare' needs density=, and was given nothing"),
+    Case(combining(BOTH, "ties", rank=2), "how='ties' needs density=, and was given rank="),
+    Case(combining(BOTH, density=0.5), "how='sum' needs nothing more, and was given density="),
+    Case(combining(BOTH, "svd", rank=0), "rank must be a whole number from 1 up, not 0"),
+    *(Case(combining(BOTH, "svd", energy=energy),
+           f"energy must be above 0 and at most 1, not {energy}")
+      for energy in (0.0, 1.01, float("nan"))),
+    Case(combining(BOTH, "ties", density=2), "density must be above 0 and at most 1, not 2"),
+    Case(combining(BOTH, "dare", density=0.5, seed=-1),
+         "seed must be a whole number from 0 up, not -1"),
+    *(Case(combining(weights, "linear"),
+           "how='linear' divides by the sum of the weights, and that is 0")
+      for weights in (BOTH, {"sql": 0.1 + 0.2, "chat": -0.3})),
+    Case(combining({"sql": 1}, "cat"), "how='cat' puts the factors of products of low rank side by "
+         "side, and norm.bias is changed in another way: take 'sum' or 'svd'",
+         model=attached(bare(), pl.BitFit(targets="norm.bias"))),
+    Case(combining({"sql": 1}), "'sql' changes calls, which no weight can hold: blocks.0.attn()",
+         model=with_calls),
+    Case(combining({"sql": 1}), "0.weight is on the meta device and has no values to combine",
+         model=attached(linears(device="meta"), pl.LoRA(rank=2))),
+    Case(combining({"sql": 1}), RESIZED, model=resized),
+    Case(combining({"sql": 1}), f"'combined' would be infinite or NaN at {Q}; nothing was done",
+         model=poisoned),
+    Case(lambda model, _: pl.rescale(model, "sql", 1e300, name="more"),
+         f"'more' would be infinite or NaN at {Q}; nothing was done", model=filled),
+    Case(lambda model, _: pl.resize_rank(model, "sql", name="small"),
+         "how='svd' needs rank= or energy=, and was given nothing"),
+    # extract
+    extracting(bare, pl.LoRA(), "rest must be 'error' or 'ignore', not 'warn'", rest="warn"),
+    extracting(bare, pl.LoRA(), "energy must be above 0 and at most 1, not 2", energy=2),
+    extracting(bare, pl.BitFit(), "energy= gives LoRA its ranks, and none of these methods is LoRA",
+               energy=0.9),
+    extracting(lambda: "tuned.pt", pl.LoRA(), "tuned must be a model or a state dict, not "
+               "'tuned.pt'"),
+    extracting(two, pl.LoRA(), "tuned has unmerged deltas, 'chat': pl.merge them first"),
+    extracting(on("mlp"), pl.LoRA(), f"{UNLIKE}no embed.weight; no position.weight; …; and …"),
+    extracting(state(lambda tensors: tensors.pop(NORM)), pl.LoRA(), f"{UNLIKE}no {NORM}"),
+    extracting(state(lambda tensors: tensors.update(x=torch.ones(1))), pl.LoRA(),
+               f"{UNLIKE}x, which nothing asks for"),
+    extracting(state(lambda tensors: tensors.update({NORM: torch.ones(3)})), pl.LoRA(),
+               f"{UNLIKE}{NORM} as (3,), not (16,)"),
+    Case(lambda model, _: pl.extract(model, linears(), pl.LoRA()),
+         f"{UNLIKE}0.weight without values in base; …",
+         model=lambda: linears(device="meta")),
+    extracting(moved(NORM, "lm_head.weight"), pl.LoRA(), f"tuned differs from base where no method "
+               f"takes it: {NORM}; lm_head.weight; add pl.FullTuning(), which takes the parameters "
+               "that others leave, or pass rest='ignore'"),
+    extracting(moved(NORM), pl.LoRA(), "tuned is the same as base wherever these methods could "
+               "take it", rest="ignore"),
+    extracting(bare, pl.BottleneckAdapter(), "weights don't say how calls differ: …"),
+    extracting(moved(Q), pl.OFT(block_size=4), "OFTPatch can't be fitted to a change of weights: "
+               "extract with methods such as pl.LoRA, pl.FullTuning or pl.SparseMask"),
+    extracting(moved(Q, by=float("nan")), pl.LoRA(),
+               f"'extracted' would be infinite or NaN at {Q}; nothing was done"),
+]  # fmt: skip
+
+
 # -- the demo
 
 
@@ -1303,9 +1478,456 @@ DEMO = [
          "modules as text; run it with a Python whose standard library is installed as .py files"),
 ]  # fmt: skip
 
+
+# -- PEFT's directories
+
+P, A, B = "base_model.model.blocks.0.attn.q_proj", "lora_A.weight", "lora_B.weight"
+LORA_CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["0.attn.q_proj"]}
+AT, IN = "'…/adapter_config.json' ", "'…/adapter_model.safetensors' "
+
+
+def factors(path: str = P, r: int = 2) -> dict[str, Tensor]:
+    return {f"{path}.{A}": torch.ones(r, 16), f"{path}.{B}": torch.ones(12, r)}
+
+
+def adapter(
+    config: Any = None, tensors: dict[str, Tensor] | None = None, name: str = "model.safetensors"
+) -> Callable[[Path], None]:
+    """A folder with an adapter; `config` is what is otherwise in it than a LoRA's, or its text."""
+
+    def write(path: Path) -> None:
+        path.mkdir(parents=True)
+        text = config if isinstance(config, str) else json.dumps({**LORA_CONFIG, **(config or {})})
+        (path / "adapter_config.json").write_text(text)
+        held = factors() if tensors is None else tensors
+        safetensors.torch.save_file(held, path / f"adapter_{name}", {"format": "pt"})
+
+    return write
+
+
+def reading(
+    says: str, config: Any = None, tensors: Any = None, model: Callable[[], Any] = bare
+) -> Case:
+    return bad_file(adapter(config, tensors), says, model=model)
+
+
+def of(kind: str, says: str, tensors: dict[str, Tensor], **config: Any) -> Case:
+    """Of another method, at q_proj."""
+    held = {f"{P}.{name}": tensor for name, tensor in tensors.items()}
+    return reading(says, {"peft_type": kind, "lora_alpha": None, **config}, held)
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(16, 16, 3), nn.GELU(), nn.Conv1d(16, 16, 3))
+
+
+def exporting(method: Any, says: str, model: Callable[[], Any] = bare, **options: Any) -> Case:
+    def act(model: nn.Module, path: Path) -> None:
+        pl.export(delta(model), path, **options)
+
+    return Case(act, says, model=lambda: attached(model(), method)())
+
+
+def cannot(at: str, why: str) -> str:
+    return (
+        f"{at} can't go into a PEFT directory, since {why}: leave it out with exclude=, or keep "
+        "the delta with pl.save"
+    )
+
+
+def in_the_way(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.tex").write_text("")
+
+
+def vera(**tensors: Tensor) -> dict[str, Tensor]:
+    shared = {f"base_model.vera_{name}": tensor for name, tensor in tensors.items()}
+    return {f"{P}.vera_lambda_b": torch.ones(12), f"{P}.vera_lambda_d": torch.ones(2), **shared}
+
+
+PEFT_FILES = [
+    # what is no adapter
+    bad_file(adapter("{"), AT + "is no JSON: …"),
+    bad_file(adapter('{"peft_type": "LORA", "lora_alpha": NaN}'), AT + "is no JSON: NaN is no "
+             "number"),
+    *(bad_file(adapter(text), AT + f"has the peft_type {kind}, which can't be read; these can: …")
+      for text, kind in (("[]", "None"), ("{}", "None"), ('{"peft_type": "XLORA"}', "'XLORA'"))),
+    bad_file(adapter(name="model.bin"), "'…/adapter_model.bin' is a pickle, which may run code as "
+             "it is read; convert it first: safetensors.torch.save_file(torch.load('…', "
+             "weights_only=True), '…/adapter_model.safetensors')"),
+    bad_file(adapter(name="modell.safetensors"), "there is no file '…/adapter_model.safetensors'"),
+    bad_file(lambda path: adapter()(path / "chat"), "'…' has its adapters in folders of their own: "
+             "chat; load one: '…/chat'"),
+    # settings
+    reading(AT + "has 'lora_alpha' as 1e+30, which no training has", {"lora_alpha": 1e30}),
+    reading(AT + "has 'lora_alpha' as inf, which no training has",
+            json.dumps(LORA_CONFIG).replace("4", "1e999")),
+    reading(AT + "has 'lora_alpha' as '4'", {"lora_alpha": "4"}),
+    reading(AT + "has 'use_dora' as 1", {"use_dora": 1}),
+    reading(AT + "has 'modules_to_save' as [3]", {"modules_to_save": [3]}),
+    reading(AT + "has an impossible setting: alpha must be finite and above 0, not 0",
+            {"lora_alpha": 0}),
+    reading(AT + "has a regex in 'alpha_pattern', '.*proj': write out the modules' paths",
+            {"alpha_pattern": {".*proj": 3}}),
+    reading(AT + "is a LORA with 'layer_replication' as [[0, 2]], which may change the model in a "
+            "way that peftlite doesn't have", {"layer_replication": [[0, 2]]}),
+    reading(AT + "has 'init_lora_weights' as 'loftq', whose base isn't the model's own: save it "
+            "with path_initial_model_for_weight_conversion= in peft",
+            {"init_lora_weights": "loftq"}),
+    of("OFT", AT + "has 'num_cayley_neumann_terms' as 2: below 3",
+       {"oft_R.weight": torch.ones(4, 6)}, num_cayley_neumann_terms=2),
+    of("OFT", AT + "is of a peft before 0.18, whose 'use_cayley_neumann' was another series: train "
+       "it anew", {"oft_R.weight": torch.ones(4, 6)}, peft_version="0.17.1"),
+    bad_file(adapter(
+        {"peft_type": "IA3", "feedforward_modules": ".*", "target_modules": None},
+        {"base_model.model.0.ia3_l": torch.ones(1, 16, 1)},
+    ), AT + "has a regex for 'feedforward_modules': write out the modules' paths", model=conv),
+    reading(AT + "has None for the tokens of embed", {}, {
+        **factors(),
+        "base_model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(1, 16),
+    }),
+    # tensors
+    reading(IN + f"has a module without its '{B}'", {}, {f"{P}.{A}": torch.ones(2, 16)}),
+    reading(IN + "lacks the tensors of 1 modules that adapter_config.json names: "
+            "blocks.1.attn.q_proj", {"target_modules": ["q_proj"]}),
+    reading("'…' doesn't fit this model: it has blocks.0.attn.q_proj.weight:a as (2, 17), not "
+            "(2, 16)", {}, {**factors(), f"{P}.{A}": torch.ones(2, 17)}),
+    reading("'…' doesn't fit this model: it has blocks.0.attn.q_proj.weight:b with values that "
+            "aren't finite", {}, {**factors(), f"{P}.{B}": torch.full((12, 2), torch.nan)}),
+    *(reading(f"'…' doesn't fit this model: it has {key}, which nothing asks for", {},
+              {**factors(), key: torch.ones(29, 16)}) for key in (
+        f"{P}.lora_C.weight", "base_model.model.lm_head.weight", "../../etc/passwd", "base_model.",
+        "base_model.model.", "lm_head.weight", "base_model.model.blocks.0.attn.q_proj.weight",
+    )),
+    reading("'…' is for a model with other sites: of 1, this one lacks 1: "
+            "blocks.7.attn.q_proj.weight; nearest: …", {"target_modules": None},
+            factors(P.replace("0", "7"))),
+    bad_file(adapter({"target_modules": None}, {
+        f"base_model.model.0.{A}": torch.ones(2, 16, 2), f"base_model.model.0.{B}": torch.ones(16),
+    }), IN + "has odd tensors: one is (2, 16, 2), not (any, 16, 3)", model=conv),
+    bad_file(adapter({"peft_type": "LOKR", "target_modules": None}, {
+        "base_model.model.0.lokr_w1": torch.ones(4, 4),
+        "base_model.model.0.lokr_w2": torch.ones(4, 4, 3),
+    }), IN + "has odd tensors: 0 is a Conv1d, the taps of whose lokr_w2 peft mixes up, unless it's "
+        "of a low rank", model=conv),
+    of("SHIRA", IN + "has odd tensors: its shira_indices are beyond the weight, or name an entry "
+       "twice", {"shira_weight": torch.ones(2), "shira_indices": torch.tensor([[0, 99], [0, 0]])}),
+    reading(IN + "has odd tensors: its vera_A or vera_B isn't what its projection_prng_key gives "
+            "for these modules", {"peft_type": "VERA"},
+            vera(A=torch.ones(2, 16), B=torch.ones(12, 2))),
+    reading(IN + "has odd tensors: base_model.model.lm_head.weight is torch.float32 (30, 16), and "
+            "here torch.float32 (29, 16): give the model that shape first (for tokens: "
+            "model.resize_token_embeddings)", {"modules_to_save": ["lm_head"]},
+            {**factors(), "base_model.model.lm_head.weight": torch.ones(30, 16)}),
+    *(reading(IN + f"has odd tensors: {what}", {"trainable_token_indices": {"embed": rows}}, {
+        **factors(),
+        "base_model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(2, 16),
+    }) for rows, what in (
+        ([1, 29], "the tokens of embed.weight are beyond its 29, or named twice"),
+        ([1, 1], "the tokens of embed.weight are beyond its 29, or named twice"),
+        ([1], "base_model.model.embed.token_adapter.trainable_tokens_delta is torch.float32 "
+              "(2, 16), and here torch.float32 (1, 16): give the model that shape first (for "
+              "tokens: model.resize_token_embeddings)"),
+    )),
+    reading(IN + f"holds {P}.base_layer.weight of a base that had other values there: give the "
+            "model those, or list the module in 'modules_to_save' of its settings, for the delta "
+            "to have them", {}, {**factors(), f"{P}.base_layer.weight": torch.ones(12, 16)}),
+    reading(IN + "changes lm_head.weight apart from embed.weight, and this model ties them: "
+            "untie them first, model.lm_head.weight = "
+            "torch.nn.Parameter(model.lm_head.weight.detach().clone())",
+            {"modules_to_save": ["lm_head"], "target_modules": None},
+            {"base_model.model.lm_head.weight": torch.ones(29, 16)}, on("gpt_tied")),
+    # writing
+    Case(lambda model, path: pl.export(model, path), "export takes a delta, such as "
+         "pl.deltas(model)['sql']: not a GPT"),
+    exporting(SMALL, "format must be one of …, not 'onnx'", format="onnx"),
+    *(exporting(SMALL, f"settings must be a dict that JSON can hold, not {what}", settings=its)
+      for its, what in (([3], "[3]"), ({"a": float("nan")}, "{'a': nan}"))),
+    exporting(pl.PromptTuning(prompt_length=2), "peft puts a prompt where the task says: give "
+              "settings={'task_type': 'CAUSAL_LM'}, or SEQ_CLS, SEQ_2_SEQ_LM, TOKEN_CLS, "
+              "QUESTION_ANS, FEATURE_EXTRACTION"),
+    exporting([SMALL, pl.IA3(targets="lm_head")], "peft has one method in an adapter, and this "
+              "delta has LoRA, IA3: attach them as deltas of their own, or keep them together with "
+              "pl.save"),
+    exporting(pl.BottleneckAdapter(), cannot("blocks.0.attn()", "peft has no BottleneckAdapter "
+              "there")),
+    exporting(pl.LoRA(targets="lm_head.weight[0:4]"),
+              cannot("lm_head.weight[0:4]", "peft takes whole weights")),
+    exporting(pl.LoHa(targets="embed"), cannot("embed.weight", "peft's LOHA doesn't take a "
+              "Embedding")),
+    exporting(pl.LoRA(targets="lm_head"), cannot("embed.weight", "it is tied to lm_head.weight, "
+              "and peft would untie it"), on("gpt_tied")),
+    exporting(pl.IA3(targets="v_proj.weight"), cannot("blocks.0.attn.v_proj.weight", "peft scales "
+              "its bias, too, which the delta leaves as it is")),
+    exporting(pl.LoRA(targets="in_proj_weight"), cannot("0.layers.0.self_attn.in_proj_weight",
+              "peft changes 0.layers.0.self_attn.out_proj.weight with it, which the delta leaves "
+              "as it is"), on("mha_encoder")),
+    exporting(pl.OFT(neumann_terms=1),
+              "peft has no OFT with neumann_terms=1, but from 2 up, and exact"),
+    exporting([pl.OFT(targets="q_proj", block_size=4), pl.OFT(targets="v_proj", block_size=8)],
+              "peft has one oft_block_size for all modules, and this delta has 4 and 8: attach "
+              "what differs as another delta"),
+    exporting([pl.VeRA(targets="q_proj", rank=2), pl.VeRA(targets="lm_head", rank=2)],
+              "peft has one random A and B for all of a VeRA, and this delta has several of "
+              "different sizes: attach it as one method"),
+    exporting([pl.VBLoRA(targets=name, vector_length=4, num_vectors=5) for name in
+               ("q_proj", "k_proj")], "peft has one bank for all of a VB-LoRA, and this delta has "
+              "several: attach it as one method"),
+    exporting([pl.AdaLoRA(targets="q_proj", total_steps=9),
+               pl.AdaLoRA(targets="k_proj", total_steps=9, alpha=3)],
+              "peft has one lora_alpha for all modules of an AdaLoRA"),
+    exporting(pl.LoKr(rank=9, targets="0"), "0 is a Conv1d, the taps of whose lokr_w2 peft mixes "
+              "up, unless it's of a low rank: attach with a smaller rank", conv),
+    Case(lambda model, path: pl.export(delta(model), path), f"{P}.{A} has values that aren't "
+         "finite, so it could not be loaded", model=poisoned),
+    exporting(SMALL, "blocks.0.attn.q_proj.weight is on the meta device: it has no values",
+              lambda: bare().to("meta")),
+    Case(lambda model, path: pl.export(delta(model), path), "can't write '…': it holds thesis.tex, "
+         "and nothing but an adapter is replaced", pl.FileError, file=in_the_way),
+    Case(lambda model, path: pl.export(delta(model), path / "no" / "where"), "can't write '…': "
+         "there is no folder '…'", pl.FileError),
+]  # fmt: skip
+
+
+# -- a checkpoint's files, without the model
+
+
+def in_shards(path: Path) -> None:
+    """A sound delta, and the base it was made for, in two shards."""
+    path.write_bytes(good())
+    tensors = list(bare().state_dict().items())
+    write_shards(path, {"1.safetensors": dict(tensors[:9]), "2.safetensors": dict(tensors[9:])})
+
+
+def write_shards(path: Path, shards: dict[str, dict[str, Tensor]]) -> None:
+    folder = path.with_name("base")
+    folder.mkdir()
+    for name, tensors in shards.items():
+        safetensors.torch.save_file(tensors, folder / name)
+    write_index(path, {key: name for name, tensors in shards.items() for key in tensors})
+
+
+def write_index(path: Path, weight_map: Any) -> None:
+    text = json.dumps({"weight_map": weight_map})
+    (path.with_name("base") / "model.safetensors.index.json").write_text(text)
+
+
+def with_base(change: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """The same files, but for what a stranger did to them."""
+
+    def write(path: Path) -> None:
+        in_shards(path)
+        change(path)
+
+    return write
+
+
+def of_other(tensors: Callable[[], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """A sound delta, and another base."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(good())
+        write_shards(path, {"1.safetensors": tensors()})
+
+    return write
+
+
+def merging_files(out: str = "out", base: str = "base", **its: Any) -> Callable[[Any, Path], Any]:
+    return lambda _, path: pl.merge_files(path.parent / base, path, path.parent / out, **its)
+
+
+def offline(act: Any, says: str, file: Any, kind: Any = pl.FileError) -> Case:
+    return Case(act, says, kind, nn.ReLU, file)
+
+
+def calling(path: Path) -> None:
+    in_shards(path)
+    pl.save(delta(with_calls()), path)
+
+
+def two_files(path: Path) -> None:
+    (path.with_name("base") / "model.safetensors.index.json").unlink()
+
+
+def shrinking(_: Any, path: Path) -> None:
+    """A file that gets shorter after it was opened."""
+    shard = path.with_name("base") / "1.safetensors"
+    data, held = shard.read_bytes(), Checkpoint(shard)
+    shard.write_bytes(data[:-9])
+    try:
+        held.rewrite(path, lambda key: None, lambda count: None)
+    finally:
+        shard.write_bytes(data)
+
+
+def command(*args: str) -> Callable[[Any, Path], Any]:
+    """A command, with PATH for the path."""
+
+    def act(_: Any, path: Path) -> None:
+        parsed = cli._parser().parse_args([arg.replace("PATH", str(path)) for arg in args])
+        parsed.run(parsed)
+
+    return act
+
+
+NO_INDEX = "'…/base/model.safetensors.index.json' is no index of a checkpoint: …"
+HOLDS_IT = ": name the one that holds the model"
+INTO = "'…' was made for other base weights: " + Q + " differs"
+ADVICE = "; merge it into the base it was trained on, or pass check_base='warn'"
+
+OFFLINE = [
+    offline(merging_files(check_base=False), "check_base must be 'error', 'warn' or 'off', not "
+            "False", in_shards, pl.PeftliteError),
+    offline(merging_files(), INTO + ADVICE, of_other(lambda: {
+        k: x + 1 for k, x in bare().state_dict().items()}), pl.BaseMismatchError),
+    offline(merging_files(), f"{INTO} (dtype float32, here bfloat16){ADVICE}",
+            of_other(bare().bfloat16().state_dict), pl.BaseMismatchError),
+    offline(merging_files(), SITES + LACKS_ALL + "there are such as …",
+            of_other(ZOO["mlp"].model().state_dict)),
+    offline(merging_files(), "'sql' changes calls, which no weight can hold: blocks.0.attn() (2 "
+            "sites); keep it attached", calling, pl.PeftliteError),
+    offline(merging_files(base="lost"), "there is no file '…/lost'", in_shards),
+    *(offline(merging_files(), NO_INDEX, with_base(lambda path, its=its: write_index(path, its)))
+      for its in (None, [], 3)),
+    offline(merging_files(), NO_INDEX, with_base(
+        lambda path: (path.with_name("base") / "model.safetensors.index.json").write_text("{"))),
+    *(offline(merging_files(), f"'…' names {its!r}, which is no name of a safetensors file",
+              with_base(lambda path, its=its: write_index(path, {Q: its})))
+      for its in ("../1.safetensors", "/1.safetensors", ".safetensors", "1.bin", 3)),
+    offline(merging_files(), f"'…/base' has 1.safetensors; 2.safetensors{HOLDS_IT}",
+            with_base(two_files)),
+    offline(merging_files(), f"'…/base' has no safetensors file{HOLDS_IT}",
+            lambda path: (path.write_bytes(good()), path.with_name("base").mkdir())),
+    offline(merging_files(), "'…/base' has a tensor in two of its files", with_base(
+        lambda path: (path.with_name("base") / "2.safetensors").write_bytes(
+            (path.with_name("base") / "1.safetensors").read_bytes()))),
+    offline(merging_files("base"), "can't write '…/base': it is there already; name a new folder",
+            in_shards),
+    offline(merging_files("deeper/out"), "can't write '…/deeper/out': No such file or directory",
+            in_shards),
+    offline(merging_files("sql.safetensors", "sql.safetensors"), "'…' is for a model with …",
+            in_shards),
+    offline(lambda _, path: Checkpoint(path).rewrite(path, lambda key: None, print),
+            "'…' is the base itself: give the result another name", in_shards),
+    offline(shrinking, "'…/base/1.safetensors' became shorter while it was read", in_shards),
+    offline(command("verify", "PATH"), "there is no file '…'", None),
+    offline(command("combine", "base", "PATH=much", "-o", "out"), "'…=much' is no FILE=WEIGHT: "
+            "'much' is no number", None, pl.PeftliteError),
+]  # fmt: skip
+
+# -- peers' files of one list of tensors
+
+
+def peers(keys: dict[str, Tensor], **metadata: str) -> Callable[[Path], None]:
+    return lambda path: safetensors.torch.save_file(keys, path, metadata or None)
+
+
+def pair(at: str = "lycoris_0.lora_down.weight lycoris_0.lora_up.weight", rank: int = 2) -> dict:
+    a, b = at.split()
+    return {a: torch.ones(rank, 4), b: torch.ones(4, rank)}
+
+
+def peer_file(keys: dict[str, Tensor], of: str, says: str, **metadata: str) -> Case:
+    says = f"'…' is of {of}, and {says}"
+    return Case(pl.load, says, pl.FileError, linears, peers(keys, **metadata))
+
+
+def converting(says: str, file: Callable[[Path], Any] | None, **how: Any) -> Case:
+    kind = pl.FileError if says.startswith("'…'") else pl.PeftliteError
+    return Case(lambda model, path: convert(path, path, **how), says, kind, linears, file)
+
+
+def into_kohya(method: Any, model: nn.Module, why: str, format: Any = "kohya") -> Case:
+    says = (
+        f"… can't go into a file of {format}, since {why}: leave it out with exclude=, or keep the "
+        "delta with pl.save"
+    )
+    return exporting(method, says, lambda: model, format=format)
+
+
+def twins() -> nn.Module:
+    model = linears()
+    model[1].weight = model[0].weight
+    return model
+
+
+def namesakes() -> nn.Module:
+    return nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(4, 4)}), "a_b": nn.Linear(4, 4)})
+
+
+def no_number() -> nn.Module:
+    model = attached(linears(), pl.LoRA())()
+    next(delta(model).parameters()).data[0, 0] = torch.nan
+    return model
+
+
+LORALIB = pair("0.lora_A 0.lora_B")
+FUSED = {"0.lora_A": torch.ones(2, 4), "0.lora_B": torch.ones(4, 1)}
+SETTINGS_OF = "lora_adapter_metadata"
+WHOLE = "there it has whole weights of linear layers and convolutions"
+
+PEER_FILES = [
+    peer_file(pair() | {"lycoris_0.scalar": torch.ones(1)}, "kohya", "has lycoris_0.scalar, which "
+              "can't be read"),
+    peer_file(pair("0.lora.down.weight 0.lora.up.weight") | pair("0.lora_A.weight 0.lora_B.weight"),
+              "diffusers", "has 0.lora_A.weight beside 0.lora.down.weight"),
+    peer_file({"lycoris_0.lora_down.weight": torch.ones(2, 4)}, "kohya", "lycoris_0 has no "
+              "lora_up.weight"),
+    peer_file(pair() | {"lycoris_0.hada_w1_a": torch.ones(4, 2)}, "kohya", "lycoris_0 has "
+              "hada_w1_a, lora_down.weight, lora_up.weight: together these are no method here"),
+    peer_file(pair() | {"lycoris_0.alpha": torch.tensor(-1.0)}, "kohya", "lycoris_0 can't be: "
+              "alpha must be finite and above 0, not -1.0"),
+    peer_file(pair("a.lora_A.weight a.lora_B.weight") | pair("1.lora_A.weight 1.lora_B.weight"),
+              "diffusers", "of its 2 modules this model lacks 1: a; nearest to the first: "),
+    Case(pl.load, "'…' is of kohya, and lycoris_a_b may be a.b or a_b in this model: rename one of "
+         "them to load it", pl.FileError, namesakes,
+         peers(pair("lycoris_a_b.lora_down.weight lycoris_a_b.lora_up.weight"))),
+    peer_file(pair("0.lora_A.weight 0.lora_B.weight"), "diffusers", "0 can't be: its base isn't "
+              "the model's own, being trained with olora", **{SETTINGS_OF: json.dumps({
+                  "r": 2, "lora_alpha": 2, "init_lora_weights": "olora"})}),
+    peer_file(LORALIB, "loralib", "such files don't say α: say it once, with peftlite convert '…' "
+              "NEW --alpha NUMBER"),
+    peer_file(FUSED, "loralib", "0 has factors of 2 parts of a weight, and [] are said: say which, "
+              "with peftlite convert '…' NEW --alpha NUMBER --parts q v", alpha="1"),
+    peer_file(FUSED, "loralib", "0 can't be: its parts ['0:2', '2:3'] have 3 outputs, and B 4",
+              alpha="1", parts='["0:2", "2:3"]'),
+    # convert
+    converting("to must be one of 'safetensors', 'peftlite', 'peft', 'kohya', 'diffusers', not "
+               "'pt'", None, to="pt"),
+    converting("'peft' goes by a model: give it with model=, or convert to 'safetensors', which "
+               "leaves names as they are", None, to="peft"),
+    Case(lambda model, path: convert(path, path, "peft", model=model), "convert takes a model "
+         "without deltas: pl.detach them first"),
+    converting("'…' is neither a safetensors file nor a pickle of tensors alone, and nothing else "
+               "is unpickled, since it may run code", lambda path: torch.save(Case, path)),
+    converting("'…' holds 3 as 'b', no plain tensor", lambda path: torch.save(
+        {"a": torch.ones(1), "b": 3}, path)),
+    converting("alpha= and parts= are for files that don't say them, and '…' is of kohya",
+               peers(pair()), alpha=3),
+    converting("alpha= and parts= are for files that don't say them, and '…' is of no such format",
+               lambda path: path.write_bytes(good()), parts=["q"]),
+    # export
+    into_kohya(pl.IA3(targets="0"), linears(), "there it has LoRA, DoRA, LoHa, LoKr, and no IA3"),
+    into_kohya(pl.LoRA(rank=1, targets="0.weight[0:2]"), linears(), WHOLE),
+    into_kohya(pl.LoRA(rank=1, targets="0"), nn.Sequential(nn.Embedding(4, 4)), WHOLE),
+    into_kohya(pl.LoRA(rank=1, targets="0"), nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)),
+               "a change there sees the inputs of all groups", "diffusers"),
+    into_kohya(pl.LoRA(rank=1), twins(), "it is tied to 1.weight"),
+    into_kohya(pl.LoRA(rank=1), linears(device="meta"), "it is on the meta device and has no "
+               "values"),
+    into_kohya(pl.LoRA(rank=1, targets="*"), namesakes(), "another module, too, is called "
+               "lycoris_a_b there"),
+    Case(lambda model, path: pl.export(delta(model), path, "kohya"), "0.weight can't go into a "
+         "file of kohya, since it has values that aren't finite: …", model=no_number),
+    Case(lambda model, path: pl.export(delta(model), path, "kohya", settings={"step": 3}),
+         "settings are a file's metadata in the format of kohya, all of them text: not {'step': "
+         "3}"),
+]  # fmt: skip
+
 CASES = [
     *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
-    *(MERGES + SAVES + FILES + METHODS + PREFIXES + PROMPTS + INITIALIZE + DEMO),
+    *(MERGES + SAVES + FILES + METHODS + PREFIXES + PROMPTS + INITIALIZE + ALGEBRA + DEMO),
+    *(PEFT_FILES + OFFLINE + PEER_FILES),
 ]
 
 

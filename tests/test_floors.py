@@ -10,21 +10,22 @@ import pytest
 
 # the rooms of the package from the ground up: a module, or a folder of them
 FLOORS = (
-    "errors table version",
+    "errors residual table version fields",
     "patch maps kernels recompute",
     "site choice read targets methods",
     "host assign",
     "delta",
     "attach",
-    "plan use merge initialize algebra io bank",
+    "plan use merge merge_files initialize algebra io bank",
     "train",
     "peftlite",
-    "cli demo",
+    "commands demo",
+    "cli",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 # what a method's file may know: how it attaches is none of its business
-METHODS_KNOW = {"errors", "table", "patch", "maps", "kernels", "site", "methods"}
+METHODS_KNOW = {"errors", "table", "fields", "patch", "maps", "kernels", "site", "methods"}
 
 PACKAGE = Path(__file__).parents[1] / "peftlite"
 

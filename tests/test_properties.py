@@ -87,6 +87,9 @@ def factor(method: pl.LoRA) -> float:
 def change(patch: pl.Patch, of: Callable[[Tensor], Tensor] = itself) -> Tensor:
     """What a patch adds to its tensor, in fp64 and the layout of a Linear: D, or s·(BA − B₀A₀)."""
     t = {name: tensor.double() for name, tensor in patch.state_dict().items()}
+    if "indices" in t:
+        flat = torch.zeros(patch.shape, dtype=torch.float64).flatten()
+        return of(flat.index_put((t["indices"].long(),), t["values"]).view(patch.shape))
     if "difference" in t:
         return of(t["difference"])
     s, a, b = factor(patch.method), t["a"], t["b"]
@@ -527,6 +530,17 @@ class Verbs(RuleBasedStateMachine):
     def attach(self, name, method):
         with allowed(name not in self.deltas):
             self.enter(disturb(pl.attach(self.model, method, name)), trainable=True)
+
+    @precondition(lambda self: len(self.deltas) < len(NAMES))
+    @rule(weights=st.dictionaries(there, st.sampled_from([0.7, -1.0, 2.0]), max_size=3), name=free)
+    def combine(self, weights, name):
+        with allowed(weights and {*weights} <= {*self.deltas} and name not in self.deltas):
+            made = pl.combine(self.model, weights, name=name)
+            parts = [(w, self.deltas[other]) for other, w in weights.items()]
+            self.enter(made, trainable=False)
+            for address, d in self.deltas[name].items():
+                close(d, sum(w * of.get(address, torch.zeros_like(d)) for w, of in parts))
+            assert {*self.deltas[name]} == {address for _, of in parts for address in of}
 
     @precondition(lambda self: self.deltas)
     @rule(name=there)

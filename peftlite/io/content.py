@@ -23,6 +23,7 @@ class Content:
         entries: the dtype and shape of every tensor, by `address:parameter`.
         get: a tensor's values; raises FileError if they are damaged.
         base: the fingerprint of every tensor that is changed; None where the format has none.
+        modules: what it says of the module around each of them; see standin.py.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Content:
     entries: dict[str, Entry]
     get: Callable[[str], Tensor]
     base: dict[str, dict[str, Any]] | None = None
+    modules: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Info:
     """What a file says of itself, without a model.
 
     `format` is "peftlite" or a peer's; a peer's `methods` name its modules as the peer does.
+    `modules` tells of what kind is the module around each tensor that is changed (see standin.py);
+    where it doesn't, `transposed` says whether a matrix is (i, o).
     """
 
     name: str
@@ -46,6 +50,8 @@ class Info:
     format: str = "peftlite"
     library: str = ""
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transposed: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
 

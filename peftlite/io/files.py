@@ -6,11 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors
@@ -21,6 +24,11 @@ from peftlite.delta import gather
 from peftlite.errors import FileError, PeftliteError
 from peftlite.table import shown
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32,
@@ -28,6 +36,8 @@ DTYPES = {
     "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+T = TypeVar("T")
+R = TypeVar("R")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -41,6 +51,11 @@ class Entry(NamedTuple):
     def meta(self) -> Tensor:
         """A tensor as it, without values."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As JSON says it."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
 
 
 def as_path(given: Any) -> Path:
@@ -64,22 +79,45 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise FileError(f"can't write {str(path)!r}: it is {kind}")
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
+        _collect(path)
+        with _temporary(path) as file:
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+                if fcntl is None:
+                    file.close()  # an open file can't be renamed on Windows
+                os.replace(file.name, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
         flush_folder(path.parent)
     except (OSError, ValueError) as error:
         folder = str(path.parent)
         why = reason(error) if os.path.isdir(folder) else f"there is no folder {folder!r}"
         raise FileError(f"can't write {str(path)!r}: {why}") from error
+
+
+def _temporary(path: Path) -> BinaryIO:
+    """A new file beside `path`, locked for as long as it is open."""
+    while True:
+        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb")
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.lexists(file.name):
+            return file
+        file.close()  # it was collected before it was locked
+
+
+def _collect(path: Path) -> None:
+    """Deletes the temporary files of `path` that killed processes left: those that none locks."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
+    for name in filter(left.fullmatch, os.listdir(path.parent) if fcntl is not None else ()):
+        with contextlib.suppress(OSError), open(path.with_name(name), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(file.name)
 
 
 def flush_folder(folder: Path) -> None:
@@ -103,32 +141,48 @@ def write_tensors(
     Args:
         metadata: what to put beside the tensors, given their SHA-256; as long whatever they are.
     """
-    # the widest first, so that all are aligned
-    order = sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
-
-    def head(digests: dict[str, str]) -> bytes:
-        table: dict[str, Any] = {"__metadata__": metadata(digests)}
-        start = 0
-        for key in order:
-            dtype, shape = entries[key]
-            stop = start + dtype.itemsize * torch.Size(shape).numel()
-            table[key] = {
-                "dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]
-            }  # fmt: skip
-            start = stop
-        text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
-
-    digests = dict.fromkeys(order, "0" * 64)
-    room = len(head(digests))
-    file.seek(room)
-    for key in order:
-        data = data_of(get(key))
-        digests[key] = hashlib.sha256(data).hexdigest()
+    digests = dict.fromkeys(entries, "0" * 64)
+    file.seek(len(_head(entries, metadata(digests))))
+    parts = ((key, data_of(get(key))) for key in _order(entries))
+    for key, data, digest in ahead(lambda part: (*part, hashlib.sha256(part[1])), parts):
+        digests[key] = digest.hexdigest()
         file.write(data)
     file.seek(0)
-    file.write(head(digests))
+    file.write(_head(entries, metadata(digests)))
+
+
+def _head(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """All of a safetensors file that comes before the tensors."""
+    table: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for key in _order(entries):
+        dtype, shape = entries[key]
+        stop = start + dtype.itemsize * numel(shape)
+        table[key] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _order(entries: Mapping[str, Entry]) -> list[str]:
+    # the widest first, so that all are aligned
+    return sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What a function gives of each item, in order, worked out by two threads a few items ahead.
+
+    Hashing and copying let other threads run, and the disk can wait for neither.
+    """
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(2) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def data_of(tensor: Tensor) -> np.ndarray:
@@ -167,6 +221,13 @@ class Tensors:
     def get(self, key: str) -> Tensor:
         with self._failing():
             return self._file.get_tensor(key)
+
+    @property
+    def is_as_written(self) -> bool:
+        """Whether its header is, to the byte, what `write_tensors` makes of what it says."""
+        head = _head(self.entries, self.metadata)
+        with self._failing(), open(self.path, "rb") as file:
+            return file.read(len(head)) == head
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftlite import site, targets
 from peftlite.assign import Placed, usable
 from peftlite.attach import check, commit
 from peftlite.delta import Delta, misfits
 from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError
-from peftlite.io import native
+from peftlite.io import native, peers, peft, standin
 from peftlite.io.content import Content, Info
-from peftlite.io.files import Tensors, as_path, is_finite, reason
+from peftlite.io.files import Tensors, ahead, as_path, is_finite, reason
 from peftlite.io.fingerprint import fingerprint, kind_of
 from peftlite.site import Site, whole_address
 from peftlite.table import few
@@ -78,7 +78,7 @@ def load(
 
 
 # each a module with `recognises`, `inspect` and `read`
-_FORMATS = (native,)
+_FORMATS = (native, peft, *peers.FORMATS)
 
 
 def _reader(path: Path) -> Any:
@@ -90,7 +90,7 @@ def _reader(path: Path) -> Any:
     if file is None:
         raise FileError(f"{str(path)!r} is a folder: name the file in it")
     held = few([*file.metadata, *file.entries]) or "nothing"
-    raise FileError(f"{file.path!r} is not of pl.save's making; it holds {held}")
+    raise FileError(f"{file.path!r} is no delta of a known format; it holds {held}")
 
 
 def _locate(model: nn.Module, content: Content, path: Any) -> dict[str, Site]:
@@ -103,6 +103,7 @@ def _locate(model: nn.Module, content: Content, path: Any) -> dict[str, Site]:
         taken: dict[tuple[int, str], list[Site]] = {}
         for address, where in found.items():
             usable(where)
+            standin.compare(content.modules.get(whole_address(address)), where)
             others = taken.setdefault((id(where.module), where.slot), [])
             if any(where.overlaps(other) for other in others):
                 raise TargetError(
@@ -146,17 +147,28 @@ def _build(
 def _fill(delta: Delta, content: Content, path: Any) -> None:
     """Gives a delta the values of a file, one tensor after another."""
     saved = delta.saved()
-    for key, tensor in delta.named_tensors():
+    own = dict(delta.named_tensors())
+
+    def value(key: str) -> Tensor:
         if key not in saved:
-            tensor.data.zero_()  # what training alone needs begins anew
-            continue
+            return torch.zeros_like(own[key].data)  # what training alone needs begins anew
         held = content.get(key)
         if not is_finite(held):
             raise FileError(
                 f"{str(path)!r} doesn't fit this model: it has {key} with values that aren't finite"
             )
         # in memory of torch's own: another alignment moves the last bits of a product
-        tensor.data = torch.empty_like(held, device=tensor.device).copy_(held)
+        return torch.empty_like(held, device=own[key].device).copy_(held)
+
+    for tensor, given in zip(own.values(), ahead(value, own), strict=True):
+        tensor.data = given
+    for address, placed in delta.placed.items():
+        try:
+            placed.patch.verify()
+        except ValueError as error:
+            raise FileError(
+                f"{str(path)!r} doesn't fit this model: {address} has {error}"
+            ) from error
 
 
 def _check_base(

@@ -5,8 +5,9 @@ Tensors are named `address:parameter`. One metadata entry, `peftlite`, holds JSO
     {"format": 1, "library": "0.1.0", "name": "sql", "notes": {…},
      "methods": [{"method": "LoRA", "config": {"rank": 8, …}, "sites": ["layers.0.q.weight", …]}],
      "base": {"layers.0.q.weight": {"dtype": "float32", "shape": [16, 16], "sha256": "…"}, …},
+     "modules": {"layers.0.q.weight": {"module": "Linear"}, …},
      "packed": {"layers.0.q.weight:a": {"as": "int8", "dtype": "float32", "error": 0.003}, …},
-     "tensors": {"layers.0.q.weight:a": "<sha-256 of its bytes>", …},
+     "tensors": {"layers.0.q.weight:a": {"dtype": "float32", "shape": [8, 16], "sha256": "…"}, …},
      "sha256": "<of this header without this entry>"}
 
 The digests find damage, not forgery.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from peftlite.delta import Delta
 from peftlite.errors import FileError, PeftliteError
-from peftlite.io import packing
+from peftlite.io import packing, standin
 from peftlite.io.content import Content, Info
 from peftlite.io.files import (
     Entry,
@@ -98,12 +99,18 @@ def save(
         "name": delta.name,
         "methods": _methods(delta),
         "base": _fingerprints(delta, base),
+        "modules": {
+            whole_address(address): standin.describe(placed.site)
+            for address, placed in delta.placed.items()
+            if not placed.site.is_call
+        },
         **({"notes": _notes(notes)} if notes else {}),
         **({"packed": about} if about else {}),
     }
 
     def metadata(digests: dict[str, str]) -> dict[str, str]:
-        head = {**header, "tensors": digests}
+        tensors = {key: {**entries[key].plain, "sha256": digests[key]} for key in digests}
+        head = {**header, "tensors": tensors}
         return {KEY: _canonical({**head, "sha256": _digest(head)})}
 
     with replacing(where) as file:
@@ -146,7 +153,7 @@ def _fingerprints(delta: Delta, kind: str) -> dict[str, dict[str, Any]]:
         if not placed.site.is_call and whole not in found:
             tensor = placed.site.whole
             if delta.merged_in is not None:
-                tensor = base_tensor(delta.merged_in, whole, placed.site, but=delta)
+                tensor = base_tensor(delta.merged_in, placed.site, but=delta)
             found[whole] = fingerprint(tensor, kind)
     return found
 
@@ -195,6 +202,7 @@ def inspect(path: Path) -> Info:
         num_bytes=file.num_bytes,
         library=header["library"],
         base=header["base"],
+        modules=header["modules"],
         notes=header.get("notes", {}),
         errors={key: its["error"] for key, its in about.items()},
     )
@@ -208,7 +216,7 @@ def read(model: nn.Module, path: Path) -> Content:
 
     def get(key: str) -> Tensor:
         tensor = file.get(key)
-        if header["tensors"].get(key) != sha256(tensor):
+        if header["tensors"].get(key) != {**file.entries[key].plain, "sha256": sha256(tensor)}:
             raise FileError(f"{file.path!r} is damaged, copy it again: not what was saved is {key}")
         return tensor
 
@@ -224,6 +232,7 @@ def read(model: nn.Module, path: Path) -> Content:
         entries=packing.unpacked(file.entries, about),
         get=whole,
         base=header["base"],
+        modules=header["modules"],
     )
 
 
@@ -235,7 +244,7 @@ def _header(file: Tensors) -> tuple[dict[str, Any], list[tuple[Method, list[str]
     except (ValueError, RecursionError) as error:
         raise FileError(f"{at!r} has a header that is no JSON: {error}") from error
     methods = _check(header, at)
-    if not _intact(header, file.metadata[KEY]):
+    if not _intact(header, file):
         raise FileError(f"{at!r} is damaged: its header isn't what was saved; copy it again")
     for key, its in header.get("packed", {}).items():
         if not packing.is_sound(key, its, file.entries):
@@ -243,9 +252,10 @@ def _header(file: Tensors) -> tuple[dict[str, Any], list[tuple[Method, list[str]
     return header, methods
 
 
-def _intact(header: dict[str, Any], text: str) -> bool:
+def _intact(header: dict[str, Any], file: Tensors) -> bool:
     try:
-        return _digest(header) == header.get("sha256") and _canonical(header) == text
+        alone = file.metadata == {KEY: _canonical(header)}
+        return alone and _digest(header) == header.get("sha256") and file.is_as_written
     except ValueError:  # not text, or not a number, that pl.save could have written
         return False
 
@@ -278,6 +288,9 @@ def _check(header: Any, at: str) -> list[tuple[Method, list[str]]]:
     for address, entry in part(header, "base", dict).items():
         if not isinstance(entry, dict) or kind_of(entry) is None:
             raise FileError(f"{at!r} has a broken header: its base has {address!r}: {entry!r}")
+    for address, entry in part(header, "modules", dict).items():
+        if not standin.is_sound(entry):
+            raise FileError(f"{at!r} has a broken header: its 'modules' has {address!r}: {entry!r}")
     return methods
 
 

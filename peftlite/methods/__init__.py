@@ -1,59 +1,29 @@
 """The methods: one file each, with its equation, its paper, its config and its patch."""
 
-from peftlite.methods.adalora import AdaLoRA
-from peftlite.methods.bitfit import BitFit
-from peftlite.methods.boft import BOFT
-from peftlite.methods.bottleneck import BottleneckAdapter
-from peftlite.methods.compacter import Compacter
-from peftlite.methods.diff_pruning import DiffPruning
-from peftlite.methods.dora import DoRA
-from peftlite.methods.fish import fish_scores
-from peftlite.methods.fourier import FourierFT
-from peftlite.methods.full import FullTuning
-from peftlite.methods.gated import Gated
-from peftlite.methods.hra import HRA
-from peftlite.methods.ia3 import IA3
-from peftlite.methods.loha import LoHa
-from peftlite.methods.lokr import LoKr
-from peftlite.methods.lora import LoRA
-from peftlite.methods.loreft import LoReFT
-from peftlite.methods.ltsft import LTSFT
-from peftlite.methods.norm import NormTuning
-from peftlite.methods.oft import OFT
-from peftlite.methods.prefix import PrefixTuning
-from peftlite.methods.prompt import PromptTuning
-from peftlite.methods.ptuning import PTuning
-from peftlite.methods.shira import SHiRA
-from peftlite.methods.sparse import SparseMask
-from peftlite.methods.vblora import VBLoRA
-from peftlite.methods.vera import VeRA
-
-__all__ = [
-    "BOFT",
-    "HRA",
-    "IA3",
-    "LTSFT",
-    "OFT",
-    "AdaLoRA",
-    "BitFit",
-    "BottleneckAdapter",
-    "Compacter",
-    "DiffPruning",
-    "DoRA",
-    "FourierFT",
-    "FullTuning",
-    "Gated",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "LoReFT",
-    "NormTuning",
-    "PTuning",
-    "PrefixTuning",
-    "PromptTuning",
-    "SHiRA",
-    "SparseMask",
-    "VBLoRA",
-    "VeRA",
-    "fish_scores",
-]
+from peftlite.methods.adalora import AdaLoRA as AdaLoRA
+from peftlite.methods.bitfit import BitFit as BitFit
+from peftlite.methods.boft import BOFT as BOFT
+from peftlite.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
+from peftlite.methods.compacter import Compacter as Compacter
+from peftlite.methods.diff_pruning import DiffPruning as DiffPruning
+from peftlite.methods.dora import DoRA as DoRA
+from peftlite.methods.fish import fish_scores as fish_scores
+from peftlite.methods.fourier import FourierFT as FourierFT
+from peftlite.methods.full import FullTuning as FullTuning
+from peftlite.methods.gated import Gated as Gated
+from peftlite.methods.hra import HRA as HRA
+from peftlite.methods.ia3 import IA3 as IA3
+from peftlite.methods.loha import LoHa as LoHa
+from peftlite.methods.lokr import LoKr as LoKr
+from peftlite.methods.lora import LoRA as LoRA
+from peftlite.methods.loreft import LoReFT as LoReFT
+from peftlite.methods.ltsft import LTSFT as LTSFT
+from peftlite.methods.norm import NormTuning as NormTuning
+from peftlite.methods.oft import OFT as OFT
+from peftlite.methods.prefix import PrefixTuning as PrefixTuning
+from peftlite.methods.prompt import PromptTuning as PromptTuning
+from peftlite.methods.ptuning import PTuning as PTuning
+from peftlite.methods.shira import SHiRA as SHiRA
+from peftlite.methods.sparse import SparseMask as SparseMask
+from peftlite.methods.vblora import VBLoRA as VBLoRA
+from peftlite.methods.vera import VeRA as VeRA

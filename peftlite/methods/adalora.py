@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from peftlite.errors import PeftliteError
+from peftlite.fields import number, positive, set_number, whole
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.methods.sparse import largest
-from peftlite.patch import WeightMethod, set_number, trainable
+from peftlite.patch import WeightMethod, trainable
 from peftlite.site import Site
 
 
@@ -113,43 +114,31 @@ class AdaLoRA(WeightMethod):
     """
 
     total_steps: int = field(kw_only=True)
-    init_rank: int = 12
+    init_rank: int = whole(12)
     target_rank: int = 8
-    t_init: int = 0
-    t_final: int = 0
-    delta_t: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    alpha: float | None = None
-    dropout: float = 0.0
+    t_init: int = whole(0, least=0)
+    t_final: int = whole(0, least=0)
+    delta_t: int = whole(1)
+    beta1: float = number(0.85, float, lambda b: 0 < b < 1, "in (0, 1)")
+    beta2: float = number(0.85, float, lambda b: 0 < b < 1, "in (0, 1)")
+    orth_reg_weight: float = number(0.5, float, lambda w: 0 <= w < math.inf, "finite, from 0 up")
+    alpha: float | None = positive(None)
+    dropout: float = number(0.0, float, lambda p: 0 <= p < 1, "in [0, 1)")
+
+    patch = AdaLoRAPatch
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("init_rank", 1), ("t_init", 0), ("t_final", 0), ("delta_t", 1)):
-            allowed = f"a whole number from {least} up"
-            set_number(self, name, int, lambda n, least=least: n >= least, allowed)
         most, warmups = self.init_rank, self.t_init + self.t_final
         allowed = f"a whole number from 1 to init_rank, {most}"
         set_number(self, "target_rank", int, lambda r: 1 <= r <= most, allowed)
         allowed = f"a whole number above t_init + t_final, {warmups}"
         set_number(self, "total_steps", int, lambda n: n > warmups, allowed)
-        for name in ("beta1", "beta2"):
-            set_number(self, name, float, lambda b: 0 < b < 1, "in (0, 1)")
-        set_number(self, "orth_reg_weight", float, lambda w: 0 <= w < math.inf, "finite, from 0 up")
-        set_number(self, "dropout", float, lambda p: 0 <= p < 1, "in [0, 1)")
-        if self.alpha is not None:
-            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
 
     @property
     def scale(self) -> float:
         """s, the factor of the product."""
         return 1.0 if self.alpha is None else self.alpha / self.init_rank
-
-    def build(self, site: Site) -> AdaLoRAPatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
-        return AdaLoRAPatch(site, self)
 
     def budget(self, step: int, matrices: int) -> int:
         """b(t), of all triplets."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftlite.fields import whole
 from peftlite.methods.oft import (
     RotationMethod,
     RotationPatch,
@@ -17,7 +18,7 @@ from peftlite.methods.oft import (
     skew,
     turn_blocks,
 )
-from peftlite.patch import set_number, trainable, wide
+from peftlite.patch import trainable, wide
 from peftlite.site import Site
 
 
@@ -43,22 +44,16 @@ class BOFTPatch(RotationPatch):
         factors = cayley(q).to(x.dtype).mT.unbind(-4)
         change = torch.zeros_like(x)
         for i, factor in enumerate(factors):
-            turned = turn_blocks(self._gather(x + change, i), factor)
-            change = change + self._scatter(turned, i)
+            near = self._swap(x + change, 2, 2**i)  # the half-blocks that factor i joins
+            change = change + self._swap(turn_blocks(near, factor), 2**i, 2)
         s = self.s[..., None]
         return s * change + (s - 1) * x
 
-    def _gather(self, x: Tensor, i: int) -> Tensor:
-        """Puts half-blocks 2ⁱ apart side by side, as the blocks of factor i join them."""
-        if i == 0:
+    def _swap(self, x: Tensor, p: int, q: int) -> Tensor:
+        """Puts every p × q half-blocks in the order of q × p."""
+        if 1 in (p, q):
             return x
-        return x.unflatten(-1, (-1, 2, 2**i, self.block // 2)).transpose(-3, -2).flatten(-4)
-
-    def _scatter(self, x: Tensor, i: int) -> Tensor:
-        """The way back."""
-        if i == 0:
-            return x
-        return x.unflatten(-1, (-1, 2**i, 2, self.block // 2)).transpose(-3, -2).flatten(-4)
+        return x.unflatten(-1, (-1, p, q, self.block // 2)).transpose(-3, -2).flatten(-4)
 
 
 @dataclass(frozen=True)
@@ -77,15 +72,10 @@ class BOFT(RotationMethod):
         m: the number of butterfly factors. The inputs must be a multiple of 2ᵐ for m > 1.
     """
 
-    block_size: int = 4
-    m: int = 2
+    block_size: int = whole(4, least=2)
+    m: int = whole(2)
 
     takes = "tensors of 2 or more dimensions, their inputs a multiple of 2ᵐ (for m = 1: 2 or more)"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "block_size", int, lambda k: k >= 2, "a whole number from 2 up")
-        set_number(self, "m", int, lambda m: m >= 1, "a whole number from 1 up")
 
     def build(self, site: Site) -> BOFTPatch:
         if not self.accepts(site):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.fields import check_choice, one_of, positive, whole
 from peftlite.methods.calls import CallMethod, CallPatch, is_made, role
 from peftlite.methods.features import Features, change_first
-from peftlite.patch import check_choice, set_number, trainable
+from peftlite.patch import trainable
 from peftlite.site import Site
+
+Activation = Literal["relu", "gelu", "silu", "tanh"]
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -107,13 +110,13 @@ class BottleneckAdapter(CallMethod):
     """
 
     preset: str = "houlsby"
-    reduction_factor: float = 16.0
-    bottleneck_size: int | None = None
-    activation: str | None = None
-    scale: float | None = None
+    reduction_factor: float = positive(16.0)
+    bottleneck_size: int | None = whole(None)
+    activation: Activation | None = one_of(None, Activation)
+    scale: float | None = positive(None)
     init: str = "zero"
 
-    patch: ClassVar[type[BottleneckPatch]] = BottleneckPatch
+    patch = BottleneckPatch
     inits: ClassVar[tuple[str, ...]] = ("zero", "normal")
     places: ClassVar[Mapping[str, Place]] = {
         "houlsby": Place("attention ffn ffn-last dense", "gelu", 1.0),
@@ -123,15 +126,8 @@ class BottleneckAdapter(CallMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_number(self, "reduction_factor", float, _is_positive, "finite and above 0")
-        if self.bottleneck_size is not None:
-            set_number(self, "bottleneck_size", int, lambda n: n >= 1, "a whole number from 1 up")
-        if self.scale is not None:
-            set_number(self, "scale", float, _is_positive, "finite and above 0")
         check_choice(self, "preset", tuple(self.places))
         check_choice(self, "init", self.inits)
-        if self.activation is not None:
-            check_choice(self, "activation", tuple(_ACTIVATIONS))
 
     @property
     def function(self) -> str:
@@ -150,13 +146,6 @@ class BottleneckAdapter(CallMethod):
     def default(self, site: Site) -> bool:
         return is_made(site) and role(site) in self.places[self.preset].roles.split()
 
-    def build(self, site: Site) -> BottleneckPatch:
-        return self.patch(site, self, self.told(site))
-
     def features(self, site: Site) -> Features | None:
         wide = super().features(site)
         return None if wide and wide.i is None and self.preset == "parallel" else wide
-
-
-def _is_positive(number: float) -> bool:
-    return 0 < number < math.inf

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from peftlite.errors import PeftliteError, TargetError
+from peftlite.fields import whole
 from peftlite.methods.features import Features, features, is_called
-from peftlite.patch import Method, Patch, set_number
+from peftlite.patch import Method, Patch
 from peftlite.site import CALL, Site
 from peftlite.table import shown
 
@@ -39,7 +40,7 @@ class CallPatch(Patch):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CallMethod(Method, abstract=True):
     """A method of calls that give features.
 
@@ -47,32 +48,33 @@ class CallMethod(Method, abstract=True):
         width: how many features they give, where it can't be told from a module's layers.
     """
 
-    width: int | None = field(default=None, kw_only=True)
+    width: int | None = whole(None)
 
+    patch: ClassVar[Callable[[Site, Any, Features], Patch]]
     takes = "calls that are made and give features (nn.MultiheadAttention never calls its out_proj)"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width is not None:
-            set_number(self, "width", int, lambda n: n >= 1, "a whole number from 1 up")
-
     def accepts(self, site: Site) -> bool:
-        return is_made(site) and self.features(site) is not None
+        wide = self.features(site) if is_made(site) else None
+        return wide is not None and self.suits(wide)
 
-    def features(self, site: Site) -> Features | None:
-        """The widths at a call, or None if they can't be told or don't suit."""
-        return features(site, self.width)
-
-    def told(self, site: Site) -> Features:
-        """The widths at a call. Raises TargetError."""
-        if not is_made(site):
-            raise self.refuse(site)
-        if (wide := self.features(site)) is None:
+    def build(self, site: Site) -> Patch:
+        wide = self.features(site) if is_made(site) else None
+        if is_made(site) and wide is None:
             raise TargetError(
                 f"how wide what {site.address} takes and gives is can't be told from its layers: "
                 f"say width=, or name a call inside it"
             )
-        return wide
+        if wide is None or not self.suits(wide):
+            raise self.refuse(site)
+        return type(self).patch(site, self, wide)
+
+    def features(self, site: Site) -> Features | None:
+        """The widths at a call, or None if they can't be told."""
+        return features(site, self.width)
+
+    def suits(self, wide: Features) -> bool:
+        """Whether the method works at such widths."""
+        return True
 
 
 def is_made(site: Site) -> bool:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.fields import positive, whole
 from peftlite.methods.bottleneck import BottleneckAdapter, BottleneckPatch, Place
-from peftlite.patch import Patch, set_number, trainable
+from peftlite.methods.features import Features
+from peftlite.patch import Patch, trainable
 from peftlite.site import Site
 
 
@@ -80,33 +82,23 @@ class Compacter(BottleneckAdapter):
     """
 
     preset: str = "compacter"
-    reduction_factor: float = 32.0
-    phm_dim: int = 4
-    phm_rank: int = 1
+    reduction_factor: float = positive(32.0)
+    phm_dim: int = whole(4)
+    phm_rank: int = whole(1)
 
     takes = "calls that are made and give features, a multiple of phm_dim of them"
-    patch: ClassVar[type[BottleneckPatch]] = CompacterPatch
+    patch = CompacterPatch
     inits: ClassVar[tuple[str, ...]] = ("zero", "glorot")
     places: ClassVar[Mapping[str, Place]] = {
         "compacter": Place("attention ffn ffn-last dense", "gelu", 1.0),
         "compacter++": Place("ffn ffn-last dense", "gelu", 1.0),
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("phm_dim", "phm_rank"):
-            set_number(self, name, int, lambda n: n >= 1, "a whole number from 1 up")
-
     def size(self, o: int) -> int:
         return -(-super().size(o) // self.phm_dim) * self.phm_dim
 
-    def accepts(self, site: Site) -> bool:
-        return super().accepts(site) and not self.told(site).o % self.phm_dim
-
-    def build(self, site: Site) -> BottleneckPatch:
-        if self.told(site).o % self.phm_dim:
-            raise self.refuse(site)
-        return super().build(site)
+    def suits(self, wide: Features) -> bool:
+        return wide.o % self.phm_dim == 0
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         patches: list[Any] = [self.build(site) for site in sites]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftlite.fields import number
 from peftlite.methods.search import SearchMethod, SearchPatch
-from peftlite.patch import set_number, trainable
+from peftlite.patch import trainable
 from peftlite.site import Site
 
 
@@ -95,16 +96,9 @@ class DiffPruning(SearchMethod):
     """
 
     structured: bool = False
-    l: float = -1.5  # noqa: E741
-    r: float = 1.5
-    alpha_init: float = 5.0
-    l0_penalty: float = 1.25e-7
+    l: float = number(-1.5, float, lambda l: -math.inf < l < 0, "finite and below 0")  # noqa: E741
+    r: float = number(1.5, float, lambda r: 1 < r < math.inf, "finite and above 1")
+    alpha_init: float = number(5.0, float, math.isfinite, "finite")
+    l0_penalty: float = number(1.25e-7, float, lambda p: 0 <= p < math.inf, "finite, from 0 up")
 
     patch = DiffPruningPatch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "l", float, lambda l: -math.inf < l < 0, "finite and below 0")  # noqa: E741
-        set_number(self, "r", float, lambda r: 1 < r < math.inf, "finite and above 1")
-        set_number(self, "alpha_init", float, math.isfinite, "finite")
-        set_number(self, "l0_penalty", float, lambda p: 0 <= p < math.inf, "finite, from 0 up")

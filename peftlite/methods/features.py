@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ def is_called(module: nn.Module) -> bool:
     """Whether a module is ever called: an attention's out_proj and lists of modules are not."""
     read_only = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return type(module).forward is not nn.Module.forward and not read_only
+
+
+def arguments(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a module is called with."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def by_name(names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def features(site: Site, width: int | None = None) -> Features | None:

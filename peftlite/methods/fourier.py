@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from peftlite.fields import number, one_of, positive, whole
 from peftlite.maps import Map
 from peftlite.methods.low_rank import sizes
-from peftlite.patch import Patch, WeightMethod, check_choice, set_number, trainable, wide
+from peftlite.patch import Patch, WeightMethod, trainable, wide
 from peftlite.site import Site
+
+Init = Literal["normal", "zero"]
 
 
 class FourierFTPatch(Patch):
@@ -146,16 +148,9 @@ class FourierFT(WeightMethod):
         seed: of the places.
     """
 
-    n: int = 1000
-    alpha: float = 300.0
-    init: str = "normal"
-    seed: int = 2024
+    n: int = whole(1000)
+    alpha: float = positive(300.0)
+    init: Init = one_of("normal", Init)
+    seed: int = number(2024, int, lambda seed: 0 <= seed < 2**32, "in [0, 2**32)")
 
     patch = FourierFTPatch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "n", int, lambda n: n >= 1, "a whole number from 1 up")
-        set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
-        set_number(self, "seed", int, lambda seed: 0 <= seed < 2**32, "in [0, 2**32)")
-        check_choice(self, "init", ("normal", "zero"))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from peftlite.errors import TargetError
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.fields import whole
+from peftlite.patch import Method, Patch, trainable
 from peftlite.site import Site
 
 # the outermost list that a tensor is in, and its number there
@@ -26,6 +27,9 @@ class AddPatch(Patch):
 
     def reset(self, w: Tensor | None) -> None:
         self.difference.zero_()
+
+    def fit(self, w: Tensor, change: Tensor) -> None:
+        self.difference.copy_(change)
 
     def value(self, w: Tensor) -> Tensor:
         return (w + self.difference).to(w.dtype)
@@ -43,14 +47,9 @@ class FullTuning(Method):
             they are in; k of each list where a model has several. None for all.
     """
 
-    top_layers: int | None = None
+    top_layers: int | None = whole(None)
 
     takes = "tensors"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_layers is not None:
-            set_number(self, "top_layers", int, lambda k: k >= 1, "a whole number from 1 up")
 
     def accepts(self, site: Site) -> bool:
         return not site.is_call
@@ -58,15 +57,15 @@ class FullTuning(Method):
     def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
         if self.top_layers is None:
             return picked
-        layers = {s.address: found.groups() for s in picked if (found := _LAYER.match(s.address))}
-        last: dict[str, list[int]] = {}
-        for stack in {stack for stack, _ in layers.values()}:
-            numbers = {int(number) for its, number in layers.values() if its == stack}
-            last[stack] = sorted(numbers)[-self.top_layers :]
-        if not last:
+        found = {site: _LAYER.match(site.address) for site in picked}
+        layers = {site: (its[1], int(its[2])) for site, its in found.items() if its}
+        if not layers:
             raise TargetError("top_layers goes by the numbers of layers in a list: there are none")
-        in_layers = (s for s in picked if s.address in layers)
-        return [s for s in in_layers if int(layers[s.address][1]) in last[layers[s.address][0]]]
+        numbers: dict[str, set[int]] = {}
+        for stack, number in layers.values():
+            numbers.setdefault(stack, set()).add(number)
+        last = {stack: sorted(its)[-self.top_layers :] for stack, its in numbers.items()}
+        return [site for site, (stack, number) in layers.items() if number in last[stack]]
 
     def build(self, site: Site) -> AddPatch:
         if not self.accepts(site):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftlite.errors import PeftliteError
+from peftlite.fields import one_of
 from peftlite.methods.calls import CallPatch
 from peftlite.methods.features import Features, change_first, features
-from peftlite.patch import Method, Patch, check_choice, trainable, wide
+from peftlite.patch import Method, Patch, trainable, wide
 from peftlite.site import Site
 from peftlite.table import shown
 
@@ -118,7 +119,7 @@ class Gated(Method):
     """
 
     method: Method
-    per: Per = "sequence"
+    per: Per = one_of("sequence", Per)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -128,7 +129,6 @@ class Gated(Method):
                 object.__setattr__(self, name, getattr(self.method, name))
         object.__setattr__(self, "takes", self.method.takes)
         super().__post_init__()
-        check_choice(self, "per", get_args(Per))
 
     def default(self, site: Site) -> bool:
         return self.method.default(site)
@@ -138,9 +138,6 @@ class Gated(Method):
 
     def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
         return self.method.choose(picked, everything)
-
-    def build(self, site: Site) -> Patch:
-        return self.build_all([site])[0]
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         patches = self.method.build_all(sites)

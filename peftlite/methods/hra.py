@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
+from peftlite.fields import number
 from peftlite.methods.oft import RotationMethod, RotationPatch
-from peftlite.patch import set_number, trainable, wide
+from peftlite.patch import trainable, wide
 from peftlite.site import Site
 
 
@@ -75,10 +76,6 @@ class HRA(RotationMethod):
         rank: r, the number of reflections, even.
     """
 
-    rank: int = 8
+    rank: int = number(8, int, lambda r: r >= 2 and r % 2 == 0, "an even number from 2 up")
 
     patch = HRAPatch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "rank", int, lambda r: r >= 2 and r % 2 == 0, "an even number from 2 up")

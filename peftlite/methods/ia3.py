@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -118,13 +119,12 @@ class IA3(Method):
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         patches = [self.build(site) for site in sites]
-        weights, biases = {}, []
-        for site, patch in zip(sites, patches, strict=True):
+        by_dims = sorted(zip(sites, patches, strict=True), key=lambda pair: -pair[0].whole.dim())
+        scales: dict[Any, nn.Parameter] = {}  # of the weights, which come before the biases
+        for site, patch in by_dims:
             outputs = id(site.module), _weight_slot(site), site.index and site.index[1:]
             if site.whole.dim() > 1:
-                weights[outputs] = patch
+                scales[outputs] = patch.l
             else:
-                biases.append((outputs, patch))
-        for outputs, patch in biases:
-            patch.l = weights.get(outputs, patch).l
+                patch.l = scales.get(outputs, patch.l)
         return [*patches]

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.fields import whole
 from peftlite.maps import Map
 from peftlite.methods.low_rank import RankMethod
-from peftlite.patch import Patch, set_number, trainable, wide
+from peftlite.patch import Patch, trainable, wide
 from peftlite.site import Site
 
 
@@ -92,12 +93,7 @@ class LoKr(RankMethod):
         decompose_both: whether w1 is of rank r too, by the same rule.
     """
 
-    factor: int | None = None
+    factor: int | None = whole(None)
     decompose_both: bool = False
 
     patch = LoKrPatch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.factor is not None:
-            set_number(self, "factor", int, lambda f: f >= 1, "a whole number from 1 up")

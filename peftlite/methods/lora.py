@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from peftlite import maps
 from peftlite.errors import TargetError
+from peftlite.fields import number, one_of
 from peftlite.methods.low_rank import LowRankPatch, RankMethod
-from peftlite.patch import check_choice, set_number, trainable, wide
+from peftlite.patch import trainable, wide
 from peftlite.site import Site
 
 Scaling = Literal["alpha/r", "rslora"]
@@ -30,8 +31,8 @@ class LoRAPatch(LowRankPatch):
 
     later = frozenset({"b"})
 
-    a0: Tensor | None
-    b0: Tensor | None
+    a0: Any  # None where there is no such start, like the next
+    b0: Any
 
     def __init__(self, site: Site, method: LoRA):
         super().__init__(site)
@@ -127,18 +128,12 @@ class LoRA(RankMethod):
             input is kept for the backward pass (LoRA-FA, Zhang et al., arXiv:2308.03303, §3).
     """
 
-    dropout: float = 0.0
-    scaling: Scaling = "alpha/r"
-    init: Init = "kaiming"
+    dropout: float = number(0.0, float, lambda p: 0 <= p < 1, "in [0, 1)")
+    scaling: Scaling = one_of("alpha/r", Scaling)
+    init: Init = one_of("kaiming", Init)
     freeze_a: bool = False
 
     patch = LoRAPatch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "dropout", float, lambda p: 0 <= p < 1, "in [0, 1)")
-        check_choice(self, "scaling", get_args(Scaling))
-        check_choice(self, "init", get_args(Init))
 
     @property
     def scale(self) -> float:

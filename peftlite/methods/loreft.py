@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.linalg import solve_triangular, vector_norm
 
 from peftlite.errors import PeftliteError
+from peftlite.fields import one_of, whole
 from peftlite.methods.calls import CallMethod, CallPatch, is_block, is_made
-from peftlite.methods.features import Features, change_first
-from peftlite.patch import check_choice, set_number, trainable, wide
+from peftlite.methods.features import Features, arguments, by_name, change_first
+from peftlite.patch import trainable, wide
 from peftlite.site import Site
 
 Init = Literal["linear", "identity"]
@@ -32,7 +32,7 @@ class LoReFTPatch(CallPatch):
     def __init__(self, site: Site, method: LoReFT, told: Features):
         super().__init__(site, told)
         self.method, self.everywhere = method, method.positions == "all"
-        self.names = [*inspect.signature(type(site.module).forward).parameters][1:]
+        self.names = arguments(site.module)
         shapes = (method.rank, self.o), (method.rank, self.o), (method.rank,)
         self.v, self.w, self.b = (
             trainable(*shape, site=site, dtype=method.dtype) for shape in shapes
@@ -64,7 +64,7 @@ class LoReFTPatch(CallPatch):
             return identity - v[:, :r].mT @ solve_triangular(inverse, v, upper=False)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = by_name(self.names, args, kwargs)
         return change_first(inner(*args, **kwargs), lambda h: self._intervene(h, given))
 
     def _intervene(self, h: Any, given: Mapping[str, Any]) -> Tensor:
@@ -125,16 +125,15 @@ class LoReFT(CallMethod):
         width: d, where it can't be told from a module's layers.
     """
 
-    rank: int = 4
+    rank: int = whole(4)
     positions: str = "all"
-    init: Init = "linear"
+    init: Init = one_of("linear", Init)
 
     takes = "calls that are made and give features, at least rank of them"
+    patch = LoReFTPatch
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_number(self, "rank", int, lambda r: r >= 1, "a whole number from 1 up")
-        check_choice(self, "init", get_args(Init))
         if self.positions != "all" and not any(self.ends):
             raise PeftliteError(
                 f"positions must be 'all' or such as 'f7+l7', 'f7' or 'l7', not {self.positions!r}"
@@ -149,11 +148,5 @@ class LoReFT(CallMethod):
     def default(self, site: Site) -> bool:
         return is_made(site) and is_block(site)
 
-    def accepts(self, site: Site) -> bool:
-        return super().accepts(site) and self.told(site).o >= self.rank
-
-    def build(self, site: Site) -> LoReFTPatch:
-        told = self.told(site)
-        if told.o < self.rank:
-            raise self.refuse(site)
-        return LoReFTPatch(site, self, told)
+    def suits(self, wide: Features) -> bool:
+        return wide.o >= self.rank

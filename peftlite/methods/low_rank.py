@@ -5,15 +5,15 @@ RankMethod: the two hyperparameters, r and the numerator of s, that methods have
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.fields import positive, whole
 from peftlite.maps import Map, widen
-from peftlite.patch import Patch, WeightMethod, set_number, wide
+from peftlite.patch import Patch, WeightMethod, wide
 from peftlite.site import Site
 
 
@@ -65,21 +65,10 @@ class LowRankPatch(Patch):
 
 @dataclass(frozen=True)
 class RankMethod(WeightMethod, abstract=True):
-    """A method of matrices with a rank r and a change that is scaled by s = alpha/r.
+    """A method of matrices with a rank r and a change that is scaled by s = alpha/r."""
 
-    Args:
-        rank: r.
-        alpha: the numerator of the scaling. Default: equal to `rank`.
-    """
-
-    rank: int = 8
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
-        if self.alpha is not None:
-            set_number(self, "alpha", float, lambda a: 0 < a < math.inf, "finite and above 0")
+    rank: int = whole(8)
+    alpha: float | None = positive(None)
 
     @property
     def scale(self) -> float:

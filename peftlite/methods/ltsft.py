@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from peftlite.fields import number
 from peftlite.methods.search import SearchMethod, SearchPatch
 
 
@@ -36,6 +37,6 @@ class LTSFT(SearchMethod):
         fraction: of the entries that are kept; the authors' code takes 0.01.
     """
 
-    fraction: float = 0.01
+    fraction: float = number(0.01, float, lambda f: 0 < f <= 1, "above 0 and at most 1")
 
     patch = LTSFTPatch

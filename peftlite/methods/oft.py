@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftlite.fields import positive, whole
 from peftlite.maps import Map
-from peftlite.patch import Patch, WeightMethod, set_number, trainable, wide
+from peftlite.patch import Patch, WeightMethod, trainable, wide
 from peftlite.site import Site
 
 
@@ -154,16 +155,8 @@ class OFT(RotationMethod):
             within its even share.
     """
 
-    block_size: int = 32
-    neumann_terms: int | None = None
-    eps: float | None = None
+    block_size: int = whole(32, least=2)
+    neumann_terms: int | None = whole(None)
+    eps: float | None = positive(None)
 
     patch = OFTPatch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "block_size", int, lambda k: k >= 2, "a whole number from 2 up")
-        if self.neumann_terms is not None:
-            set_number(self, "neumann_terms", int, lambda k: k >= 1, "a whole number from 1 up")
-        if self.eps is not None:
-            set_number(self, "eps", float, lambda e: 0 < e < math.inf, "finite and above 0")

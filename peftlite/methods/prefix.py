@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError, TargetError
+from peftlite.fields import whole
 from peftlite.methods.attention import Prepend, is_attention, key_heads
-from peftlite.patch import Method, Patch, set_number, trainable
+from peftlite.patch import Method, Patch, trainable
 from peftlite.site import Site, walk
 
 
@@ -114,22 +115,16 @@ class PrefixTuning(Method):
         head_dim: d, likewise.
     """
 
-    prefix_length: int = 10
+    prefix_length: int = whole(10)
     reparametrize: bool = False
-    hidden_size: int = 512
-    num_heads: int | None = None
-    head_dim: int | None = None
+    hidden_size: int = whole(512)
+    num_heads: int | None = whole(None)
+    head_dim: int | None = whole(None)
 
     takes = (
         "calls of attention that come to F.scaled_dot_product_attention (for transformers, type "
         'model.set_attn_implementation("sdpa") first) or of nn.MultiheadAttention'
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("prefix_length", "hidden_size", "num_heads", "head_dim"):
-            if getattr(self, name) is not None or name in ("prefix_length", "hidden_size"):
-                set_number(self, name, int, lambda n: n >= 1, "a whole number from 1 up")
 
     def default(self, site: Site) -> bool:
         # of two, one in the other, the inner one
@@ -137,9 +132,6 @@ class PrefixTuning(Method):
 
     def accepts(self, site: Site) -> bool:
         return site.is_call and is_attention(site.module)
-
-    def build(self, site: Site) -> Patch:
-        return self.build_all([site])[0]
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         shapes = [self._shape(site) for site in sites]

@@ -2,100 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-from peftlite.methods.prompt import Prompt, PromptMethod
-from peftlite.patch import check_choice, set_number, trainable
+from peftlite.fields import one_of, whole
+from peftlite.methods.prompt import PromptMethod, PromptPatch
 from peftlite.site import Site
 
 Encoder = Literal["mlp", "lstm"]
 
 
-class PromptEncoder(nn.Module):
-    """MLP(E), or MLP(LSTM(E)) with a bidirectional LSTM, of n embeddings E (n, d) of its own."""
+class EncodedPromptPatch(PromptPatch):
+    """The prompt is MLP(E) or MLP(LSTM(E)), of E (n, d) as `rows`; of a file's rows, those alone.
 
-    def __init__(self, method: PTuning, site: Site, n: int, d: int):
-        super().__init__()
-
-        def new(*shapes: tuple[int, ...]) -> nn.ParameterList:
-            return nn.ParameterList(trainable(*s, site=site, dtype=method.dtype) for s in shapes)
-
-        h = self.h = method.hidden_size or (d if method.encoder == "mlp" else max(1, d // 2))
-        widths, gates = (d, h, h, d), []
-        if method.encoder == "lstm":
-            widths = (2 * h, 2 * h, d)
-            for i in (d, d, 2 * h, 2 * h):  # a layer, and the same in the other direction
-                gates += [(4 * h, i), (4 * h, h), (4 * h,), (4 * h,)]
-        self.tokens = trainable(n, d, site=site, dtype=method.dtype)
-        self.lstm = new(*gates)
-        self.weights = new(*((o, i) for i, o in pairwise(widths)))
-        self.biases = new(*((o,) for o in widths[1:]))
-
-    def forward(self) -> Tensor:
-        x, gates = self.tokens, list(self.lstm)
-        for k in range(0, len(gates), 8):
-            there, back = (
-                self._read(x, gates[k : k + 4]),
-                self._read(x.flip(0), gates[k + 4 : k + 8]),
-            )
-            x = torch.cat([there, back.flip(0)], 1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = F.linear(x.relu() if i else x, weight, bias)
-        return x
-
-    def _read(self, x: Tensor, gates: list[Tensor]) -> Tensor:
-        """The states (n, h) of an LSTM. torch's own can't be compiled, and rounds by the mode."""
-        state = x.new_zeros(1, self.h), x.new_zeros(1, self.h)
-        states = []
-        for token in x.split(1):
-            state = torch.lstm_cell(token, state, *gates)
-            states.append(state[0])
-        return torch.cat(states)
-
-    def reset(self) -> None:
-        """As torch begins an nn.Embedding, an nn.LSTM and an nn.Linear."""
-        nn.init.normal_(self.tokens)
-        for gate in self.lstm:
-            nn.init.uniform_(gate, -(self.h**-0.5), self.h**-0.5)
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            for tensor in (weight, bias):
-                nn.init.uniform_(tensor, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
-
-
-class EncodedPrompt(Prompt):
-    """The embeddings (n, d) of the virtual tokens, as an encoder gives them."""
+    `cells` are the LSTM's, for each layer that of either direction: torch's own can't be compiled.
+    """
 
     def __init__(self, method: PTuning, embedding: Site):
         super().__init__(method, embedding)
-        rows = self.rows.data
-        del self.rows
-        self.register_buffer("rows", rows)
-        self.encoder: PromptEncoder | None = PromptEncoder(method, embedding, *rows.shape)
+        d, lstm = self.rows.shape[1], method.encoder == "lstm"
+        h = method.hidden_size or (max(1, d // 2) if lstm else d)
+        cells = [(d, h), (d, h), (2 * h, h), (2 * h, h)] if lstm else []
+        maps = pairwise((2 * h, 2 * h, d) if lstm else (d, h, h, d))
 
-    def forward(self) -> Tensor:
-        return self.rows if self.encoder is None else self.encoder()
+        def new(kind: type[nn.Module], shape: tuple[int, int]) -> Any:
+            return skip_init(kind, *shape, device=self.rows.device, dtype=self.rows.dtype)
 
-    def reset(self) -> None:
-        if self.encoder is not None:
-            self.encoder.reset()
+        self.cells = nn.ModuleList(new(nn.LSTMCell, shape) for shape in cells)
+        self.maps = nn.ModuleList(new(nn.Linear, shape) for shape in maps)
 
-    def settle(self) -> None:
-        # a file has the rows alone
-        if self.encoder is not None:
-            self.encoder = None
-            self.rows = nn.Parameter(self.rows)
+    def prompt(self) -> Tensor:
+        x, cells = self.rows, list(self.cells)
+        for there, back in zip(cells[::2], cells[1::2], strict=True):
+            x = torch.cat([_read(there, x), _read(back, x.flip(0)).flip(0)], 1)
+        for i, linear in enumerate(self.maps):
+            x = linear(x.relu() if i else x)
+        return x
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.encoder is not None:
-            with torch.no_grad():
-                self.rows.copy_(self.encoder())
-        super()._save_to_state_dict(*args, **kwargs)
+    def reset(self, w: Tensor | None) -> None:
+        self.rows.normal_()
+        for module in (*self.cells, *self.maps):
+            module.reset_parameters()
+
+    def saved(self) -> dict[str, Tensor]:
+        return {"rows": self.prompt()}
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.cells, self.maps = nn.ModuleList(), nn.ModuleList()
+
+
+def _read(cell: nn.LSTMCell, x: Tensor) -> Tensor:
+    """The states (n, h) of an LSTM's cell over tokens x (n, d)."""
+    state, states = None, []
+    for token in x.unbind():
+        state = cell(token, state)
+        states.append(state[0])
+    return torch.stack(states)
 
 
 @dataclass(frozen=True)
@@ -115,14 +83,7 @@ class PTuning(PromptMethod):
         fill, cut: as in `PromptTuning`.
     """
 
-    encoder: Encoder = "mlp"
-    hidden_size: int | None = None
+    encoder: Encoder = one_of("mlp", Encoder)
+    hidden_size: int | None = whole(None)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden_size is not None:
-            set_number(self, "hidden_size", int, lambda n: n >= 1, "a whole number from 1 up")
-        check_choice(self, "encoder", get_args(Encoder))
-
-    def prompt(self, embedding: Site) -> EncodedPrompt:
-        return EncodedPrompt(self, embedding)
+    patch = EncodedPromptPatch

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftlite.fields import whole
 from peftlite.methods.sparse import EntryMethod, SparsePatch, largest
-from peftlite.patch import set_number, trainable
+from peftlite.patch import trainable
 from peftlite.site import Site
 
 
@@ -51,6 +52,10 @@ class SearchPatch(SparsePatch):
         self.pruned = self.taken = None
         super().resize(shapes)
 
+    def verify(self) -> None:
+        if self.indices is not None:
+            super().verify()
+
     def difference(self, noise: bool) -> Tensor:
         """D, no entry pruned; with `noise` as training draws it, where the method is random."""
         return self.values
@@ -77,18 +82,7 @@ class SearchPatch(SparsePatch):
 class SearchMethod(EntryMethod, abstract=True):
     """A method that trains densely for a while, and then the largest changes alone."""
 
-    steps: int = field(kw_only=True)
-
-    patch: ClassVar[type[SearchPatch]] = SearchPatch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "steps", int, lambda steps: steps >= 1, "a whole number from 1 up")
-
-    def build(self, site: Site) -> SearchPatch:
-        if site.is_call:
-            raise self.refuse(site)
-        return self.patch(site, self)
+    steps: int = whole()
 
     def step(self, patches: Sequence[Any]) -> None:
         dense = [patch for patch in patches if patch.taken is not None]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from peftlite.fields import number, whole
 from peftlite.methods.sparse import SparsePatch, draw
-from peftlite.patch import WeightMethod, set_number
+from peftlite.patch import WeightMethod
 from peftlite.site import Site
 
 
@@ -26,23 +27,15 @@ class SHiRA(WeightMethod):
         seed: of the choice.
     """
 
-    rank: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
-        set_number(self, "seed", int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
+    rank: int = whole(32)
+    seed: int = number(0, int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
 
     def build(self, site: Site) -> SparsePatch:
         if not self.accepts(site):
             raise self.refuse(site)
-        w = site.tensor
-        if isinstance(site.module, nn.modules.conv._ConvNd):
-            w = w.flatten(1)  # a kernel's taps are one dimension
-        *stack, rows, columns = w.shape
-        count = self.rank * (rows + columns) * torch.Size(stack).numel()
-        return SparsePatch(site, min(count, w.numel()), self.dtype)
+        stack, (rows, columns) = site.matrices
+        count = self.rank * (rows + columns) * math.prod(stack)
+        return SparsePatch(site, min(count, site.tensor.numel()), self.dtype)
 
     def begin(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:
         generator = torch.Generator().manual_seed(self.seed)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from peftlite.errors import PeftliteError
-from peftlite.patch import Method, Patch, check_choice, set_number, trainable
+from peftlite.fields import number, one_of
+from peftlite.patch import Patch, WeightMethod, trainable
 from peftlite.site import Site, whole_address
 from peftlite.table import shown
 
@@ -38,6 +39,13 @@ class SparsePatch(Patch):
             self.values.data = self.values.new_empty(n[0])
             self.indices = self.values.new_empty(n[0], dtype=self.kind)
 
+    def verify(self) -> None:
+        at = self.indices
+        if at is None or not len(at):
+            return
+        if not (0 <= at[0] and at[-1] < self.size and bool((at[1:] > at[:-1]).all())):
+            raise ValueError("indices beyond the tensor, or out of order")
+
     def place(self, indices: Tensor) -> None:
         """Fixes the entries, each with a difference of zero."""
         self.resize({"values": indices.shape})
@@ -51,19 +59,12 @@ class SparsePatch(Patch):
 
 
 @dataclass(frozen=True)
-class EntryMethod(Method, abstract=True):
+class EntryMethod(WeightMethod, abstract=True):
     """A method of a fraction of the entries of all its sites taken together."""
 
-    fraction: float = 0.005
+    fraction: float = number(0.005, float, lambda f: 0 < f <= 1, "above 0 and at most 1")
 
     takes = "tensors"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "fraction", float, lambda f: 0 < f <= 1, "above 0 and at most 1")
-
-    def default(self, site: Site) -> bool:
-        return site.linear and not site.head
 
     def accepts(self, site: Site) -> bool:
         return not site.is_call
@@ -89,21 +90,16 @@ class SparseMask(EntryMethod):
         scores: for every tensor's address a tensor of its shape. Not saved.
     """
 
-    select: Select = "magnitude"
-    seed: int = 0
+    select: Select = one_of("magnitude", Select)
+    seed: int = number(0, int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
     scores: InitVar[Mapping[str, Tensor] | None] = None
 
     def __post_init__(self, scores: Mapping[str, Tensor] | None) -> None:
         super().__post_init__()
-        set_number(self, "seed", int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
-        check_choice(self, "select", get_args(Select))
         object.__setattr__(self, "scores", scores)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "scores": None}  # a copied or pickled model has its entries
-
-    def build(self, site: Site) -> Patch:
-        return self.build_all([site])[0]
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         for where in sites:
@@ -129,6 +125,15 @@ class SparseMask(EntryMethod):
             chosen = largest(lambda: (self._scores(*pair).reshape(-1) for pair in pairs), count)
         for patch, indices in zip(patches, chosen, strict=True):
             patch.place(indices)
+
+    def fit(
+        self, patches: Sequence[Any], tensors: Sequence[Any], changes: Iterable[Tensor]
+    ) -> None:
+        count = self.count(sum(w.numel() for w in tensors))
+        chosen = largest(lambda: (change.abs().reshape(-1) for change in changes), count)
+        for patch, indices, change in zip(patches, chosen, changes, strict=True):
+            patch.place(indices)
+            patch.values.copy_(change.reshape(-1)[indices])
 
     def _scores(self, patch: SparsePatch, w: Tensor) -> Tensor:
         if self.select == "magnitude":

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.fields import set_number, whole
 from peftlite.methods.low_rank import LowRankPatch
-from peftlite.patch import Patch, WeightMethod, set_number, trainable, wide
+from peftlite.patch import Patch, WeightMethod, trainable, wide
 from peftlite.site import Site
 
 
@@ -52,6 +53,11 @@ class VBLoRAPatch(LowRankPatch):
         if "indices_a" in shapes:
             for name, x in self._compact().items():
                 setattr(self, name, nn.Parameter(x.detach()) if name.startswith("logits") else x)
+
+    def verify(self) -> None:
+        chosen = [x for x in (self.indices_a, self.indices_b) if x is not None]
+        if not all(0 <= int(x.min()) <= int(x.max()) < self.method.num_vectors for x in chosen):
+            raise ValueError("indices of no vector in the bank")
 
     def _compact(self) -> dict[str, Tensor]:
         found, small = {}, self.method.num_vectors <= 256
@@ -100,22 +106,16 @@ class VBLoRA(WeightMethod):
             from it can be trained on, but for the choice.
     """
 
-    rank: int = 4
+    rank: int = whole(4)
     num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
+    vector_length: int = whole(256)
+    topk: int = whole(2, least=2)
     save_only_topk_weights: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_number(self, "rank", int, lambda r: r >= 1, "a whole number from 1 up")
-        set_number(self, "vector_length", int, lambda b: b >= 1, "a whole number from 1 up")
-        set_number(self, "topk", int, lambda k: k >= 2, "a whole number from 2 up")
         enough = f"a whole number from topk={self.topk} up"
         set_number(self, "num_vectors", int, lambda h: h >= self.topk, enough)
-
-    def build(self, site: Site) -> Patch:
-        return self.build_all([site])[0]
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         for site in sites:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlite.fields import number, whole
 from peftlite.methods.low_rank import LowRankPatch, sizes
-from peftlite.patch import Patch, WeightMethod, set_number, trainable
+from peftlite.patch import Patch, WeightMethod, trainable
 from peftlite.site import Site
 
 
@@ -79,18 +80,9 @@ class VeRA(WeightMethod):
             site uses the first columns of A and rows of B.
     """
 
-    rank: int = 256
-    d_initial: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "rank", int, lambda rank: rank >= 1, "a whole number from 1 up")
-        set_number(self, "d_initial", float, lambda d: 0 < abs(d) < math.inf, "finite and not 0")
-        set_number(self, "seed", int, lambda seed: 0 <= seed < 2**64, "in [0, 2**64)")
-
-    def build(self, site: Site) -> Patch:
-        return self.build_all([site])[0]
+    rank: int = whole(256)
+    d_initial: float = number(0.1, float, lambda d: 0 < abs(d) < math.inf, "finite and not 0")
+    seed: int = number(0, int, lambda seed: 0 <= seed < 2**64, "in [0, 2**64)")
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         for site in sites:

@@ -213,12 +213,10 @@ def test_logits_are_pefts(kind: str, method: str) -> None:
         encoder = theirs.prompt_encoder["default"]
         with torch.no_grad():
             own = [p for _, p in delta.named_parameters()]
-            tables, matrices, vectors = [encoder.embedding.weight[:N]], [], []
-            for layer in encoder.mlp_head[::2]:
-                matrices.append(layer.weight)
-                vectors.append(layer.bias)
             gates = [*encoder.lstm_head.parameters()] if method == "lstm" else []
-            for mine, other in zip(own, tables + gates + matrices + vectors, strict=True):
+            maps = [*encoder.mlp_head.parameters()]
+            theirs_in_order = [encoder.embedding.weight[:N], *gates, *maps]
+            for mine, other in zip(own, theirs_in_order, strict=True):
                 other.copy_(mine)
     ids = tokens()
     mask = torch.ones_like(ids)

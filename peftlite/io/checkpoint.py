@@ -1,0 +1,175 @@
+"""Checkpoint: a model's tensors on disk, in one safetensors file or in the shards of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from peftlite.errors import FileError
+from peftlite.io.files import (
+    Tensors,
+    as_path,
+    data_of,
+    flush_folder,
+    reason,
+    replacing,
+)
+from peftlite.table import few, shown
+
+INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)(\.index\.json)?")
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A model's tensors by name; each lies in its file until it is used.
+
+    Args:
+        path: a safetensors file; a folder as `save_pretrained` leaves it, or the index in it.
+
+    Raises FileError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        where = as_path(path)
+        if where.name.endswith(INDEX):
+            where = where.parent
+        self.path = where
+        self.folder = where if where.is_dir() else None
+        self.files = [Tensors(file) for file in (_shards(where) if self.folder else [where])]
+        self._home = {key: file for file in self.files for key in file.entries}
+        if len(self._home) < sum(len(file.entries) for file in self.files):
+            raise FileError(f"{str(where)!r} has a tensor in two of its files")
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._home[key].get(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    def rewrite(
+        self, out: str | os.PathLike[str], change: Callable[[str], Tensor | None], tell: Any
+    ) -> None:
+        """Writes a checkpoint like this one, of as many files, but for the tensors that change.
+
+        All else stays byte for byte: headers, the order of the tensors, and what else is in the
+        folder but weights of other formats. It is there whole or not at all.
+
+        Args:
+            change: a tensor's new values, of its dtype and shape; None if it stays.
+            tell: called with the bytes that were written since it was.
+        """
+        where = as_path(out)
+        if self.folder is None:
+            if where.exists() and self.path.samefile(where):
+                raise FileError(f"{str(where)!r} is the base itself: give the result another name")
+            with replacing(where) as file:
+                _rewrite(self.files[0], file, change, tell)
+            return
+        with _replacing_folder(where) as temporary:
+            for tensors in self.files:
+                with replacing(temporary / Path(tensors.path).name) as file:
+                    _rewrite(tensors, file, change, tell)
+            for other in sorted(self.folder.iterdir()):
+                mine = other.name.endswith(INDEX) or not _WEIGHTS.fullmatch(other.name)
+                if other.is_file() and mine:
+                    shutil.copyfile(other, temporary / other.name)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that its index names, or the only one."""
+    found = sorted(path.name for path in folder.iterdir())
+    indices = [name for name in found if name.endswith(INDEX)]
+    files = [name for name in found if name.endswith(".safetensors")]
+    if len(indices) > 1 or (not indices and len(files) != 1):
+        raise FileError(
+            f"{str(folder)!r} has {few(indices or files) or 'no safetensors file'}: name the one "
+            "that holds the model"
+        )
+    if not indices:
+        return [folder / files[0]]
+    at = str(folder / indices[0])
+    try:
+        names = {*json.loads(Path(at).read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise FileError(f"{at!r} is no index of a checkpoint: {reason(error)}") from error
+    for name in names:
+        # a name, and no path to a file elsewhere
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise FileError(f"{at!r} names {shown(name)}, which is no name of a safetensors file")
+    return [folder / name for name in sorted(names)]
+
+
+def _rewrite(
+    tensors: Tensors,
+    out: BinaryIO,
+    change: Callable[[str], Tensor | None],
+    tell: Callable[[int], Any],
+) -> None:
+    with open(tensors.path, "rb") as source:
+        (length,) = struct.unpack("<Q", source.read(8))
+        header = json.loads(source.read(length))
+        header.pop("__metadata__", None)
+        spans = sorted((*its["data_offsets"], key) for key, its in header.items())
+        source.seek(0)
+        _copy(source, out, 8 + length, tell)
+        for start, stop, key in spans:
+            if _put(change(key), out):
+                source.seek(stop - start, os.SEEK_CUR)
+                tell(stop - start)
+            else:
+                _copy(source, out, stop - start, tell)
+
+
+def _put(value: Tensor | None, out: BinaryIO) -> bool:
+    """Writes a tensor, if there is one; it is let go before the next is made."""
+    if value is not None:
+        out.write(data_of(value))
+    return value is not None
+
+
+def _copy(source: BinaryIO, out: BinaryIO, count: int, tell: Callable[[int], Any]) -> None:
+    while count:
+        data = source.read(min(count, 1 << 20))
+        if not data:
+            raise FileError(f"{source.name!r} became shorter while it was read")
+        out.write(data)
+        tell(len(data))
+        count -= len(data)
+
+
+@contextlib.contextmanager
+def _replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder that is at `path` once its body is done, and is gone if it fails."""
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileError(f"can't write {str(path)!r}: it is there already; name a new folder")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            temporary.mkdir()
+            yield temporary
+            flush_folder(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        flush_folder(path.parent)
+    except (OSError, ValueError) as error:
+        raise FileError(f"can't write {str(path)!r}: {reason(error)}") from error

@@ -1,0 +1,55 @@
+"""export: a delta as a file or a folder that a peer reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+from peftlite.delta import Delta
+from peftlite.errors import PeftliteError
+from peftlite.io.files import as_path
+from peftlite.io.peers import DIFFUSERS, KOHYA
+from peftlite.io.peft import writing as peft
+from peftlite.table import shown
+
+Format = Literal["peft", "kohya", "diffusers"]
+
+_WRITERS: dict[str, Callable[..., None]] = {
+    "peft": peft.write,
+    "kohya": KOHYA.write,
+    "diffusers": DIFFUSERS.write,
+}
+
+
+def export(
+    delta: Delta,
+    path: str | os.PathLike[str],
+    format: Format = "peft",
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a delta in a peer's format, for the same outputs in that peer.
+
+    "peft": a folder with adapter_config.json and adapter_model.safetensors, as
+    `PeftModel.from_pretrained(model, path)` reads it. It gets its name when it is complete; an
+    older adapter there is replaced, and a folder with anything else in it is left alone.
+    "kohya", "diffusers": one safetensors file, of low-rank products (kohya: LoHa and LoKr, too).
+
+    Args:
+        settings: more for adapter_config.json, such as
+            {"base_model_name_or_path": "gpt2", "task_type": "CAUSAL_LM"}; for kohya and diffusers
+            more for the file's metadata, all text.
+
+    Raises:
+        FileError: the path can't be written.
+        PeftliteError: the peer has nothing that is this delta.
+    """
+    if not isinstance(delta, Delta):
+        raise PeftliteError(
+            f"export takes a delta, such as pl.deltas(model)['sql']: not {shown(delta)}"
+        )
+    if format not in get_args(Format):
+        listed = ", ".join(map(repr, get_args(Format)))
+        raise PeftliteError(f"format must be one of {listed}, not {shown(format)}")
+    _WRITERS[format](delta, as_path(path), settings)

@@ -1,0 +1,54 @@
+"""Peers' files that are one list of tensors: kohya and LyCORIS, diffusers, loralib and its like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftlite.delta import Delta
+from peftlite.io.content import Content, Info
+from peftlite.io.files import Tensors
+from peftlite.io.peers import writing
+from peftlite.io.peers.peer import ALPHA, PEERS, Peer
+from peftlite.io.peers.reading import Reading
+
+
+@dataclass(frozen=True)
+class Format:
+    """A peer's file, read and written as those of every format are."""
+
+    peer: Peer
+
+    def recognises(self, path: Path, file: Tensors | None) -> bool:
+        """Whether a file (None: it's a folder) is of this format, going by what it holds."""
+        named = filter(None, map(self.peer.split, file.entries if file else ()))
+        return any(name != ALPHA for _, name in named)
+
+    def inspect(self, path: Path) -> Info:
+        """What a file says, its values not looked at. Raises FileError."""
+        reading = Reading(self.peer, Tensors(path))
+        entries = reading.file.entries.items()
+        return Info(
+            name="default",
+            methods=list(reading.methods.items()),
+            tensors={k: (str(its.dtype).removeprefix("torch."), its.shape) for k, its in entries},
+            num_bytes=reading.file.num_bytes,
+            format=self.peer.name,
+        )
+
+    def read(self, model: nn.Module, path: Path) -> Content:
+        """A file's content; each tensor is read as it is asked for. Raises FileError."""
+        reading = Reading(self.peer, Tensors(path), model)
+        return Content("default", list(reading.methods.items()), reading.entries, reading.get)
+
+    def write(self, delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+        """Writes a delta as a file that the peer loads, with `settings` for its metadata."""
+        writing.write(self.peer, delta, path, settings or {})
+
+
+FORMATS = tuple(map(Format, PEERS))
+KOHYA, DIFFUSERS = FORMATS[:2]

@@ -1,0 +1,217 @@
+"""Reading: what a peer's file says, in peftlite's words."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlite.errors import FileError, PeftliteError
+from peftlite.io.files import Entry, Tensors, reason
+from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Peer
+from peftlite.io.peft.forms import FORMS, At, Config
+from peftlite.methods.lokr import LoKr
+from peftlite.patch import Method
+from peftlite.site import Site, sites, slice_of
+from peftlite.table import few
+
+# what comes of asking odd tensors and metadata for what they should have
+_ODD = (PeftliteError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+
+View = Callable[[Tensor], Tensor]
+
+
+class Reading:
+    """A file as it is understood; without a model, its methods and its own names alone."""
+
+    def __init__(self, peer: Peer, file: Tensors, model: nn.Module | None = None):
+        self.peer, self.file = peer, file
+        self.methods: dict[Method, list[str]] = {}
+        self.entries: dict[str, Entry] = {}
+        self._sources: dict[str, tuple[str, View]] = {}
+        modules = self._modules()
+        found = self._locate(model, modules) if model is not None else {}
+        for name, keys in modules.items():
+            with self._fitting(name):
+                self._read(name, keys, found.get(name))
+
+    def get(self, key: str) -> Tensor:
+        """A tensor's values."""
+        source, view = self._sources[key]
+        return view(self.file.get(source))
+
+    def _refuse(self, what: str) -> FileError:
+        return FileError(f"{self.file.path!r} is of {self.peer.name}, and {what}")
+
+    @contextlib.contextmanager
+    def _fitting(self, name: str) -> Iterator[None]:
+        """Says which module of which file it is whose tensors make no sense."""
+        try:
+            yield
+        except FileError:
+            raise
+        except _ODD as error:
+            raise self._refuse(f"{name} can't be: {reason(error)}") from error
+
+    def _modules(self) -> dict[str, dict[str, str]]:
+        """The keys of each module, by the peer's names of parameters."""
+        modules: dict[str, dict[str, str]] = {}
+        for key in self.file.entries:
+            found = self.peer.split(key)
+            if found is None:
+                raise self._refuse(f"has {key}, which can't be read")
+            keys = modules.setdefault(found[0], {})
+            if found[1] in keys:
+                raise self._refuse(f"has {key} beside {keys[found[1]]}")
+            keys[found[1]] = key
+        return modules
+
+    # -- where
+
+    def _locate(self, model: nn.Module, modules: Mapping[str, Any]) -> dict[str, Site]:
+        """The weights of the modules that the file names."""
+        there: dict[str, dict[str, Site]] = {}
+        for site in sites(model):
+            for path in (n.removesuffix(".weight") for n in site.names if n.endswith(".weight")):
+                there.setdefault(self.peer.joined(path), {})[path] = site
+        found: dict[str, Site] = {}
+        for name in modules:
+            own = next((there[p] for p in self.peer.paths(name) if p in there), None)
+            if own is not None and len({*own.values()}) > 1:
+                raise self._refuse(
+                    f"{name} may be {' or '.join(own)} in this model: rename one of them to load it"
+                )
+            if own is not None:
+                found[name] = next(iter(own.values()))
+        if lost := [name for name in modules if name not in found]:
+            first = [lost[0], *self.peer.paths(lost[0])][-1]
+            near = difflib.get_close_matches(first, there, n=3, cutoff=0.3)
+            raise self._refuse(
+                f"of its {len(modules)} modules this model lacks {len(lost)}: {few(lost)}; nearest "
+                f"to the first: {few(path for p in near for path in there[p])}"
+            )
+        return found
+
+    def _parts(
+        self, name: str, site: Site, t: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, dict[str, View]]]:
+        """The addresses that a module's tensors are for, and what is each one's of them."""
+        groups = len(t["a"]) // t["b"].shape[1] if self.peer.fuses else 1
+        if groups <= 1:
+            yield site.address, {}
+            return
+        parts = json.loads(self.file.metadata.get(PARTS, "[]"))
+        if len(parts) != groups:
+            raise self._refuse(
+                f"{name} has factors of {groups} parts of a weight, and {parts} are said: say "
+                f"which, with peftlite convert {self.file.path!r} NEW --alpha NUMBER --parts q v"
+            )
+        rank, start = t["b"].shape[1], 0
+        for n, part in enumerate(parts):
+            _, first, stop = slice_of(site, part).index or (0, 0, 0)
+            rows = {"a": (n * rank, rank), "b": (start, stop - first)}
+            start += stop - first
+            cut = {p: lambda x, at=at: x.narrow(0, *at) for p, at in rows.items()}
+            yield f"{site.address}[{part}]", cut
+        if start != len(t["b"]):
+            raise ValueError(f"its parts {parts} have {start} outputs, and B {len(t['b'])}")
+
+    # -- what
+
+    def _read(self, name: str, keys: dict[str, str], site: Site | None) -> None:
+        """Adds what the file has of one module."""
+        kind, own = self._kind(name, keys)
+        lie = {p: self.file.entries[key].meta for p, key in own.items()}
+        turned = self.peer.turns and (site.transposed if site else _as_weight(**lie))
+        views = {p: self._view(p, turned) for p in own}
+        t = {p: views[p](x) for p, x in lie.items()}
+        method = self._method(kind, name, keys, t)
+        if site is None:
+            self.methods.setdefault(method, []).append(name)
+            return
+        for address, cut in self._parts(name, site, t):
+            self.methods.setdefault(method, []).append(address)
+            for p, key in own.items():
+                whole, part = views[p], cut.get(p, _same)
+                made = part(t[p])
+                self.entries[f"{address}:{p}"] = Entry(made.dtype, tuple(made.shape))
+                self._sources[f"{address}:{p}"] = key, lambda x, w=whole, c=part: c(w(x))
+
+    def _kind(self, name: str, keys: Mapping[str, str]) -> tuple[type[Method], dict[str, str]]:
+        """A module's method, and its keys by our names of parameters."""
+        for kind, names in self.peer.methods.items():
+            own = {p: keys[theirs] for p, theirs in names.items() if theirs in keys}
+            if len(own) < len(keys.keys() - {ALPHA}):
+                continue
+            if kind is not LoKr and (lost := [n for n in names.values() if n not in keys]):
+                raise self._refuse(f"{name} has no {lost[0]}")
+            return kind, own
+        raise self._refuse(f"{name} has {', '.join(keys)}: together these are no method here")
+
+    def _view(self, parameter: str, turned: bool) -> View:
+        """What makes a parameter of ours of the peer's tensor."""
+        axis = self.peer.norms
+
+        def norms(x: Tensor) -> Tensor:
+            return x.flatten() if x.dim() > axis and x.numel() == x.shape[axis] else x
+
+        def factor(x: Tensor) -> Tensor:
+            x = x.flatten(1) if x.dim() > 2 else x
+            return x.mT if turned else x
+
+        return norms if parameter == "m" else factor
+
+    def _method(
+        self, kind: type[Method], name: str, keys: Mapping[str, str], t: Mapping[str, Tensor]
+    ) -> Method:
+        """A module's method, with the settings that its tensors and the file tell."""
+        rank = next((t[p].shape[at] for p, at in RANKS if p in t), None)
+        settings: dict[str, Any] = {}
+        if kind is LoKr:
+            first = t["w1"].shape if "w1" in t else (len(t["w1a"]), t["w1b"].shape[1])
+            settings = {"factor": max(first), "decompose_both": "w1a" in t}
+        if rank is None:  # both factors are whole, and α says nothing
+            rank = max(n for x in t.values() for n in x.shape)
+        elif ALPHA in keys:
+            settings[ALPHA] = self.file.get(keys[ALPHA]).item()
+        elif CONFIG in self.file.metadata:
+            settings |= self._config(name, t["a"])
+        elif self.peer.alpha is None:
+            settings[ALPHA] = self._alpha()
+        return kind(rank=rank, **settings)
+
+    def _alpha(self) -> float:
+        if ALPHA not in self.file.metadata:
+            raise self._refuse(
+                "such files don't say α: say it once, with "
+                f"peftlite convert {self.file.path!r} NEW --alpha NUMBER"
+            )
+        return float(self.file.metadata[ALPHA])
+
+    def _config(self, name: str, a: Tensor) -> dict[str, Any]:
+        """The settings of a module in diffusers' metadata: peft's, of each part of a pipeline."""
+        data = dict(json.loads(self.file.metadata[CONFIG]))
+        part, _, path = name.partition(".")
+        start = f"{part}."
+        if own := {k.removeprefix(start): v for k, v in data.items() if k.startswith(start)}:
+            data, name = own, path
+        config = Config({"peft_type": "LORA", **data}, self.file.path)
+        method: Any = FORMS["LORA"].method(config, At(name), {"lora_A.weight": a})
+        config.take("bias", "none", str)  # a bias that is trained has a key, which can't be read
+        config.finish()
+        if method.init != "kaiming":
+            raise ValueError(f"its base isn't the model's own, being trained with {method.init}")
+        return {"alpha": method.alpha, "scaling": method.scaling}
+
+
+def _as_weight(a: Tensor, b: Tensor) -> bool:
+    """Whether factors lie as a weight whose inputs come first does."""
+    return a.shape[0] != b.shape[1] and a.shape[1] == b.shape[0]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

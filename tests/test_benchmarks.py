@@ -1,0 +1,115 @@
+"""The benchmarks: every script imports, and the comparison of quality runs, resumes and reports."""
+
+import csv
+import importlib
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import quality
+from comparison import results
+from comparison.digits import Digits
+from comparison.methods import ALL, FROZEN, LOW, METHODS, Row
+from comparison.run import Outcome
+from comparison.sweep import SEEDS, TRIES, Record, seek, sweep
+
+import peftlite as pl
+
+FOLDER = Path(quality.__file__).parent
+LORA = Row("LoRA", LOW, lambda task: pl.LoRA(rank=2))
+LOST = Row("lost", LOW, lambda task: pl.LoRA(targets="nowhere"))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    return Digits(tmp_path_factory.mktemp("cache"), quick=True)
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_a_script_imports(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    assert importlib.import_module(script).__doc__
+
+
+def test_quick_shows_a_row_for_every_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["frozen base", "LoRA r8"]
+    where = ["--cache", str(tmp_path), "--results", str(tmp_path)]
+    quality.main(["--quick", "--tasks", "T3", "--methods", *names, *where])
+    out = capsys.readouterr().out
+    assert all(f"T3 digits  {name}" in out for name in names)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_a_row_can_be_made(row: Row, digits: Digits) -> None:
+    assert all(isinstance(method, pl.Method) for method in row.methods(digits))
+
+
+def test_names_are_distinct() -> None:
+    assert len({row.name for row in METHODS}) == len(METHODS)
+
+
+def test_a_sweep_resumes(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "runs.csv"
+    for row in (LORA, LOST):
+        sweep(digits, row, Record(file, "a commit"))
+    found = _lines(file)
+    assert len(found) == TRIES + len(SEEDS) + 1
+    untested = [line for line in found if line["quality"] == "nan"]
+    assert len(untested) == TRIES + 1  # a rate is sought without the test split
+    assert "'nowhere' matches nothing" in found[-1]["error"]
+
+    monkeypatch.setattr("comparison.sweep.run", None)
+    before = file.read_text()
+    sweep(digits, LORA, Record(file, "another"))
+    assert file.read_text() == before
+
+
+def test_results_have_means_and_reasons(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = METHODS[0]
+    monkeypatch.setattr(results, "METHODS", [frozen, LORA, LOST])
+    record = Record(None, "a commit")
+    for row in (frozen, LORA, LOST):
+        sweep(digits, row, record)
+    results.write(tmp_path / "quality.csv", results.summary(record, [Digits]), {})
+    base, lora, lost = _lines(tmp_path / "quality.csv")
+    assert (base["parameters"], base["seeds"], base["forgetting"]) == ("0", "1", "0")
+    assert lora["seeds"] == str(len(SEEDS)) and float(lora["quality_sd"]) >= 0
+    assert int(lora["parameters"]) == 2 * 2 * (4 * 128 + 2 * 320) + (4 + 64) * 2 + 650
+    assert lost["quality"] == "" and "nowhere" in lost["error"]
+
+
+def test_results_say_how_far_it_is_from_frozen_to_full() -> None:
+    record = Record(None, "a commit")
+    for name, qualities in {FROZEN: [0.2], ALL: [0.8, 0.6], "LoRA r8": [0.5, 0.5]}.items():
+        for seed, value in enumerate(qualities, start=1):
+            outcome = asdict(Outcome(quality=value))
+            record.add(task=Digits.name, method=name, key="", rate=0.1, seed=seed, **outcome)
+    found = {row["method"]: row for row in results.summary(record, [Digits])}
+    assert found[ALL]["gap_closed"] == 1 and "gap_closed" not in found[FROZEN]
+    assert found["LoRA r8"]["gap_closed"] == pytest.approx((0.3 / 0.6 + 0.3 / 0.4) / 2)
+
+
+@pytest.mark.parametrize(("best", "found"), [(0, 0), (1, 1), (2, 2), (-4, -4), (7, 6)])
+def test_seek_tries_as_many_rates_for_all(best: int, found: int) -> None:
+    tried = []
+
+    def loss(rate: float) -> float:
+        tried.append(rate)
+        return (math.log2(rate) - best) ** 2
+
+    assert seek(loss, 1.0) == 2.0**found
+    assert len(tried) == TRIES == len(set(tried))
+
+
+def test_seek_passes_over_rates_that_diverge() -> None:
+    assert seek(lambda rate: math.nan if rate >= 1 else -rate, 1.0) == 0.25

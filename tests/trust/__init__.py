@@ -1,0 +1,1 @@
+"""Trust: trials of what must survive, of any size; `benchmarks/trust.py` prints their figures."""

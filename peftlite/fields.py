@@ -41,7 +41,9 @@ def one_of(default: Any, literal: Any) -> Any:
 
 
 def _field(default: Any, check: Callable[[Any, str], None]) -> Any:
-    return field(default=default, kw_only=default is MISSING, metadata={"check": check})
+    if default is MISSING:
+        return field(kw_only=True, metadata={"check": check})
+    return field(default=default, metadata={"check": check})
 
 
 def check_fields(method: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the hub is first imported
 
@@ -19,8 +20,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """The same random numbers for a test, whichever tests ran before it."""
+def alone() -> Iterator[None]:
+    """The same random numbers for a test, whichever tests ran before it, and torch as it was."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    yield
+    left = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_grad_enabled(True)
+    assert left == (True, 1, torch.float32), "a test left torch otherwise than it found it"

@@ -178,7 +178,11 @@ def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(2) as pool:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            try:
+                waiting.append(pool.submit(function, item))
+            except RuntimeError:  # no threads begin while Python ends, as in an `atexit` handler
+                waiting.append(Future())
+                waiting[-1].set_result(function(item))
             if len(waiting) > 4:
                 yield waiting.popleft().result()
         while waiting:
@@ -187,9 +191,15 @@ def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 def data_of(tensor: Tensor) -> np.ndarray:
     """A tensor's bytes in order, without copying where they lie in order already."""
-    # a dimension of one may have any stride, and still passes for contiguous
-    data = gather(tensor.detach()).cpu().contiguous().reshape(-1)
-    return data.view(torch.uint8).numpy() if data.numel() else np.empty(0, np.uint8)
+    return bytes_of(gather(tensor.detach()).cpu()).numpy()
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in order, where it is."""
+    data = tensor.contiguous().reshape(-1)
+    if data.numel() < 2:  # which may have any stride, and still passes for contiguous
+        data = data.clone().as_strided(data.shape, (1,))
+    return data.view(torch.uint8) if data.numel() else data.new_empty(0, dtype=torch.uint8)
 
 
 def sha256(tensor: Tensor) -> str:

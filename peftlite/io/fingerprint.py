@@ -9,6 +9,7 @@ A sample is quick, and sees another model; only the whole sees that one weight w
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftlite.delta import gather
-from peftlite.io.files import data_of, sha256
+from peftlite.io.files import ahead, bytes_of, data_of, sha256
 
 Fingerprint = Literal["sha256", "sampled"]
 KINDS = get_args(Fingerprint)
@@ -28,8 +29,19 @@ _LANES = 1021
 
 def fingerprint(tensor: Tensor, kind: str) -> dict[str, Any]:
     """What a tensor is; `kind` says whether by all of it or by a sample."""
+    return next(fingerprints([(tensor, kind)]))
+
+
+def fingerprints(items: Iterable[tuple[Tensor, str]]) -> Iterator[dict[str, Any]]:
+    """What tensors are, each by its kind."""
+    # processes gather in the same order: here, and not in the threads
+    return ahead(_fingerprint, ((gather(tensor.detach()), tensor, kind) for tensor, kind in items))
+
+
+def _fingerprint(item: tuple[Tensor, Tensor, str]) -> dict[str, Any]:
+    data, tensor, kind = item
     dtype = str(tensor.dtype).removeprefix("torch.")
-    digest = _whole(tensor) if kind == "sha256" else _sample(tensor)
+    digest = _whole(data, tensor) if kind == "sha256" else _sample(data)
     return {"dtype": dtype, "shape": list(tensor.shape), kind: digest}
 
 
@@ -39,12 +51,12 @@ def kind_of(entry: dict[str, Any]) -> str | None:
     return kinds[0] if kinds else None
 
 
-def _whole(tensor: Tensor) -> str:
+def _whole(data: Tensor, tensor: Tensor) -> str:
     # writing through `.data` isn't counted as a version
-    state = (tensor._version, _checksum(tensor))
+    state = (tensor._version, _checksum(data))
     held = _known.get(tensor)
     if held is None or held[0] != state:
-        held = _known[tensor] = (state, sha256(tensor))
+        held = _known[tensor] = (state, sha256(data))
     return held[1]
 
 
@@ -53,8 +65,7 @@ def _checksum(tensor: Tensor) -> tuple[list[int], bytes]:
 
     In lanes, since one sum wouldn't see rows change places; a prime's, since rows fit none.
     """
-    data = gather(tensor.detach()).contiguous().reshape(-1)
-    data = data.view(torch.uint8) if data.numel() else data.new_empty(0, dtype=torch.uint8)
+    data = bytes_of(tensor)
     whole = len(data) // (8 * _LANES) * 8 * _LANES
     if data.data_ptr() % 8:
         data = data.clone()
@@ -63,7 +74,7 @@ def _checksum(tensor: Tensor) -> tuple[list[int], bytes]:
 
 
 def _sample(tensor: Tensor) -> str:
-    flat = gather(tensor.detach()).reshape(-1)
+    flat = tensor.reshape(-1)
     count = min(len(flat), 4096)
     at = torch.arange(count, device=flat.device) * len(flat) // max(count, 1)
     return hashlib.sha256(data_of(flat[at])).hexdigest()

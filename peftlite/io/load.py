@@ -21,7 +21,7 @@ from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetE
 from peftlite.io import native, peers, peft, standin
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors, ahead, as_path, is_finite, reason
-from peftlite.io.fingerprint import fingerprint, kind_of
+from peftlite.io.fingerprint import fingerprints, kind_of
 from peftlite.site import Site, whole_address
 from peftlite.table import few
 
@@ -176,11 +176,11 @@ def _check_base(
 ) -> None:
     wrong = []
     wholes = {whole_address(a): where for a, where in sites.items() if not where.is_call}
-    for address, where in wholes.items():
-        theirs = base.get(address)
-        if theirs is None:
-            raise FileError(f"{str(path)!r} lacks the fingerprint of {address}")
-        mine = fingerprint(where.whole, kind_of(theirs) or "")
+    if missing := [address for address in wholes if address not in base]:
+        raise FileError(f"{str(path)!r} lacks the fingerprint of {missing[0]}")
+    found = fingerprints((w.whole, kind_of(base[a]) or "") for a, w in wholes.items())
+    for address, mine in zip(wholes, found, strict=True):
+        theirs = base[address]
         if differing := [what for what in theirs if mine[what] != theirs[what]]:
             what = differing[0]
             why = f" ({what} {theirs[what]}, here {mine[what]})"

@@ -26,20 +26,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.delta import Delta
+from peftlite.delta import Delta, gather
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io import packing, standin
 from peftlite.io.content import Content, Info
 from peftlite.io.files import (
     Entry,
     Tensors,
+    ahead,
     as_path,
     is_finite,
     replacing,
     sha256,
     write_tensors,
 )
-from peftlite.io.fingerprint import KINDS, Fingerprint, fingerprint, kind_of
+from peftlite.io.fingerprint import KINDS, Fingerprint, fingerprints, kind_of
 from peftlite.merge import base_tensor
 from peftlite.patch import Method
 from peftlite.site import whole_address
@@ -86,10 +87,10 @@ def save(
             raise PeftliteError(f"{name} must be one of {listed}, not {shown(given)}")
     where = as_path(path)
     tensors = delta.saved()
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise PeftliteError(f"{key} is on the meta device and has no values to save")
-        if not is_finite(tensor):
+    if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise PeftliteError(f"{empty[0]} is on the meta device and has no values to save")
+    for key, finite in zip(tensors, ahead(is_finite, map(gather, tensors.values())), strict=True):
+        if not finite:
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     stored, about = packing.pack(tensors, pack)
     entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in stored.items()}
@@ -147,15 +148,17 @@ def _settings(kind: type[Method]) -> list[str]:
 
 def _fingerprints(delta: Delta, kind: str) -> dict[str, dict[str, Any]]:
     """What every tensor the delta changes is in the base without the delta."""
-    found = {}
-    for address, placed in delta.placed.items():
-        whole = whole_address(address)
-        if not placed.site.is_call and whole not in found:
-            tensor = placed.site.whole
-            if delta.merged_in is not None:
-                tensor = base_tensor(delta.merged_in, placed.site, but=delta)
-            found[whole] = fingerprint(tensor, kind)
-    return found
+    sites = {
+        whole_address(address): placed.site
+        for address, placed in delta.placed.items()
+        if not placed.site.is_call
+    }
+    merged_in = delta.merged_in
+    tensors = (
+        where.whole if merged_in is None else base_tensor(merged_in, where, but=delta)
+        for where in sites.values()
+    )
+    return dict(zip(sites, fingerprints((tensor, kind) for tensor in tensors), strict=True))
 
 
 def _notes(notes: Any) -> dict[str, Any]:

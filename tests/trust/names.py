@@ -35,7 +35,6 @@ ALLOWED = {
     ("choice.py", "__setstate__"): "the same",
     ("delta.py", "__getstate__"): "the same",
     ("host.py", "__reduce_ex__"): "the same: a host's class is made anew where the copy is made",
-    ("kernels/dispatch.py", "importlib.util"): "whether Triton is there",
     ("methods/sparse.py", "__getstate__"): "the same",
 }
 

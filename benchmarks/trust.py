@@ -39,7 +39,7 @@ GOALS = (
     Goal("R2", "flipped bits", malformed.r2, (200,), (500,), (10_000,)),
     Goal("R3", "edited bases", bases.r3, (72,), (180,), (1000,)),
     Goal("R4", "faults in verbs", faults.r4, (20,), (150,), (10_000,)),
-    Goal("R5", "kill -9 in saves", kills.r5, (15,), (60,), (1000,)),
+    Goal("R5", "kill -9 in saves", kills.r5, (15,), (300,), (1000,)),
     Goal("R5", "failing disks", kills.r5_disk),
     Goal("R7", "merge and unmerge", merging.r7, (5,), (50,), (1000,)),
     Goal("R8", "merges that aren't finite", merging.r8),

@@ -18,6 +18,7 @@ from dataclasses import MISSING, field, fields
 from typing import Any, get_args
 
 from peftlite.errors import PeftliteError
+from peftlite.table import shown
 
 
 def number(default: Any, kind: type, allowed: Callable[[Any], bool], what: str) -> Any:
@@ -72,6 +73,11 @@ def set_number(
 
 def check_choice(method: Any, name: str, allowed: Collection[Any]) -> None:
     """Raises PeftliteError if a hyperparameter is none of those allowed."""
-    given = getattr(method, name)
+    check_given(name, getattr(method, name), allowed)
+
+
+def check_given(name: str, given: Any, allowed: Collection[Any]) -> None:
+    """Raises PeftliteError if an argument is none of those allowed."""
     if not any(isinstance(given, type(one)) and given == one for one in allowed):
-        raise PeftliteError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {given!r}")
+        listed = ", ".join(map(repr, allowed))
+        raise PeftliteError(f"{name} must be one of {listed}, not {shown(given)}")

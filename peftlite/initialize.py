@@ -13,6 +13,7 @@ from peftlite.assign import Placed
 from peftlite.attach import require
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
+from peftlite.maps import narrow
 from peftlite.methods.lora import LoRAPatch
 from peftlite.patch import wide
 from peftlite.site import whole_address
@@ -104,10 +105,7 @@ def _finite(address: str, data: Tensor) -> Tensor:
 
 def _part(placed: Placed, whole: Tensor) -> Tensor:
     """What of a whole tensor a site takes, as its matrices (o, i)."""
-    if placed.site.index is not None:
-        dim, start, stop = placed.site.index
-        whole = whole.narrow(dim, start, stop - start)
-    return placed.patch.matrix(whole)
+    return placed.patch.matrix(narrow(whole, placed.site.index))
 
 
 # -- looking

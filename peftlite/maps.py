@@ -188,6 +188,14 @@ def kind_of(module: nn.Module) -> type[Map] | None:
     return _KINDS.get(forward)
 
 
+def narrow(tensor: Tensor, index: tuple[int, int, int] | None) -> Tensor:
+    """The part of a tensor at `(dim, start, stop)`; all of it if None."""
+    if index is None:
+        return tensor
+    dim, start, stop = index
+    return tensor.narrow(dim, start, stop - start)
+
+
 def widen(
     left: Tensor, right: Tensor, index: tuple[int, int, int] | None, shape: torch.Size
 ) -> tuple[Tensor, Tensor]:

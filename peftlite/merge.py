@@ -15,6 +15,7 @@ from peftlite.attach import Registry, changeable, remove, require, restoring
 from peftlite.choice import Names
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
+from peftlite.fields import check_given
 from peftlite.patch import Patch, apply, wide
 from peftlite.residual import Residual
 from peftlite.site import Site, walk, whole_address
@@ -178,9 +179,7 @@ def _mergeable(
 ) -> dict[str, tuple[Site, list[Patch]]]:
     """What a delta writes to, once nothing speaks against it."""
     name = delta.name
-    if backup not in get_args(Backup):
-        listed = ", ".join(map(repr, get_args(Backup)))
-        raise PeftliteError(f"backup must be one of {listed}, not {backup!r}")
+    check_given("backup", backup, get_args(Backup))
     if name in registry.merged:
         raise PeftliteError(f"{name!r} is merged already: pl.unmerge it first")
     refuse_calls(delta)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from peftlite.errors import BaseMismatchError, PeftliteError
 from peftlite.io import inspect, load
 from peftlite.io.checkpoint import Checkpoint
-from peftlite.io.fingerprint import fingerprint, kind_of
+from peftlite.io.fingerprint import difference, fingerprint, kind_of
 from peftlite.io.standin import stand_in
 from peftlite.merge import Receipt, by_tensor, checked, refuse_calls
 from peftlite.patch import Patch
@@ -80,13 +80,10 @@ def _check(theirs: dict[str, Any] | None, key: str, w: Tensor, path: str, mode: 
     """Compares a tensor with the one that the delta in a file was made for."""
     if theirs is None or mode == "off":
         return
-    mine = fingerprint(w, kind_of(theirs) or "")
-    differing = [what for what in theirs if mine[what] != theirs[what]]
-    if not differing:
+    how = difference(theirs, fingerprint(w, kind_of(theirs) or ""))
+    if how is None:
         return
-    what = differing[0]
-    why = f" ({what} {theirs[what]}, here {mine[what]})" if what in ("dtype", "shape") else ""
-    message = f"{path!r} was made for other base weights: {key} differs{why}"
+    message = f"{path!r} was made for other base weights: {key} differs{how}"
     if mode == "error":
         raise BaseMismatchError(
             f"{message}; merge it into the base it was trained on, or pass check_base='warn'"

@@ -67,10 +67,7 @@ class Site:
     @property
     def tensor(self) -> Tensor:
         """The part of the base tensor that the site names, no patch applied."""
-        if self.index is None:
-            return self.whole
-        dim, start, stop = self.index
-        return self.whole.narrow(dim, start, stop - start)
+        return maps.narrow(self.whole, self.index)
 
     @property
     def rides(self) -> bool:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.algebra.combine import Options
-from peftlite.algebra.held import Held, change_of, cut, truncated
+from peftlite.algebra.held import Held, change_of, truncated
 from peftlite.assign import Placed, assign, methods_in
 from peftlite.attach import check, find
 from peftlite.delta import Delta, misfits
 from peftlite.errors import PeftliteError
+from peftlite.maps import narrow
 from peftlite.methods.lora import LoRA
 from peftlite.patch import Method
 from peftlite.site import Site, sites, walk, whole_address
@@ -90,7 +91,7 @@ class Changes:
     def __iter__(self) -> Iterator[Tensor]:
         for where in self.sites:
             w = where.tensor.double()
-            yield cut(where, self.after[whole_address(where.names[0])]).to(w) - w
+            yield narrow(self.after[whole_address(where.names[0])], where.index).to(w) - w
 
 
 def _hold(held: Held, how: Method, changes: Changes, energy: float | None) -> None:
@@ -178,7 +179,8 @@ def _left(
     for name, w in before.items():
         w = w.to(torch.promote_types(w.dtype, torch.float64), copy=True)
         for where in by_name.get(name, ()):
-            cut(where, w).copy_(cut(where, after[whole_address(where.names[0])]))
+            tuned = after[whole_address(where.names[0])]
+            narrow(w, where.index).copy_(narrow(tuned, where.index))
         if not torch.allclose(w, after[name].to(w), rtol=0, atol=0, equal_nan=True):
             left.append(name)
     return left

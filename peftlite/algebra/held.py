@@ -13,6 +13,7 @@ from peftlite.assign import Placed
 from peftlite.attach import commit
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
+from peftlite.maps import narrow
 from peftlite.merge import applied
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
@@ -90,15 +91,7 @@ class Held:
 def change_of(where: Site, whole: Tensor, patches: Sequence[Patch]) -> Tensor:
     """ΔW = W' − W at a site in fp64, for patches on the whole tensor or parts of it."""
     w = whole.double()
-    return cut(where, applied([*patches], w) - w)
-
-
-def cut(where: Site, whole: Tensor) -> Tensor:
-    """What of a whole tensor a site takes."""
-    if where.index is None:
-        return whole
-    dim, start, stop = where.index
-    return whole.narrow(dim, start, stop - start)
+    return narrow(applied([*patches], w) - w, where.index)
 
 
 def truncated(

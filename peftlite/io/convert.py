@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftlite.attach import deltas, detach
 from peftlite.errors import FileError, PeftliteError
+from peftlite.fields import check_given
 from peftlite.io.export import export
 from peftlite.io.files import DTYPES, Entry, Tensors, as_path, replacing, write_tensors
 from peftlite.io.load import load
@@ -50,9 +51,7 @@ def convert(
         FileError: the file is no delta, is damaged, or doesn't fit the model.
         PeftliteError: the format has nothing that is this delta, or an argument isn't of these.
     """
-    if to not in get_args(To):
-        listed = ", ".join(map(repr, get_args(To)))
-        raise PeftliteError(f"to must be one of {listed}, not {shown(to)}")
+    check_given("to", to, get_args(To))
     source, target = as_path(path), as_path(out)
     if to == "safetensors":
         return _rewrite(source, target, alpha, parts)
@@ -93,7 +92,7 @@ class Unpickled(Tensors):
         for key, x in self._held.items():
             if not isinstance(key, str) or not isinstance(x, Tensor) or not _is_plain(x):
                 raise FileError(f"{self.path!r} holds {shown(x)} as {key!r}, no plain tensor")
-        self.entries = {k: Entry(x.dtype, tuple(x.shape)) for k, x in self._held.items()}
+        self.entries = {k: Entry.of(x) for k, x in self._held.items()}
 
     def get(self, key: str) -> Tensor:
         return self._held[key]

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
+from peftlite.fields import check_given
 from peftlite.io.files import as_path
 from peftlite.io.peers import DIFFUSERS, KOHYA
 from peftlite.io.peft import writing as peft
@@ -49,7 +50,5 @@ def export(
         raise PeftliteError(
             f"export takes a delta, such as pl.deltas(model)['sql']: not {shown(delta)}"
         )
-    if format not in get_args(Format):
-        listed = ", ".join(map(repr, get_args(Format)))
-        raise PeftliteError(f"format must be one of {listed}, not {shown(format)}")
+    check_given("format", format, get_args(Format))
     _WRITERS[format](delta, as_path(path), settings)

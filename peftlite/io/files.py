@@ -47,6 +47,10 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Entry:
+        return cls(tensor.dtype, tuple(tensor.shape))
+
     @property
     def meta(self) -> Tensor:
         """A tensor as it, without values."""
@@ -63,6 +67,17 @@ def as_path(given: Any) -> Path:
     if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes):
         raise PeftliteError(f"a path is a str or an os.PathLike: not {shown(given)}")
     return Path(given)
+
+
+def as_json(name: str, given: Any) -> dict[str, Any]:
+    """What a user gave to be kept as JSON. Raises PeftliteError."""
+    try:
+        kept = json.loads(json.dumps(given, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        kept = None
+    if not isinstance(kept, dict) or kept != given:
+        raise PeftliteError(f"{name} must be a dict that JSON can hold, not {shown(given)}")
+    return kept
 
 
 # -- writing

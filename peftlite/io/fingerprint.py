@@ -51,6 +51,15 @@ def kind_of(entry: dict[str, Any]) -> str | None:
     return kinds[0] if kinds else None
 
 
+def difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str | None:
+    """How a tensor isn't the one of a fingerprint, as an error adds it; None if it is."""
+    differing = [what for what in theirs if mine[what] != theirs[what]]
+    if not differing:
+        return None
+    what = differing[0]
+    return f" ({what} {theirs[what]}, here {mine[what]})" if what in ("dtype", "shape") else ""
+
+
 def _whole(data: Tensor, tensor: Tensor) -> str:
     # writing through `.data` isn't counted as a version
     state = (tensor._version, _checksum(data))

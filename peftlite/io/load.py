@@ -21,7 +21,7 @@ from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetE
 from peftlite.io import native, peers, peft, standin
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors, ahead, as_path, is_finite, reason
-from peftlite.io.fingerprint import fingerprints, kind_of
+from peftlite.io.fingerprint import difference, fingerprints, kind_of
 from peftlite.site import Site, whole_address
 from peftlite.table import few
 
@@ -135,10 +135,12 @@ def _build(
                 [dataclasses.replace(sites[a], address=a, on=on) for a in addresses], method
             )
         ]
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, entry in content.entries.items():
+            address, _, name = key.rpartition(":")
+            shapes.setdefault(address, {})[name] = entry.shape
         for item in placed:
-            start = f"{item.site.address}:"
-            held = {k: e.shape for k, e in content.entries.items() if k.startswith(start)}
-            item.patch.resize({key.removeprefix(start): held[key] for key in held})
+            item.patch.resize(shapes.get(item.site.address, {}))
         return placed
     except (PeftliteError, RuntimeError, OverflowError, TypeError) as error:
         raise FileError(f"{str(path)!r} doesn't fit this model: {reason(error)}") from error
@@ -180,11 +182,8 @@ def _check_base(
         raise FileError(f"{str(path)!r} lacks the fingerprint of {missing[0]}")
     found = fingerprints((w.whole, kind_of(base[a]) or "") for a, w in wholes.items())
     for address, mine in zip(wholes, found, strict=True):
-        theirs = base[address]
-        if differing := [what for what in theirs if mine[what] != theirs[what]]:
-            what = differing[0]
-            why = f" ({what} {theirs[what]}, here {mine[what]})"
-            wrong.append(address + (why if what in ("dtype", "shape") else ""))
+        if (how := difference(base[address], mine)) is not None:
+            wrong.append(address + how)
     if not wrong:
         return
     message = (

@@ -28,12 +28,14 @@ from torch import Tensor, nn
 
 from peftlite.delta import Delta, gather
 from peftlite.errors import FileError, PeftliteError
+from peftlite.fields import check_given
 from peftlite.io import packing, standin
 from peftlite.io.content import Content, Info
 from peftlite.io.files import (
     Entry,
     Tensors,
     ahead,
+    as_json,
     as_path,
     is_finite,
     replacing,
@@ -81,10 +83,8 @@ def save(
         raise PeftliteError(
             f"save takes a delta, such as pl.deltas(model)['sql']: not {shown(delta)}"
         )
-    for name, given, allowed in (("pack", pack, (None, *packing.PACKINGS)), ("base", base, KINDS)):
-        if given not in allowed:
-            listed = ", ".join(map(repr, allowed))
-            raise PeftliteError(f"{name} must be one of {listed}, not {shown(given)}")
+    check_given("pack", pack, (None, *packing.PACKINGS))
+    check_given("base", base, KINDS)
     where = as_path(path)
     tensors = delta.saved()
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
@@ -93,7 +93,7 @@ def save(
         if not finite:
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     stored, about = packing.pack(tensors, pack)
-    entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in stored.items()}
+    entries = {key: Entry.of(tensor) for key, tensor in stored.items()}
     header = {
         "format": FORMAT,
         "library": __version__,
@@ -105,7 +105,7 @@ def save(
             for address, placed in delta.placed.items()
             if not placed.site.is_call
         },
-        **({"notes": _notes(notes)} if notes else {}),
+        **({"notes": as_json("notes", notes)} if notes else {}),
         **({"packed": about} if about else {}),
     }
 
@@ -159,16 +159,6 @@ def _fingerprints(delta: Delta, kind: str) -> dict[str, dict[str, Any]]:
         for where in sites.values()
     )
     return dict(zip(sites, fingerprints((tensor, kind) for tensor in tensors), strict=True))
-
-
-def _notes(notes: Any) -> dict[str, Any]:
-    try:
-        kept = json.loads(json.dumps(notes, allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        kept = None
-    if not isinstance(kept, dict) or kept != notes:
-        raise PeftliteError(f"notes must be a dict that JSON can hold, not {shown(notes)}")
-    return kept
 
 
 def _canonical(header: dict[str, Any]) -> str:

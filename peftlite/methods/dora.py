@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.maps import Embedding, Map, Over
+from peftlite.maps import Embedding, Map, Over, narrow
 from peftlite.methods.lora import LoRA, LoRAPatch
 from peftlite.patch import apply, trainable, wide
 from peftlite.site import Site, overlap
@@ -105,7 +105,7 @@ def _under(inner: Any, index: tuple[int, int, int] | None) -> tuple[Map, Tensor]
     w = base.weight
     if any(overlap(patch.index, index) for patch in below):
         w = apply(below[::-1], w)
-    return base, w if index is None else w.narrow(index[0], index[1], index[2] - index[1])
+    return base, narrow(w, index)
 
 
 @dataclass(frozen=True)

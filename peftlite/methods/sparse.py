@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftlite.errors import PeftliteError
 from peftlite.fields import number, one_of
+from peftlite.maps import narrow
 from peftlite.patch import Patch, WeightMethod, trainable
 from peftlite.site import Site, whole_address
 from peftlite.table import shown
@@ -146,10 +147,7 @@ class SparseMask(EntryMethod):
                 f"{tuple(patch.shape)}, not {shown(scores)}: give a score to every entry of every "
                 "site, as scores=pl.fish_scores(model, loss, batches) does"
             )
-        if patch.index is None:
-            return scores
-        dim, start, stop = patch.index
-        return scores.narrow(dim, start, stop - start)
+        return narrow(scores, patch.index)
 
 
 def largest(scores: Callable[[], Iterator[Tensor]], count: int) -> Iterator[Tensor]:

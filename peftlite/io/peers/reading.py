@@ -138,7 +138,7 @@ class Reading:
             for p, key in own.items():
                 whole, part = views[p], cut.get(p, _same)
                 made = part(t[p])
-                self.entries[f"{address}:{p}"] = Entry(made.dtype, tuple(made.shape))
+                self.entries[f"{address}:{p}"] = Entry.of(made)
                 self._sources[f"{address}:{p}"] = key, lambda x, w=whole, c=part: c(w(x))
 
     def _kind(self, name: str, keys: Mapping[str, str]) -> tuple[type[Method], dict[str, str]]:

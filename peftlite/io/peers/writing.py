@@ -31,7 +31,7 @@ def write(peer: Peer, delta: Delta, path: Path, metadata: Mapping[str, Any]) -> 
             f"{shown(metadata)}"
         )
     tensors = _tensors(peer, delta)
-    entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
     with replacing(path) as file:
         write_tensors(file, entries, tensors.__getitem__, lambda _: {"format": "pt", **metadata})
 

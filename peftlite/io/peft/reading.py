@@ -168,7 +168,7 @@ class Reading:
         """Adds what `make` gives of some of the file's tensors, by names of its own for them."""
         made = make({name: self.file.entries[key].meta for name, key in keys.items()})
         for key, tensor in made.items():
-            self.entries[key] = Entry(tensor.dtype, tuple(tensor.shape))
+            self.entries[key] = Entry.of(tensor)
             self._sources[key] = (make, dict(keys))
 
     def _place(self, method: Method, address: str) -> None:

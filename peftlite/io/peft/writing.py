@@ -24,6 +24,7 @@ from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import (
     Entry,
     Tensors,
+    as_json,
     as_path,
     flush_folder,
     is_finite,
@@ -52,7 +53,7 @@ from peftlite.methods.ptuning import PTuning
 from peftlite.methods.sparse import SparsePatch
 from peftlite.patch import apply
 from peftlite.site import raw, walk, whole_address
-from peftlite.table import few, shown
+from peftlite.table import few
 
 AS_IN = "0.21.2"  # the peft that this agrees with
 ALONE = "LN_TUNING"  # which trains a copy of any module, for what isn't beside another method
@@ -63,7 +64,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def write(delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Writes a delta as a folder that peft loads, with more `settings` of adapter_config.json."""
     config, tensors = plan(delta)
-    config |= {"inference_mode": True, "peft_version": AS_IN, **_plain(settings or {})}
+    config |= {"inference_mode": True, "peft_version": AS_IN, **as_json("settings", settings or {})}
     if config["peft_type"] in PROMPTS and not config.get("task_type"):
         raise PeftliteError(
             "peft puts a prompt where the task says: give settings={'task_type': 'CAUSAL_LM'}, or "
@@ -73,22 +74,12 @@ def write(delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -
         if not is_finite(tensor):
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
     with _replacing_folder(path) as folder:
         with replacing(folder / MODEL) as file:
             write_tensors(file, entries, tensors.__getitem__, lambda _: {"format": "pt"})
         with replacing(folder / CONFIG) as file:
             file.write(text.encode())
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    try:
-        kept = json.loads(json.dumps(settings, allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        kept = None
-    if not isinstance(kept, dict) or kept != settings:
-        raise PeftliteError(f"settings must be a dict that JSON can hold, not {shown(settings)}")
-    return kept
 
 
 @contextlib.contextmanager

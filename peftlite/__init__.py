@@ -1,5 +1,6 @@
 """peftlite: parameter-efficient fine-tuning that attaches to any torch module."""
 
+from peftlite import kernels as kernels
 from peftlite.algebra import combine as combine
 from peftlite.algebra import extract as extract
 from peftlite.algebra import rescale as rescale

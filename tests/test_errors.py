@@ -5,7 +5,6 @@ differs from machine to machine). The last test finds the raises that nobody has
 """
 
 import ast
-import copy
 import functools
 import hashlib
 import json
@@ -36,54 +35,13 @@ from peftlite.io.convert import convert
 from peftlite.io.files import Entry, write_tensors
 from peftlite.site import sites
 from tests.digest import assert_same, bits, digest
-from tests.zoo import KINDS, seeded
+from tests.errors import kernels
+from tests.errors.case import SMALL, ZOO, Case, attached, bare, linears, on, two
+from tests.zoo import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-ZOO = {kind.name: kind for kind in KINDS}
 PACKAGE = Path(pl.__file__).parent
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a stranger does to a model (and a path), and what it says."""
-
-    act: Callable[[Any, Path], Any]
-    says: str
-    kind: type[Exception] = pl.PeftliteError
-    model: Callable[[], Any] | None = None  # two deltas on a small GPT, if None
-    file: Callable[[Path], Any] | None = None  # what stands at the path before
-
-
-def bare() -> nn.Module:
-    return ZOO["gpt"].model()
-
-
-SMALL = pl.LoRA(rank=2, targets=["q_proj", "v_proj"])
-
-
-def two() -> nn.Module:
-    model = bare()
-    pl.attach(model, SMALL, "sql")
-    pl.attach(model, SMALL, "chat")
-    return model
-
-
-def on(kind: str) -> Callable[[], nn.Module]:
-    return ZOO[kind].model
-
-
-def linears(n: int = 2, **options: Any) -> nn.Module:
-    return nn.Sequential(*(nn.Linear(4, 4, **options) for _ in range(n)))
-
-
-def attached(model: nn.Module, method: pl.Method) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        twin = copy.deepcopy(model)
-        pl.attach(twin, method, "sql")
-        return twin
-
-    return build
 
 
 # -- attach and plan: the arguments
@@ -1927,7 +1885,7 @@ PEER_FILES = [
 CASES = [
     *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
     *(MERGES + SAVES + FILES + METHODS + PREFIXES + PROMPTS + INITIALIZE + ALGEBRA + DEMO),
-    *(PEFT_FILES + OFFLINE + PEER_FILES),
+    *(PEFT_FILES + OFFLINE + PEER_FILES + kernels.CASES),
 ]
 
 

@@ -51,16 +51,12 @@ class LowRankPatch(Patch):
         return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-        x = input
-        if self.training and self.dropout and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
-        w, (a, b) = inner.weight, self.factors()
-        if a.dtype is not w.dtype:
-            a, b = a.to(w.dtype), b.to(w.dtype)
+        a, b = self.factors()
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         if self.index is not None:
-            left, right = widen(left, right, self.index, w.shape)
-        return inner.add_low_rank(left, right, self.scale, x, input, *args, **kwargs)
+            left, right = widen(left, right, self.index, inner.weight.shape)
+        dropout = self.dropout if self.training else 0.0
+        return inner.add_low_rank(left, right, self.scale, dropout, input, *args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""Every operation in plain torch: the truth that the fast paths are tested against in fp64.
+
+Shape letters: t tokens, i in, o out, r rank, n values. Whatever takes `dropout` takes the `seed` of
+its mask with it, an int64 tensor of no dimensions, of which the mask is a function. Without a seed
+the mask is torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORD, HALF = 0xFFFFFFFF, 0xFFFF
+# odd constants of 32 bits: one to step by, and the two of the mixing (Appleby's MurmurHash3)
+STEP, FIRST, SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ, for x (..., i), W (o, i), A (r, i) and B (o, r)."""
+    y = F.linear(x, w, bias)
+    if a.dtype is not w.dtype:
+        a, b = a.to(w.dtype), b.to(w.dtype)
+    h = F.linear(drop(x, dropout, seed) if dropout else x, a)
+    if y.dim() == 2:
+        return torch.addmm(y, h, b.t(), alpha=scale)
+    return torch.add(y, F.linear(h, b), alpha=scale)
+
+
+def shrink(x: Tensor, a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """h = drop(x) Aᵀ, (..., r)."""
+    return F.linear(drop(x, dropout, seed) if dropout else x, a)
+
+
+def grouped_shrink(
+    x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """drop(x) Aᵀ for the A of each map that takes x, as q, k and v do; one mask for all."""
+    return shrink(x, torch.cat(list(factors)), dropout, seed).split([len(a) for a in factors], -1)
+
+
+def grad_ab(dy: Tensor, h: Tensor, b: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What the output's gradient (t, o) gives h and B: dh = s·dY B and dB = s·dYᵀ h."""
+    return scale * (dy @ b), scale * (dy.t() @ h)
+
+
+def grad_a(dh: Tensor, x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """dA = dhᵀ drop(x), for dh (t, r) and x (t, i), with the mask made again."""
+    return dh.t() @ (drop(x, dropout, seed) if dropout else x)
+
+
+def expand(
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """h U + bias for U (r, o), or drop(h U): what a low rank adds to y, or to the gradient of x."""
+    y = h @ up if bias is None else h @ up + bias
+    return drop(y, dropout, seed) if dropout else y
+
+
+def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖W + s·BA‖ of every row of W (o, i)."""
+    return torch.linalg.vector_norm(w + scale * (b @ a), dim=1)
+
+
+def dora_scale(y: Tensor, bias: Tensor | None, ratio: Tensor) -> Tensor:
+    """ratio ⊙ (y − bias) + bias, for y (..., o) and a ratio m/‖W + s·BA‖ for every output."""
+    return y * ratio if bias is None else (y - bias) * ratio + bias
+
+
+def grad_values(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """The gradient of the n entries of W (o, i) at the flat `index`: entries of dYᵀ x."""
+    return (dy.t() @ x).flatten()[index]
+
+
+def drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """x with zeros where the mask has them, and the rest of it divided by what is kept."""
+    if seed is None:
+        return F.dropout(x, dropout)
+    tokens = x[..., 0].numel()
+    mask = keep(seed, tokens, x.shape[-1], dropout).view(x.shape)
+    return torch.where(mask, x, 0) * kept(dropout)
+
+
+def threshold(dropout: float) -> int:
+    """The probability in steps of 2⁻¹⁶, as half a word is compared with it."""
+    return min(round(dropout * 2**16), HALF)
+
+
+def kept(dropout: float) -> float:
+    """The factor of what dropout keeps."""
+    return 2**16 / (2**16 - threshold(dropout))
+
+
+def keep(seed: Tensor, tokens: int, i: int, dropout: float) -> Tensor:
+    """(tokens, i) of bool, False with probability `dropout`.
+
+    A word is hashed of the seed, the row and the pair of columns; its halves decide for the two.
+    """
+    row = torch.arange(tokens, device=seed.device)[:, None]
+    pair = torch.arange((i + 1) // 2, device=seed.device)
+    word = _mix(_mix(row * STEP ^ seed) ^ _mix(pair * STEP ^ seed >> 32))
+    halves = torch.stack([word & HALF, word >> 16], -1).flatten(-2)[:, :i]
+    return halves ^ 0x8000 >= threshold(dropout)
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A hash of the low 32 bits of every entry."""
+    word = word * FIRST & WORD
+    word = (word ^ word >> 13) * SECOND & WORD
+    return word ^ word >> 16

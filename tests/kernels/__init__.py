@@ -1,0 +1,1 @@
+"""Tests of the kernels: every fast path against the reference in fp64, with the gradient named."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +14,8 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from peftlite.errors import FileError
-from peftlite.io.files import (
-    Tensors,
-    as_path,
-    data_of,
-    flush_folder,
-    reason,
-    replacing,
-)
+from peftlite.io.files import Tensors, as_path, data_of, reason, replacing
+from peftlite.io.folders import replacing_folder
 from peftlite.table import few, shown
 
 INDEX = ".safetensors.index.json"
@@ -83,7 +75,7 @@ class Checkpoint(Mapping[str, Tensor]):
             with replacing(where) as file:
                 _rewrite(self.files[0], file, change, tell)
             return
-        with _replacing_folder(where) as temporary:
+        with replacing_folder(where, _taken) as temporary:
             for tensors in self.files:
                 with replacing(temporary / Path(tensors.path).name) as file:
                     _rewrite(tensors, file, change, tell)
@@ -91,6 +83,10 @@ class Checkpoint(Mapping[str, Tensor]):
                 mine = other.name.endswith(INDEX) or not _WEIGHTS.fullmatch(other.name)
                 if other.is_file() and mine:
                     shutil.copyfile(other, temporary / other.name)
+
+
+def _taken(names: set[str]) -> str | None:
+    return "it is there already; name a new folder" if names else None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -153,23 +149,3 @@ def _copy(source: BinaryIO, out: BinaryIO, count: int, tell: Callable[[int], Any
         out.write(data)
         tell(len(data))
         count -= len(data)
-
-
-@contextlib.contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder that is at `path` once its body is done, and is gone if it fails."""
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileError(f"can't write {str(path)!r}: it is there already; name a new folder")
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            temporary.mkdir()
-            yield temporary
-            flush_folder(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        flush_folder(path.parent)
-    except (OSError, ValueError) as error:
-        raise FileError(f"can't write {str(path)!r}: {reason(error)}") from error

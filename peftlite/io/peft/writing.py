@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,18 +18,17 @@ from torch.nn.utils import parametrize
 from peftlite import maps
 from peftlite.assign import Placed
 from peftlite.delta import Delta
-from peftlite.errors import FileError, PeftliteError
+from peftlite.errors import PeftliteError
 from peftlite.io.files import (
     Entry,
     Tensors,
     as_json,
     as_path,
-    flush_folder,
     is_finite,
-    reason,
     replacing,
     write_tensors,
 )
+from peftlite.io.folders import replacing_folder
 from peftlite.io.peft.forms import FORMS, At, Form
 from peftlite.io.peft.reading import (
     CONFIG,
@@ -75,50 +72,22 @@ def write(delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
-    with _replacing_folder(path) as folder:
+    with replacing_folder(path, _kept) as folder:
+        if (readme := path / "README.md").exists():
+            shutil.copy2(readme, folder)
         with replacing(folder / MODEL) as file:
             write_tensors(file, entries, tensors.__getitem__, lambda _: {"format": "pt"})
         with replacing(folder / CONFIG) as file:
             file.write(text.encode())
 
 
-@contextlib.contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` once its body is done, and is gone if it fails.
-
-    It is renamed when it is complete. An older one steps aside just before, so that for an instant
-    there is neither; never are files of both in one folder.
-    """
-    try:
-        path = Path(os.path.realpath(path))
-        held = {child.name for child in path.iterdir()} if path.exists() else set()
-        if held and not (CONFIG in held and held <= REPLACED):
-            raise FileError(
-                f"can't write {str(path)!r}: it holds {few(sorted(held - REPLACED or held))}, and "
-                "nothing but an adapter is replaced"
-            )
-        start = f".{path.name}.{secrets.token_hex(8)}"
-        new, old = path.with_name(f"{start}.tmp"), path.with_name(f"{start}.old")
-        try:
-            new.mkdir()
-            if "README.md" in held:
-                shutil.copy2(path / "README.md", new)
-            yield new
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-        finally:
-            for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
-        flush_folder(path.parent)
-    except (OSError, ValueError) as error:
-        folder = str(path.parent)
-        why = reason(error) if os.path.isdir(folder) else f"there is no folder {folder!r}"
-        raise FileError(f"can't write {str(path)!r}: {why}") from error
+def _kept(names: set[str]) -> str | None:
+    """Why a folder with these names is not to be replaced."""
+    if not names or (CONFIG in names and names <= REPLACED):
+        return None
+    return (
+        f"it holds {few(sorted(names - REPLACED or names))}, and nothing but an adapter is replaced"
+    )
 
 
 def plan(delta: Delta) -> tuple[dict[str, Any], dict[str, Tensor]]:

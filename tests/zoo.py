@@ -85,6 +85,14 @@ def perturb(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def autocast_error(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """How far the output under autocast to bf16 is from the exact one, over the size of that."""
+    exact = model(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        return float((model(**batch).float() - exact).norm() / exact.norm())
+
+
 def floats(**shapes: tuple[int, ...]) -> Callable[[int], dict[str, Tensor]]:
     """Normal inputs; shapes leave the batch out."""
     return lambda b: {name: torch.randn(b, *shape) for name, shape in shapes.items()}

@@ -16,7 +16,7 @@ from peftlite.methods.bottleneck import BottleneckAdapter
 from peftlite.methods.features import features, is_called
 from peftlite.site import sites
 from tests.digest import assert_same, digest
-from tests.zoo import KINDS, TOKENS, WIDTH, Kind, seeded
+from tests.zoo import KINDS, TOKENS, WIDTH, Kind, autocast_error, seeded
 
 ZOO = {kind.name: kind for kind in KINDS}
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -392,10 +392,9 @@ def test_half_precision_keeps_its_dtype_and_learns_in_fp32() -> None:
 def test_under_autocast() -> None:
     kind = ZOO["gpt"]
     model, batch = kind.model(), kind.batch()
+    of_the_base = autocast_error(model, batch)
     attached(model, targets=["*.mlp()", "*.attn_norm()"])
-    exact = kind.run(model, batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(kind.run(model, batch).float(), exact, rtol=0.1, atol=0.3)
+    assert autocast_error(model, batch) < 2 * of_the_base
 
 
 def test_a_merge_is_refused() -> None:

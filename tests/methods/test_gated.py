@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import peftlite as pl
 from peftlite.methods.gated import Gated
 from tests.digest import assert_same, digest
-from tests.zoo import KINDS, seeded
+from tests.zoo import KINDS, autocast_error, seeded
 
 ZOO = {kind.name: kind for kind in KINDS}
 
@@ -193,7 +193,6 @@ def test_half_precision_and_autocast() -> None:
     logits.float().square().mean().backward()
     assert logits.dtype is torch.bfloat16 and all(p.grad.any() for p in delta.parameters())
     model, batch = ZOO["gpt"].model(), ZOO["gpt"].batch()
+    of_the_base = autocast_error(model, batch)
     attached(model, Gated(pl.BottleneckAdapter()))
-    exact = model(**batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(**batch).float(), exact, rtol=0.1, atol=0.3)
+    assert autocast_error(model, batch) < 2 * of_the_base

@@ -12,7 +12,7 @@ import peftlite as pl
 from peftlite.methods.calls import is_block
 from peftlite.methods.loreft import LoReFT, LoReFTPatch
 from peftlite.site import sites
-from tests.zoo import KINDS, VOCAB, WIDTH, seeded
+from tests.zoo import KINDS, VOCAB, WIDTH, autocast_error, seeded
 
 ZOO = {kind.name: kind for kind in KINDS}
 
@@ -299,7 +299,6 @@ def test_under_autocast_and_in_half_precision() -> None:
     logits.float().square().mean().backward()
     assert logits.dtype is torch.bfloat16 and all(p.grad.any() for p in delta.parameters())
     model, batch = ZOO["gpt"].model(), ZOO["gpt"].batch()
+    of_the_base = autocast_error(model, batch)
     attached(model)
-    exact = model(**batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(**batch).float(), exact, rtol=0.1, atol=0.3)
+    assert autocast_error(model, batch) < 2 * of_the_base

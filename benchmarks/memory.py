@@ -1,21 +1,21 @@
 """Bytes that a LoRA linear keeps for its backward pass beyond its input and its parameters.
 
-The frozen base keeps none; `tokens x r` numbers and the seed of a dropout are enough.
-On a GPU, also the peak of a step.
+The frozen base keeps none; the `tokens x r` numbers of h, in the dtype of the factors, and the seed
+of a dropout are enough. On a GPU, also the peak of a step.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import peft
 import torch
 from common import Figure, report
-from lora_linear import DROPOUTS, DTYPES, RANK, Cell, contenders, step
+from contenders import DROPOUTS, DTYPES, RANK, Cell, Given, Layer, contenders, step
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def kept(layer: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def kept(layer: Layer, x: Tensor) -> int:
     """The bytes of the storages that the forward pass allocates and keeps."""
     storages: dict[int, Tensor] = {}
 
@@ -35,25 +35,29 @@ def _was_there(tensor: Tensor) -> bool:
     return (root.requires_grad and root.is_leaf) or isinstance(root, nn.Parameter)
 
 
-def peak(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> int:
+def peak(layer: Layer, x: Tensor, dy: Tensor) -> int:
+    """The most bytes that a step holds on the GPU beyond what was there."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step(layer, x, dy)
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(cell: Cell) -> Iterator[Figure]:
-    x, dy = cell.rows(cell.i).requires_grad_(), cell.rows(cell.o)
-    seed = 8 if cell.dropout else 0
-    enough = cell.tokens * cell.rank * cell.dtype.itemsize + seed
-    for name, layer in contenders(cell).items():
-        bound = enough if name.startswith("peftlite") else None
-        yield _constant(f"{cell}, {name}, kept", kept(layer, x), bound)
-        if cell.device == "cuda":
-            yield _constant(f"{cell}, {name}, peak", peak(layer, x, dy))
+def enough(cell: Cell, name: str) -> int | None:
+    """What a contender of ours may keep, in bytes."""
+    if not name.startswith("peftlite"):
+        return None
+    size = cell.dtype.itemsize if "half" in name else torch.float32.itemsize
+    return cell.tokens * cell.rank * size + 8 * (cell.dropout > 0)
 
 
-def _constant(name: str, count: int, at_most: float | None = None) -> Figure:
+def weigh(cell: Cell, name: str, layer: Layer, x: Tensor, dy: Tensor) -> Iterator[Figure]:
+    yield _count(f"{cell}, {name}, kept", kept(layer, x), enough(cell, name))
+    if cell.device == "cuda":
+        yield _count(f"{cell}, {name}, peak", peak(layer, x, dy))
+
+
+def _count(name: str, count: int, at_most: float | None = None) -> Figure:
     return Figure(name, [float(count)] * 2, "B", at_most=at_most)
 
 
@@ -62,14 +66,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no CSV file")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
-    cells = [
-        Cell(args.device, dtype, 1024, 1024, 1024, RANK, dropout)
-        for dtype in DTYPES[args.device]
-        for dropout in DROPOUTS
-    ]
+    figures: list[Figure] = []
+    for dtype in DTYPES[args.device]:
+        for dropout in DROPOUTS:
+            cell = Cell(args.device, dtype, 1024, 1024, 1024, RANK, dropout)
+            x, dy = cell.rows(cell.i).requires_grad_(), cell.rows(cell.o)
+            for name, layer in contenders(Given(cell), compiled=False).items():
+                figures += weigh(cell, name, layer, x, dy)
     report(
         "memory" if args.device == "cpu" else "memory_cuda",
-        [figure for cell in cells for figure in measure(cell)],
+        figures,
         quick=args.quick,
         peft=peft.__version__,
     )

@@ -113,6 +113,11 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     """
     methods = methods_in(method)
     check(model, name)
+    return commit(model, begin(model, methods, name))
+
+
+def begin(model: nn.Module, methods: Sequence[Method], name: str) -> Delta:
+    """A new delta for the model, its parameters filled, attached to nothing. Raises TargetError."""
     placed: list[Placed] = []
     for how, sites in assign(model, methods):
         own = Placed.all(sites, how)
@@ -120,11 +125,30 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
             tensors = [None if where.is_call else where.tensor for where in sites]
             how.begin([item.patch for item in own], tensors)
         placed += own
-    return commit(model, Delta(name, methods, placed))
+    return Delta(name, methods, placed)
 
 
 def check(model: nn.Module, name: str) -> None:
     """Raises PeftliteError if no delta called `name` can be attached to `model`."""
+    registry = check_model(model)
+    check_name(name)
+    if name in registry.deltas:
+        raise PeftliteError(
+            f"a delta named {name!r} is attached already: choose another name=, or "
+            f"pl.detach(model, {name!r}) first"
+        )
+
+
+def check_name(name: str) -> None:
+    """Raises PeftliteError if `name` can't name a delta."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise PeftliteError(
+            f"{name!r} can't name a delta: use letters, digits, '_' and '-', at most 128"
+        )
+
+
+def check_model(model: nn.Module) -> Registry:
+    """The registry of a model, or a new one. Raises PeftliteError if nothing can be attached."""
     if torch.is_inference_mode_enabled():
         raise PeftliteError(
             "under torch.inference_mode no gradient can ever flow: attach outside of it "
@@ -142,15 +166,7 @@ def check(model: nn.Module, name: str) -> None:
             "one or around it: attach to that one, or detach them there first"
         )
     changeable(registry)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise PeftliteError(
-            f"{name!r} can't name a delta: use letters, digits, '_' and '-', at most 128"
-        )
-    if name in registry.deltas:
-        raise PeftliteError(
-            f"a delta named {name!r} is attached already: choose another name=, or "
-            f"pl.detach(model, {name!r}) first"
-        )
+    return registry
 
 
 def commit(root: nn.Module, delta: Delta) -> Delta:

@@ -166,6 +166,113 @@ COMMANDS = {
         },
         commands.run_combine,
     ),
+    "validate-data": Command(
+        "every problem of a chat JSONL file by its line, its tokens, and what training takes",
+        {
+            "file": {"metavar": "FILE", "help": "the file to train on"},
+            "--validation": {"metavar": "FILE", "help": "another, which is to share no example"},
+            "--tokenizer": {
+                "metavar": "DIR",
+                "help": "a folder of transformers, with a chat template (default: bytes)",
+            },
+            "--max-length": {
+                "type": int,
+                "metavar": "N",
+                "help": "tokens after which an example is cut off",
+            },
+        },
+        commands.run_validate_data,
+    ),
+    "compare": Command(
+        "what a model writes by itself and with each delta, side by side, the likeliest token next",
+        {
+            "model": {"metavar": "MODEL", "help": "a local folder of transformers"},
+            "deltas": {"nargs": "+", "metavar": "DELTA", "help": "the deltas' files"},
+            "--prompts": {
+                "required": True,
+                "metavar": "FILE",
+                "help": "a prompt a line; in a .jsonl file chats, or pairs of prompt and response",
+            },
+            "--max-new-tokens": {
+                "type": int,
+                "default": 64,
+                "metavar": "N",
+                "help": "to write, at most (default: 64)",
+            },
+        },
+        commands.run_compare,
+    ),
+    "train": Command(
+        "trains a delta of a local model on chats, pairs or text; goes on after a break",
+        {
+            "--model": {
+                "required": True,
+                "metavar": "DIR",
+                "help": "a local folder of transformers",
+            },
+            "--data": {
+                "required": True,
+                "metavar": "FILE",
+                "help": "JSONL of chats (messages), pairs (prompt, response) or texts (text); "
+                "a file that isn't called .jsonl is one text",
+            },
+            "--validation": {
+                "metavar": "FILE",
+                "help": "another file, or the share of the data that is held out, such as 0.1",
+            },
+            "-o --out": {
+                "required": True,
+                "metavar": "DIR",
+                "help": "a folder for the delta, events.jsonl, history.csv and checkpoints",
+            },
+            "--name": {"help": "the delta's name (default: the folder's)"},
+            "--method": {"default": "LoRA", "help": "any of peftlite's by name (default: LoRA)"},
+            "--rank": {"type": int, "metavar": "R", "help": "of the method"},
+            "--alpha": {"type": float, "metavar": "NUMBER", "help": "of the method"},
+            "--targets": {"nargs": "+", "metavar": "PATTERN", "help": "what the method takes"},
+            "--exclude": {"nargs": "+", "metavar": "PATTERN", "help": "what the method leaves"},
+            "--set": {
+                "nargs": "+",
+                "default": [],
+                "metavar": "KEY=VALUE",
+                "help": "any other option of the method",
+            },
+            "--loss": {
+                "choices": get_args(commands.LossName),
+                "default": "causal_lm",
+                "help": "contrastive: by pairs, to tell which two texts belong together "
+                "(default: causal_lm)",
+            },
+            "--max-length": {
+                "type": int,
+                "metavar": "N",
+                "help": "tokens of an example, or of a piece of text "
+                "(default: what the model takes; 512 for text)",
+            },
+            "--epochs": {"type": int, "metavar": "N", "help": "(default: by the examples)"},
+            "--batch-size": {"type": int, "metavar": "N", "help": "(default: by the examples)"},
+            "--accumulate": {"type": int, "metavar": "N", "help": "parts that a batch comes in"},
+            "--lr": {"type": float, "metavar": "RATE", "help": "(default: by method and width)"},
+            "--lr-multiplier": {"type": float, "metavar": "TIMES", "help": "of that rate"},
+            "--patience": {
+                "type": int,
+                "metavar": "N",
+                "help": "epochs without a better validation loss after which to stop",
+            },
+            "--autocast": {"choices": ("bf16", "fp16"), "help": "for the forward pass"},
+            "--gradient-checkpointing": {
+                "action": "store_true",
+                "help": "compute activations again instead of keeping them",
+            },
+            "--device": {"help": "(default: cuda if there is one, else cpu)"},
+            "--seed": {"type": int, "default": 0, "help": "of all chance (default: 0)"},
+            "--resume": {
+                "action": "store_true",
+                "help": "go on from the newest checkpoint in the folder, or begin if it has none",
+            },
+        },
+        commands.run_train,
+    ),
     "demo": Command(
         "two deltas on one small language model, and every law measured on them: 2 minutes",
         {

@@ -45,6 +45,9 @@ class Patches(nn.Module):
         # torch's fused transformer layer bypasses its parts unless one of them has a hook
         self._forward_hooks[0] = _no_fused_path
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value  # a delta may be named "training", and torch would object
+
     def active(self, names: Names) -> dict[str, tuple[Patch, ...]]:
         """The patches that `names` activate, by slot, in the order in which they apply."""
         groups: dict[str, Any] = self._modules

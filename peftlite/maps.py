@@ -8,11 +8,13 @@ means by its rows and columns. Each map knows how its operation distributes over
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from peftlite.kernels import lora_linear
 from peftlite.kernels.dispatch import is_plain
@@ -26,6 +28,8 @@ class Map:
     """
 
     transposed = False
+    because = ""
+    """Why its products are torch's own in every path; nothing if they aren't."""
 
     def __init__(self, module: Any, weight: Tensor, bias: Tensor | None):
         self.module, self.weight, self.bias = module, weight, bias
@@ -64,11 +68,24 @@ class Over(Map):
     def weight(self) -> Tensor:
         return self.inner.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.inner.bias
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.patch.call(self.inner, *args, **kwargs)
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return self.inner.low_rank(input, y, left, right)
+
+
+def beneath(inner: Map) -> tuple[Map, list[Any]]:
+    """The map itself that calls come down to, and the patches on its weight, the first first."""
+    patches = []
+    while isinstance(inner, Over):
+        patches.insert(0, inner.patch)
+        inner = inner.inner
+    return inner, patches
 
 
 class Linear(Map):
@@ -81,13 +98,13 @@ class Linear(Map):
     def add_low_rank(
         self, left: Tensor, right: Tensor, scale: float, dropout: float, input: Tensor
     ) -> Tensor:
-        if dropout or not is_plain(input, 0.0):
+        if dropout or right.dtype is not self.weight.dtype or not is_plain(input, 0.0):
             return lora_linear(input, self.weight, self.bias, right, left, scale, dropout)
-        # the reference, in line: two calls less are a tenth of a small map's cost
-        if right.dtype is not self.weight.dtype:
-            left, right = left.to(self.weight.dtype), right.to(self.weight.dtype)
+        # the reference, in line: here calls, and keywords, cost as much as the products
         y = F.linear(input, self.weight, self.bias)
         h = F.linear(input, right)
+        if scale == 1 and y.dim() == 2:
+            return F.linear(h, left, y)  # a bias may differ from row to row
         if y.dim() == 2:
             return torch.addmm(y, h, left.t(), alpha=scale)
         return torch.add(y, F.linear(h, left), alpha=scale)
@@ -105,9 +122,16 @@ class TransposedLinear(Map):
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return input @ left @ right
 
+    def add_low_rank(
+        self, left: Tensor, right: Tensor, scale: float, dropout: float, x: Tensor
+    ) -> Tensor:
+        map = Linear(self.module, self.weight.t(), self.bias)
+        return map.add_low_rank(right.t(), left.t(), scale, dropout, x)
+
 
 class Embedding(Map):
     transposed = True
+    because = "r numbers of a row are looked up"
 
     def __call__(self, input: Tensor) -> Tensor:
         # a weight that patches formed has a dense gradient
@@ -129,22 +153,28 @@ class Embedding(Map):
 
 
 class Conv(Map):
-    """A convolution: down by a convolution to r channels a group, up by a 1x1 one."""
+    """A convolution: down by a convolution to r channels a group, up by a 1x1 one.
+
+    Where r is too much for what a group has of channels, the change is a convolution of its own.
+    """
+
+    because = "torch has convolutions of its own"
 
     def __call__(self, input: Tensor) -> Tensor:
-        return self.module._conv_forward(input, self.weight, self.bias)
+        return _with_bias(self, partial(self.module._conv_forward, input, self.weight))
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         groups, (_, *kernel) = self.module.groups, self.weight.shape
-        down = right.view(-1, *kernel).repeat(groups, *(1 for _ in kernel))
-        h = self.module._conv_forward(input, down, None)
+        if _is_costly(left, right, groups):
+            return self.module._conv_forward(input, (left @ right).view(self.weight.shape), None)
+        h = self.module._conv_forward(input, _for_each(groups, right.view(-1, *kernel)), None)
         return _pointwise(h, left, groups, len(kernel) - 1)
 
 
 class ConvTranspose(Map):
     """A transposed convolution: down by a 1x1 convolution, up by a transposed one."""
 
-    transposed = True
+    transposed, because = True, Conv.because
 
     def __call__(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         m = self.module
@@ -152,25 +182,48 @@ class ConvTranspose(Map):
         padding = m._output_padding(
             input, output_size, m.stride, m.padding, m.kernel_size, spatial, m.dilation
         )
-        return self._apply(input, self.weight, self.bias, padding)
+        return _with_bias(self, lambda bias: self._apply(input, self.weight, bias, padding))
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         m, (_, *kernel) = self.module, self.weight.shape
-        rank, spatial, groups = right.shape[0], len(m.kernel_size), m.groups
-        # (i, r) to (g r, i/g): every group has its own inputs and the same r outputs
-        down = left.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        h = _pointwise(input, down, groups, spatial)
-        up = right.view(rank, *kernel).repeat(groups, *(1 for _ in kernel))
+        spatial, groups = len(m.kernel_size), m.groups
         size = list(y.shape[-spatial:])
         padding = m._output_padding(
             input, size, m.stride, m.padding, m.kernel_size, spatial, m.dilation
         )
-        return self._apply(h, up, None, padding)
+        if _is_costly(left, right, groups):
+            return self._apply(input, (left @ right).view(self.weight.shape), None, padding)
+        # (i, r) to (g r, i/g): every group has its own inputs and the same r outputs
+        down = left.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        h = _pointwise(input, down, groups, spatial)
+        return self._apply(h, _for_each(groups, right.view(-1, *kernel)), None, padding)
 
     def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
         m = self.module
         op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(m.kernel_size) - 1]
         return op(x, weight, bias, m.stride, m.padding, padding, m.groups, m.dilation)
+
+
+def _with_bias(map: Map, convolve: Callable[[Tensor | None], Tensor]) -> Tensor:
+    """A convolution with the map's bias, whose gradient is had without the weight's.
+
+    torch finds the two together, even where the weight is frozen. A 0 that is added has one alone.
+    """
+    bias, weight = map.bias, map.weight
+    if bias is None or not bias.requires_grad or weight.requires_grad or not is_grad_enabled():
+        return convolve(bias)
+    y, zero = convolve(bias.detach()), bias - bias.detach()
+    return y + zero.to(y.dtype).view(-1, *(1 for _ in weight.shape[2:]))
+
+
+def _is_costly(left: Tensor, right: Tensor, groups: int) -> bool:
+    """Whether a position takes more products by the factors, which each group has, than by W."""
+    return len(left) * right.shape[1] < left.numel() + groups * right.numel()
+
+
+def _for_each(groups: int, weight: Tensor) -> Tensor:
+    """The weight of a convolution whose groups all have this one."""
+    return weight if groups == 1 else weight.repeat(groups, *(1 for _ in weight.shape[1:]))
 
 
 def _pointwise(x: Tensor, weight: Tensor, groups: int, spatial: int) -> Tensor:

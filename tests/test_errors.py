@@ -35,7 +35,7 @@ from peftlite.io.convert import convert
 from peftlite.io.files import Entry, write_tensors
 from peftlite.site import sites
 from tests.digest import assert_same, bits, digest
-from tests.errors import kernels
+from tests.errors import bank, bank_families, fuse, kernels, train, train_data, train_more
 from tests.errors.case import SMALL, ZOO, Case, attached, bare, linears, on, two
 from tests.zoo import seeded
 
@@ -1886,7 +1886,12 @@ PEER_FILES = [
 CASES = [
     *(ARGUMENTS + SETTINGS + TARGETS + MODELS + ROOTS + VIEWS + CHOICES + IN_ROWS + WRITES),
     *(MERGES + SAVES + FILES + METHODS + PREFIXES + PROMPTS + INITIALIZE + ALGEBRA + DEMO),
-    *(PEFT_FILES + OFFLINE + PEER_FILES + kernels.CASES),
+    *(PEFT_FILES + OFFLINE + PEER_FILES),
+    *(
+        case
+        for part in (bank, bank_families, fuse, kernels, train, train_data, train_more)
+        for case in part.CASES
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 """Floors: imports only go down, every file says what it is, and no file can run foreign code."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
@@ -16,7 +17,7 @@ FLOORS = (
     "host assign",
     "delta",
     "attach",
-    "plan use merge merge_files initialize algebra io bank",
+    "plan use fuse merge merge_files initialize algebra io bank",
     "train",
     "peftlite",
     "commands demo",
@@ -67,6 +68,7 @@ def _imports(module: str, source: str) -> Iterator[str]:
         yield from (name for name in names if name in MODULES)
 
 
+@functools.cache
 def _graph() -> dict[str, set[str]]:
     return {module: set(_imports(module, path.read_text())) for module, path in MODULES.items()}
 

@@ -1,5 +1,6 @@
 """What outlives what: a model is freed without garbage collection, a file serves a new process."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import peftlite as pl
+from tests.digest import assert_same, digest
 from tests.zoo import KINDS, seeded
 
 ZOO = {kind.name: kind for kind in KINDS}
@@ -59,3 +62,18 @@ def test_a_file_gives_the_same_bits_in_another_process(name: str, tmp_path: Path
         [sys.executable, "-c", ELSEWHERE, *arguments], check=True, cwd=Path(__file__).parents[1]
     )
     assert torch.equal(torch.load(tmp_path / "y"), kind.run(model, kind.batch()))
+
+
+@pytest.mark.parametrize("name", ["training", "forward", "choice", "registry", "kind"])
+def test_a_delta_may_be_called_what_a_module_has(name: str) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    before, base = digest(model), model(x)
+    delta = pl.attach(model, pl.LoRA(rank=1), name)
+    next(p for key, p in delta.named_parameters() if key.endswith(":b")).data.fill_(1.0)
+    model.eval().train()
+    pl.use(model, None)
+    assert torch.equal(model(x), base)
+    pl.use(model, name)
+    assert not torch.equal(copy.deepcopy(model)(x), base)
+    pl.detach(model, name)
+    assert_same(before, digest(model))

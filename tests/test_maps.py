@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from peftlite.maps import kind_of, widen
@@ -217,6 +218,35 @@ def test_a_change_rides_beside_the_call(calls, data, scale) -> None:
     call, map, left, right = drawn(data, calls)
     y = map.add_low_rank(left, right, scale, 0.0, call.input, **call.kwargs)
     close(y, call.run(call.input) + scale * call.product(call.input, left, right))
+
+
+class Masks(TorchDispatchMode):
+    """Notes for which of input, weight and bias torch finds gradients of convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.found.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("calls", [convs(), transposed_convs()], ids=str)
+@given(data=st.data())
+def test_a_bias_learns_without_its_weight(calls, data) -> None:
+    call = data.draw(calls)
+    assume(call.module.bias is not None and call.input.numel())
+    bias, weight = call.module.bias, call.module.weight.detach()
+    with Masks() as masks:
+        y = kind_of(call.module)(call.module, weight, bias)(call.input, **call.kwargs)
+        upstream = torch.randn_like(y)
+        (found,) = torch.autograd.grad(y, bias, upstream)
+    assert not any(mask[1] for mask in masks.found)
+    expected = call.run(call.input, weight=weight)
+    assert torch.equal(y, expected)
+    close(found, torch.autograd.grad(expected, bias, upstream)[0])
 
 
 @given(data=st.data(), shape=each(2, 1, 6), dim=st.integers(0, 1))

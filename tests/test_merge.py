@@ -172,6 +172,27 @@ def test_a_residual_is_smaller_where_the_change_is_small(dtype: torch.dtype, sha
     assert bits(model[0].weight) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_of_a_sparse_change_is_its_entries(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(dtype)
+    with torch.no_grad():
+        for parameter in pl.attach(model, pl.SparseMask(fraction=0.005), "a").parameters():
+            parameter.fill_(0.5)
+    before = bits(model[0]._parameters["weight"])
+    receipt = pl.merge(model, "a", backup="residual")
+    entries = round(0.005 * 256 * 256)
+    assert receipt.bytes_kept["0.weight"] == entries * (4 + dtype.itemsize)
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        pl.unmerge(one, "a")
+        assert bits(one[0]._parameters["weight"]) == before
+    pl.merge(model, "a", backup="residual")
+    with torch.no_grad():
+        model[0]._parameters["weight"][0, 0] += 1
+    with pytest.raises(pl.PeftliteError, match="was written to since 'a' was merged into it"):
+        pl.unmerge(model, "a")
+
+
 def test_a_residual_that_would_be_larger_is_a_copy() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     with torch.no_grad():

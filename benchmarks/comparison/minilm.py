@@ -78,7 +78,7 @@ class MiniLM(Task):
         from transformers import AutoModel, AutoTokenizer
 
         self.steps = 2 if quick else STEPS
-        folder = _weights()
+        folder = weights()
         tokenize = AutoTokenizer.from_pretrained(folder)
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         self.base = AutoModel.from_pretrained(folder, **no_dropout)
@@ -92,9 +92,9 @@ class MiniLM(Task):
             first, second = (_states(self.base, tokenize, *side) for side in sides)
             return first, second
 
-        self.held = {name: states(found, 24, 8) for name, found in _split([*_pairs()]).items()}
+        self.held = {name: states(found, 24, 8) for name, found in split([*pairs()]).items()}
         self.train = self.held.pop("train")
-        self.topics = states([*_topics()], 32, 32)
+        self.topics = states([*topics()], 32, 32)
         self.base.embeddings, encoder.layer = Given(), upper
 
     def sample(self, draw: torch.Generator) -> Pairs:
@@ -144,7 +144,7 @@ def _states(lower: nn.Module, tokenize: Any, texts: Sequence[str], most: int) ->
     return States(torch.cat(h), tokens["attention_mask"])
 
 
-def _pairs() -> Iterator[list[tuple[str, str]]]:
+def pairs() -> Iterator[list[tuple[str, str]]]:
     """Docstrings and names of public functions, module by module."""
     seen: set[str] = set()
     for source in code():
@@ -154,7 +154,7 @@ def _pairs() -> Iterator[list[tuple[str, str]]]:
         seen |= named.keys()
 
 
-def _split(modules: list[list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
+def split(modules: list[list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
     """Whole modules, shuffled: those that fill the test split, the validation split, the rest."""
     random.Random(0).shuffle(modules)
     splits: dict[str, list[tuple[str, str]]] = {"test": [], "validation": [], "train": []}
@@ -164,7 +164,7 @@ def _split(modules: list[list[tuple[str, str]]]) -> dict[str, list[tuple[str, st
     return {name: pairs[: MOST.get(name)] for name, pairs in splits.items()}
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+def topics() -> Iterator[tuple[str, str]]:
     """Two paragraphs of every topic of `help()`; one that several topics quote comes once."""
     from pydoc_data.topics import topics
 
@@ -177,7 +177,7 @@ def _topics() -> Iterator[tuple[str, str]]:
             yield fresh[0], fresh[1]
 
 
-def _weights() -> Path:
+def weights() -> Path:
     """The folder of the package with the weights; it isn't imported. Raises ImportError."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:

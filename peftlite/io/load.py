@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from peftlite.io.fingerprint import difference, fingerprints, kind_of
 from peftlite.site import Site, whole_address
 from peftlite.table import few
 
+CheckBase = Literal["error", "warn", "off"]
+
 
 def inspect(path: str | os.PathLike[str]) -> Info:
     """What is in a file, without a model. Raises FileError."""
@@ -38,7 +40,7 @@ def load(
     name: str | None = None,
     *,
     trainable: bool = False,
-    check_base: Literal["error", "warn", "off"] = "error",
+    check_base: CheckBase = "error",
 ) -> Delta:
     """Attaches the delta in a file and makes it the standing choice.
 
@@ -56,13 +58,33 @@ def load(
         FileError: the file is no delta, is damaged, or doesn't fit.
         PeftliteError: the name is taken.
     """
-    if check_base not in ("error", "warn", "off"):
-        raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")
+    check_mode(check_base)
     if isinstance(path, nn.Module):
         raise PeftliteError("load takes the model first, then the path")
     where = as_path(path)
     content = _reader(where).read(model, where)
     check(model, content.name if name is None else name)
+    delta = _delta(model, content, where, name, check_base)
+    delta.requires_grad_(bool(trainable))
+    return commit(model, delta)
+
+
+def read(model: nn.Module, path: str | os.PathLike[str], check_base: CheckBase) -> Delta:
+    """The delta in a file, checked as `load` checks it, attached to nothing."""
+    check_mode(check_base)
+    where = as_path(path)
+    return _delta(model, _reader(where).read(model, where), where, None, check_base)
+
+
+def check_mode(check_base: CheckBase) -> None:
+    """Raises PeftliteError unless it says what to do about other base weights."""
+    if check_base not in get_args(CheckBase):
+        raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")
+
+
+def _delta(
+    model: nn.Module, content: Content, where: Path, name: str | None, check_base: CheckBase
+) -> Delta:
     sites = _locate(model, content, where)
     methods = [method for method, _ in content.methods]
     # a skeleton without memory first: a file may ask for more than there is
@@ -73,8 +95,7 @@ def load(
         _check_base(content.base, sites, where, check_base)
     delta = Delta(content.name if name is None else name, methods, _build(content, sites, where))
     _fill(delta, content, where)
-    delta.requires_grad_(bool(trainable))
-    return commit(model, delta)
+    return delta
 
 
 # each a module with `recognises`, `inspect` and `read`
@@ -194,4 +215,4 @@ def _check_base(
         raise BaseMismatchError(
             f"{message}; load it into the base it was trained on, or pass check_base='warn'"
         )
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)

@@ -99,7 +99,7 @@ def save(
         "library": __version__,
         "name": delta.name,
         "methods": _methods(delta),
-        "base": _fingerprints(delta, base),
+        "base": base_of(delta, base),
         "modules": {
             whole_address(address): standin.describe(placed.site)
             for address, placed in delta.placed.items()
@@ -146,7 +146,7 @@ def _settings(kind: type[Method]) -> list[str]:
     return [f.name for f in dataclasses.fields(kind) if f.name not in ("targets", "exclude")]
 
 
-def _fingerprints(delta: Delta, kind: str) -> dict[str, dict[str, Any]]:
+def base_of(delta: Delta, kind: str) -> dict[str, dict[str, Any]]:
     """What every tensor the delta changes is in the base without the delta."""
     sites = {
         whole_address(address): placed.site

@@ -1,5 +1,5 @@
 """Fast paths of the low-rank product, the reference they are tested against, and their choice."""
 
 from peftlite.kernels.dispatch import backend as backend
-from peftlite.kernels.dispatch import report as report
 from peftlite.kernels.linear import lora_linear as lora_linear
+from peftlite.kernels.report import report as report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,11 +11,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from peftlite.errors import PeftliteError
 from peftlite.kernels import torch_ops
-from peftlite.table import table
 
 Path = Literal["reference", "torch", "triton"]
 
@@ -24,9 +23,11 @@ SMALL = 2**15
 """The numbers in x from which on a backward pass of its own saves more than it costs in Python."""
 
 _forced: Path | None = None
+_HAS_TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _PLAIN = (Tensor, nn.Parameter)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def backend(name: Path | None) -> AbstractContextManager[None]:
@@ -39,7 +40,7 @@ def backend(name: Path | None) -> AbstractContextManager[None]:
     global _forced
     if name not in (None, *get_args(Path)):
         raise PeftliteError(f"no backend {name!r}: there are {', '.join(get_args(Path))}, and None")
-    if name == "triton" and not _has_triton():
+    if name == "triton" and not _HAS_TRITON:
         raise PeftliteError("backend 'triton' needs the package triton: pip install triton")
     before, _forced = _forced, name
     return _until_left(before)
@@ -55,7 +56,7 @@ def _until_left(before: Path | None) -> Iterator[None]:
 
 
 def is_plain(x: Tensor, dropout: float) -> bool:
-    """Whether the reference is best for x on a CPU, before its path is asked for.
+    """Whether the reference is best for x on a CPU, before anything else is asked.
 
     It is where Python costs more than the products; and in a compiled graph, whose gradients keep
     as little as ours do, but for a mask.
@@ -65,52 +66,59 @@ def is_plain(x: Tensor, dropout: float) -> bool:
     return not dropout if is_compiling() else x.numel() < SMALL
 
 
-def path(x: Tensor, w: Tensor) -> Path:
-    """The path of a map with the weight W for an input x that isn't plain."""
-    # a weight of a class of its own, quantised or sharded, knows how it is multiplied with
-    if type(w) not in _PLAIN or _forced == "reference":
-        return "reference"
-    if _forced == "torch" or w.dtype not in _DTYPES or not _runs_triton(x):
+def by_autograd(x: Tensor, dropout: float = 0.0) -> bool:
+    """Whether an operation on x is best left to plain torch, which autograd differentiates.
+
+    It is, too, where that is all that works: for an x of a class of its own, as sharded ones are,
+    and under a transform of torch.func or forward-mode differentiation.
+    """
+    return (
+        is_plain(x, dropout)
+        or _forced == "reference"
+        or type(x) not in _PLAIN
+        or (not is_compiling() and (_transforms() is not None or forward_ad._current_level >= 0))
+    )
+
+
+def is_plain_weight(w: Tensor) -> bool:
+    """Whether a weight is one to multiply with; a quantised or sharded one knows how it is done."""
+    return type(w) in _PLAIN
+
+
+def path_with(x: Tensor, wide: torch.dtype) -> Path:
+    """The path of products of x with factors in a dtype, where autograd isn't best for them."""
+    if _forced == "torch" or not _runs_triton(x):
+        return "torch"
+    # products in fp32 wait for arithmetic, and not for the memory whose reads the kernels save
+    if x.dtype not in _HALVES or wide not in (x.dtype, torch.float32):
         return "torch"
     return "triton" if x.is_cuda or _forced == "triton" else "torch"
 
 
-def ops(x: Tensor) -> ModuleType:
-    """The operations of the path that x takes."""
-    if path(x, x) != "triton":
+def ops(x: Tensor, wide: torch.dtype) -> ModuleType:
+    """The operations of the path that x takes, with the factors in a dtype."""
+    if path_with(x, wide) != "triton":
         return torch_ops
     from peftlite.kernels import triton_ops
 
     return triton_ops
 
 
-def report(model: nn.Module) -> str:
-    """A table of the linear layers that are patched, the path that each takes, and why."""
-    rows = []
-    for address, module in model.named_modules():
-        if "peftlite" in vars(module) and isinstance(module, nn.Linear):
-            w = module._parameters["weight"]
-            rows.append([address, str(w.device), str(w.dtype).removeprefix("torch."), *_why(w)])
-    return table(["module", "device", "dtype", "path", "because"], rows)
-
-
-def _why(w: Tensor) -> tuple[str, str]:
-    found = path(w, w)
-    if type(w) not in _PLAIN:
-        return found, f"a {type(w).__name__} multiplies in its own way"
+def why(w: Tensor) -> tuple[str, str]:
+    """The path of a linear map of vectors with the weight W, and the reason in words."""
+    found = "reference" if _forced == "reference" else path_with(w, w.dtype)
     if found == _forced:
         return found, f"backend({_forced!r}) was called"
+    if not is_plain_weight(w):
+        return found, f"beside the {type(w).__name__}'s own product"
     if found == "triton":
         return found, "a GPU's memory is read once for two products"
     if not w.is_cuda:
         return found, f"Triton's kernels run on GPUs; reference below {SMALL} numbers of input"
-    return found, f"no kernels for {w.dtype}" if _has_triton() else "triton is not installed"
+    if not _HAS_TRITON:
+        return found, "triton is not installed"
+    return found, f"{w.dtype} waits for arithmetic, which cuBLAS does"
 
 
 def _runs_triton(x: Tensor) -> bool:
-    return (x.is_cuda or _INTERPRETED) and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return (x.is_cuda or _INTERPRETED) and _HAS_TRITON

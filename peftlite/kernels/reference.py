@@ -1,13 +1,11 @@
 """Every operation in plain torch: the truth that the fast paths are tested against in fp64.
 
-Shape letters: t tokens, i in, o out, r rank, n values. Whatever takes `dropout` takes the `seed` of
+Shape letters: t tokens, i in, o out, r rank. Whatever takes `dropout` takes the `seed` of
 its mask with it, an int64 tensor of no dimensions, of which the mask is a function. Without a seed
 the mask is torch's own.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ STEP, FIRST, SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 
 def lora_linear(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -28,26 +26,24 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ, for x (..., i), W (o, i), A (r, i) and B (o, r)."""
+    """y = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ, for x (..., i), W (o, i), A (r, i) and B (o, r).
+
+    The low-rank part is formed in the wider dtype of x and A. Without W, it is all there is.
+    """
+    wide = torch.promote_types(x.dtype, a.dtype)
+    h = shrink(x.to(wide), a.to(wide), dropout, seed)
+    b = b.to(wide)
+    if w is None:
+        return (scale * F.linear(h, b)).to(x.dtype)
     y = F.linear(x, w, bias)
-    if a.dtype is not w.dtype:
-        a, b = a.to(w.dtype), b.to(w.dtype)
-    h = F.linear(drop(x, dropout, seed) if dropout else x, a)
-    if y.dim() == 2:
+    if y.dim() == 2 and y.dtype is h.dtype:
         return torch.addmm(y, h, b.t(), alpha=scale)
-    return torch.add(y, F.linear(h, b), alpha=scale)
+    return torch.add(y, F.linear(h, b), alpha=scale).to(y.dtype)
 
 
 def shrink(x: Tensor, a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """h = drop(x) Aᵀ, (..., r)."""
     return F.linear(drop(x, dropout, seed) if dropout else x, a)
-
-
-def grouped_shrink(
-    x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0, seed: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """drop(x) Aᵀ for the A of each map that takes x, as q, k and v do; one mask for all."""
-    return shrink(x, torch.cat(list(factors)), dropout, seed).split([len(a) for a in factors], -1)
 
 
 def grad_ab(dy: Tensor, h: Tensor, b: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -70,21 +66,6 @@ def expand(
     """h U + bias for U (r, o), or drop(h U): what a low rank adds to y, or to the gradient of x."""
     y = h @ up if bias is None else h @ up + bias
     return drop(y, dropout, seed) if dropout else y
-
-
-def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """‖W + s·BA‖ of every row of W (o, i)."""
-    return torch.linalg.vector_norm(w + scale * (b @ a), dim=1)
-
-
-def dora_scale(y: Tensor, bias: Tensor | None, ratio: Tensor) -> Tensor:
-    """ratio ⊙ (y − bias) + bias, for y (..., o) and a ratio m/‖W + s·BA‖ for every output."""
-    return y * ratio if bias is None else (y - bias) * ratio + bias
-
-
-def grad_values(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """The gradient of the n entries of W (o, i) at the flat `index`: entries of dYᵀ x."""
-    return (dy.t() @ x).flatten()[index]
 
 
 def drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:

@@ -1,6 +1,8 @@
 """The operations of the low-rank path in torch: the fast ones on a CPU, and on any device.
 
-All take matrices. A mask is made a few rows at a time, while these are in the cache.
+All take matrices. Factors, h and dh are in one dtype c: that of x and dY, or wider, into which
+these are then converted. Conversions and masks are made a few rows at a time and used while they
+are in the cache, so that nothing of the size of x is formed in the wider dtype.
 """
 
 from __future__ import annotations
@@ -9,73 +11,143 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from peftlite.kernels.reference import FIRST, HALF, SECOND, STEP, kept, threshold
 
-_ROWS_OF = 2**17  # entries of x whose mask is made at once
+_ENTRIES = 2**18  # of x or y, that a thread converts and masks at once
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
-    """h = s·drop(x) Aᵀ, (t, r)."""
-    if dropout:
-        x = _dropped(x, dropout, seed)
-    return _scaled(_times_transposed(x, a), scale, dropout)
+    """h = s·drop(x) Aᵀ, (t, r) in c."""
+    factor = _factor(scale, dropout)
+    return _joined([_low(a, part, factor) for _, part in _parts(x, a.dtype, dropout, seed)])
 
 
 def grad_ab(
     dy: Tensor, h: Tensor, b: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """dh = s·dY B, and dB = dYᵀ h for an h that is scaled."""
-    return _scaled(_times_transposed(dy, b.t()), scale, dropout), (h.t() @ dy).t()
+    """dh = s·dY B and dB = dYᵀ h in c, for an h that is scaled."""
+    dh, db, factor = [], None, _factor(scale, dropout)
+    for rows, part in _parts(dy, h.dtype, 0.0, None):
+        dh.append(_low(b.t(), part, factor))
+        db = _summed(db, h[rows].t() @ part)
+    return _joined(dh), db.t().to(h.dtype)
 
 
 def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """dA = dhᵀ drop(x), for a dh that is scaled."""
-    return dh.t() @ (_dropped(x, dropout, seed) if dropout else x)
+    """dA = dhᵀ drop(x) in c, for a dh that is scaled."""
+    da = None
+    for rows, part in _parts(x, dh.dtype, dropout, seed):
+        da = _summed(da, dh[rows].t() @ part)
+    return da.to(dh.dtype)
 
 
-def expand(
-    h: Tensor, up: Tensor, bias: Tensor | None, dropout: float, seed: Tensor | None
+def _summed(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum with a part more, in fp32 at least."""
+    if total is None:
+        return part
+    return total.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """(t, r) of parts (r, some of t)."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).t()
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
 ) -> Tensor:
-    """h U + bias, or drop(h U) for an h that is scaled."""
-    y = h @ up if bias is None else torch.addmm(bias, h, up)
-    if dropout:
-        for rows, mask in _masks(y, dropout, seed):
-            rows.mul_(mask)
+    """x W + h U + bias, or x W + drop(h U) for an h that is scaled; W is (i, o), and U (r, o)."""
+    # on top of the large product: oneDNN is slower at adding to what is there
+    y = x @ w if bias is None else torch.addmm(bias, x, w)
+    return add(y, h, up, dropout, seed)
+
+
+def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """y += h U, or drop(h U) for an h that is scaled, in place."""
+    if h.dtype is y.dtype and not dropout:
+        return y.addmm_(h, up)
+    buffer = _buffer(y, h.dtype)
+    for rows, mask in _masks(y, dropout, seed):
+        to = y[rows]
+        part = buffer[: len(to)]
+        if mask is None:
+            part.copy_(to).addmm_(h[rows], up)
+        else:
+            torch.mm(h[rows], up, out=part).mul_(mask).add_(to)
+        to.copy_(part)
     return y
 
 
-def _scaled(h: Tensor, scale: float, dropout: float) -> Tensor:
-    scale *= kept(dropout) if dropout else 1
-    return h if scale == 1 else h.mul_(scale)
+def expand(
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """h U + bias, or drop(h U) for an h that is scaled, rounded to a dtype once."""
+    y = h.new_zeros(len(h), up.shape[1], dtype=dtype)
+    return add(y if bias is None else y.add_(bias), h, up, dropout, seed)
 
 
-def _times_transposed(x: Tensor, a: Tensor) -> Tensor:
-    """x Aᵀ; in half precision on a CPU oneDNN is twice as fast at A xᵀ."""
-    return (a @ x.t()).t() if x.dtype is torch.bfloat16 and x.is_cpu else x @ a.t()
+def _factor(scale: float, dropout: float) -> float:
+    return scale * kept(dropout) if dropout else scale
 
 
-def _dropped(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """x with the mask's zeros, the rest as it was."""
-    out = torch.empty_like(x)
-    for (rows, mask), to in zip(_masks(x, dropout, seed), out.split(_rows(x)), strict=True):
-        torch.mul(rows, mask, out=to)
-    return out
+def _low(a: Tensor, x: Tensor, factor: float) -> Tensor:
+    """factor·A xᵀ, rounded once. Not x Aᵀ: few rows are up to twice as fast as few columns."""
+    return a.new_empty(len(a), len(x)).addmm_(a, x.t(), beta=0, alpha=factor)
 
 
-def _rows(x: Tensor) -> int:
-    return max(1, _ROWS_OF // x.shape[1]) if x.is_cpu else max(1, len(x))
+def _parts(
+    x: Tensor, dtype: torch.dtype, dropout: float, seed: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of x at a time, in c and with the mask's zeros, to be used before the next ones."""
+    if x.dtype is dtype and not dropout:
+        yield slice(None), x
+        return
+    buffer = _buffer(x, dtype)
+    for rows, mask in _masks(x, dropout, seed):
+        part = x[rows]
+        part = buffer[: len(part)].copy_(part)
+        yield rows, part if mask is None else part.mul_(mask)
 
 
-def _masks(x: Tensor, dropout: float, seed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of x, some at a time, and a 1 for what of them is kept: as `reference.keep`."""
-    row = torch.arange(len(x), device=x.device)[:, None]
-    pair = torch.arange((x.shape[1] + 1) // 2, device=x.device)
+def _rows(x: Tensor) -> list[slice]:
+    """The rows of x, some at a time; all at once where that is left to a compiler or a GPU."""
+    if not x.is_cpu or is_compiling():
+        return [slice(None)]
+    entries = _ENTRIES * min(torch.get_num_threads(), 4)
+    step = max(1, entries // max(1, x.shape[1]))
+    return [slice(i, i + step) for i in range(0, max(1, len(x)), step)]
+
+
+def _buffer(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x[_rows(x)[0]], dtype=dtype)
+
+
+def _masks(x: Tensor, dropout: float, seed: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Some rows of x at a time, and a 1 for what dropout keeps of them: as `reference.keep`."""
+    tokens, columns = x.shape
+    if not dropout or seed is None:
+        yield from ((rows, None) for rows in _rows(x))
+        return
+    row = torch.arange(tokens, device=x.device)[:, None]
+    pair = torch.arange((columns + 1) // 2, device=x.device)
     row = _mix((row * STEP ^ seed).to(torch.int32))
     pair = _mix((pair * STEP ^ seed >> 32).to(torch.int32))
-    for rows, own in zip(x.split(_rows(x)), row.split(_rows(x)), strict=True):
-        word = torch.bitwise_xor(own, pair, out=own.new_empty(len(own), len(pair)))
-        halves = _mix(word).view(torch.int16)[:, : x.shape[1]]
+    for rows in _rows(x):
+        word = torch.bitwise_xor(row[rows], pair, out=row.new_empty(len(row[rows]), len(pair)))
+        halves = _mix(word).view(torch.int16)[:, :columns]
         yield rows, halves.ge_(threshold(dropout) - 2**15)
 
 

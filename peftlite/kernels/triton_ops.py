@@ -1,52 +1,43 @@
-"""The operations of the low-rank path on a GPU: `torch_ops`, with Triton where a read is saved.
+"""The operations of the low-rank path on a GPU, for x in half precision: as `torch_ops`'s.
 
+Factors, h and dh have the dtype of x or are fp32; then dA and dB are as exact as from an x of fp32.
 The large products are cuBLAS's. Tiles and splits are a static table: nothing is tuned at run time,
 so a CUDA graph can hold the calls, and a run doesn't differ from the one before.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-
 import torch
-import triton
 from torch import Tensor
 
-from peftlite.kernels import torch_ops, triton_kernels
-from peftlite.kernels.reference import kept, threshold
+from peftlite.kernels import triton_gemm, triton_kernels
+from peftlite.kernels.reference import kept
+from peftlite.kernels.triton_launch import PROGRAMS, cdiv, launch, mask, padded
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PROGRAMS = 264  # two for each of an H100's multiprocessors
+NUMBERS = 1024  # that a program of `total` adds up
+ONCE = 16
+"""The most ranks for which reading dY once moves less, with planes of dh, than reading it twice."""
 
 
-def tiles(rank: int) -> dict[str, int]:
-    """The tile of the tokens and the columns, the padded rank, and how a program runs."""
-    padded = max(16, 1 << (rank - 1).bit_length())
-    tile = 64 if padded <= 64 else 32 if padded == 128 else 16
-    return {
-        "TOKENS": tile,
-        "COLUMNS": 128 if padded <= 32 else 64,
-        "RANK": padded,
-        "num_warps": 4 if padded <= 64 else 8,
-        "num_stages": 3 if padded <= 64 else 2,
-    }
+def tiles(rank: int, dtype: torch.dtype, factors: torch.dtype) -> dict[str, int]:
+    """The tile of the tokens, columns and ranks, and how a program runs, without a spill."""
+    wide = factors is not dtype  # and has parts, each with registers of its own
+    ranks = padded(rank, 32 if wide else 64)
+    columns = 128 if ranks == 16 and not (wide and dtype is torch.float16) else 64
+    return {"TOKENS": 64, "COLUMNS": columns, "RANK": ranks, "num_warps": 4, "num_stages": 3}
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     """h = s·drop(x) Aᵀ, (t, r)."""
     (tokens, columns), rank = x.shape, len(a)
-    config = tiles(rank)
-    blocks = triton.cdiv(tokens, config["TOKENS"])
-    splits = _splits(blocks, triton.cdiv(columns, config["COLUMNS"]))
-    h = x.new_empty(splits, tokens, rank, dtype=torch.float32)
-    if h.numel():
-        with _device_of(x):
-            triton_kernels.shrink[(blocks, splits)](
-                x, a, h, *_mask(x, dropout, seed), tokens, columns, rank,
-                *x.stride(), *a.stride(), DROP=dropout > 0, **config, **_dtype(x),
-            )  # fmt: skip
-    return _summed(h, x, _factor(scale, dropout))
+    config = tiles(rank, x.dtype, a.dtype)
+    grid = _grid(tokens, config["TOKENS"], columns, config["COLUMNS"], rank, config["RANK"])
+    h = _planes(a, grid[1], tokens, rank)
+    launch(
+        triton_kernels.shrink, grid, x, a, h, *mask(x, dropout, seed), _factor(scale, dropout),
+        tokens, columns, rank, *x.stride(), *a.stride(), DROP=dropout > 0, **config,
+    )  # fmt: skip
+    return total(h, a.dtype)
 
 
 def grad_ab(
@@ -54,78 +45,112 @@ def grad_ab(
 ) -> tuple[Tensor, Tensor]:
     """dh = s·dY B, and dB = dYᵀ h for an h that is scaled."""
     (tokens, columns), rank = dy.shape, h.shape[1]
-    config = tiles(rank)
-    blocks = triton.cdiv(columns, config["COLUMNS"])
-    splits = _splits(blocks, triton.cdiv(tokens, config["TOKENS"]))
-    dh = dy.new_empty(blocks, tokens, rank, dtype=torch.float32)
-    db = dy.new_empty(splits, columns, rank, dtype=torch.float32)
-    with _device_of(dy):
-        triton_kernels.grad_ab[(blocks, splits)](
-            dy, h, b, dh, db, tokens, columns, rank,
-            *dy.stride(), *h.stride(), *b.stride(), **config, **_dtype(dy),
-        )  # fmt: skip
-    return _summed(dh, dy, _factor(scale, dropout)), _summed(db, dy, 1.0)
+    if rank > ONCE:
+        dh = shrink(dy, b.t(), _factor(scale, dropout), 0.0, None)
+        return dh, grad_a(h, dy, 0.0, None).t()
+    config = tiles(rank, dy.dtype, b.dtype)
+    blocks, splits = _grid(columns, config["COLUMNS"], tokens, config["TOKENS"], 1, 1)
+    dh, db = _planes(b, blocks, tokens, rank), _planes(b, splits, columns, rank)
+    launch(
+        triton_kernels.grad_ab, (blocks, splits), dy, h, b, dh, db, _factor(scale, dropout),
+        tokens, columns, rank, *dy.stride(), *h.stride(), *b.stride(), **config,
+    )  # fmt: skip
+    return total(dh, b.dtype), total(db, b.dtype)
 
 
 def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """dA = dhᵀ drop(x), for a dh that is scaled."""
-    if not dropout:
-        return torch_ops.grad_a(dh, x, dropout, seed)
     (tokens, columns), rank = x.shape, dh.shape[1]
-    config = tiles(rank)
-    blocks = triton.cdiv(columns, config["COLUMNS"])
-    splits = _splits(blocks, triton.cdiv(tokens, config["TOKENS"]))
-    da = x.new_empty(splits, rank, columns, dtype=torch.float32)
-    with _device_of(x):
-        triton_kernels.grad_a[(blocks, splits)](
-            dh, x, da, *_mask(x, dropout, seed), tokens, columns, rank,
-            *dh.stride(), *x.stride(), DROP=True, **config, **_dtype(x),
-        )  # fmt: skip
-    return _summed(da, x, 1.0)
+    config = tiles(rank, x.dtype, dh.dtype)
+    grid = _grid(columns, config["COLUMNS"], tokens, config["TOKENS"], rank, config["RANK"])
+    da = _planes(dh, grid[1], rank, columns)
+    launch(
+        triton_kernels.grad_a, grid, dh, x, da, *mask(x, dropout, seed),
+        tokens, columns, rank, *dh.stride(), *x.stride(), DROP=dropout > 0, **config,
+    )  # fmt: skip
+    return total(da, dh.dtype)
 
 
 def expand(
-    h: Tensor, up: Tensor, bias: Tensor | None, dropout: float, seed: Tensor | None
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """h U + bias, or drop(h U) for an h that is scaled."""
-    if not dropout:
-        return torch_ops.expand(h, up, bias, dropout, seed)
-    (tokens, rank), columns = h.shape, up.shape[1]
-    config = tiles(rank)
-    grid = triton.cdiv(tokens, config["TOKENS"]), triton.cdiv(columns, config["COLUMNS"])
-    y = h.new_empty(tokens, columns)
-    if y.numel():
-        with _device_of(h):
-            triton_kernels.expand[grid](
-                h, up, y, *_mask(h, dropout, seed), tokens, columns, rank,
-                *h.stride(), *up.stride(), **config, **_dtype(h),
-            )  # fmt: skip
+    """h U + bias, or drop(h U) for an h that is scaled, in a dtype."""
+    y = h.new_empty(len(h), up.shape[1], dtype=dtype)
+    return _expand(y, h, up, bias, dropout, seed, add=False)
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """x W + h U + bias, or x W + drop(h U) for an h that is scaled.
+
+    The low-rank part comes last: it isn't rounded before it is added, however large it is.
+    """
+    config = triton_gemm.config(x)
+    if config is None:
+        return _expand(torch.mm(x, w), h, up, bias, dropout, seed, add=True)
+    return triton_gemm.product(x, w, h, up, bias, dropout, seed, config)
+
+
+def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """y += h U, or drop(h U) for an h that is scaled, in place."""
+    return _expand(y, h, up, None, dropout, seed, add=True)
+
+
+def _expand(
+    y: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    add: bool,
+) -> Tensor:
+    (tokens, columns), rank = y.shape, h.shape[1]
+    config = tiles(rank, y.dtype, h.dtype)
+    grid = cdiv(tokens, config["TOKENS"]), cdiv(columns, config["COLUMNS"])
+    launch(
+        triton_kernels.expand, grid, h, up, y if bias is None else bias, y,
+        *mask(h, dropout, seed), tokens, columns, rank, *h.stride(), *up.stride(), *y.stride(),
+        BIAS=bias is not None, DROP=dropout > 0, ADD=add, **config,
+    )  # fmt: skip
     return y
 
 
-def _splits(blocks: int, tiles: int) -> int:
-    """How many programs share a block's tiles, so that the device is full."""
-    return max(1, min(tiles, PROGRAMS // max(1, blocks), 16))
+def total(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of planes of fp32, (planes, ...), in a dtype."""
+    if len(planes) == 1 and planes.dtype is dtype:
+        return planes[0]
+    out = planes.new_empty(planes.shape[1:], dtype=dtype)
+    numbers = out.numel()
+    grid = (cdiv(numbers, NUMBERS),)
+    launch(triton_kernels.total, grid, planes, out, len(planes), numbers, NUMBERS=NUMBERS)
+    return out
 
 
-def _summed(planes: Tensor, like: Tensor, factor: float) -> Tensor:
-    total = planes[0] if len(planes) == 1 else planes.sum(0)
-    return (total if factor == 1 else total.mul_(factor)).to(like.dtype)
+def _grid(rows: int, row: int, shared: int, share: int, rank: int, part: int) -> tuple[int, int]:
+    """Programs for all rows and ranks, and how many of them share the sum, to fill the device."""
+    programs = cdiv(rows, row) * cdiv(rank, part)
+    splits = min(cdiv(shared, share), PROGRAMS // max(1, programs), 16)
+    return programs, max(1, splits)
+
+
+def _planes(factor: Tensor, planes: int, *shape: int) -> Tensor:
+    """Room for sums; a single one is rounded at once."""
+    dtype = torch.float32 if planes > 1 else factor.dtype
+    return factor.new_empty(planes, *shape, dtype=dtype)
 
 
 def _factor(scale: float, dropout: float) -> float:
     return scale * kept(dropout) if dropout else scale
-
-
-def _mask(x: Tensor, dropout: float, seed: Tensor | None) -> tuple[Tensor, int]:
-    return (x, 0) if seed is None else (seed, threshold(dropout))
-
-
-def _dtype(x: Tensor) -> dict[str, bool]:
-    # Triton's interpreter multiplies the bits of bf16 as integers
-    return {"WIDEN": INTERPRETED and x.dtype is torch.bfloat16}
-
-
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    compiling = torch.compiler.is_compiling()  # which sees to the device itself
-    return contextlib.nullcontext() if compiling else torch.cuda.device_of(x)

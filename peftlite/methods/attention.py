@@ -24,14 +24,17 @@ ATTENTION = SDPA, MHA = F.scaled_dot_product_attention, F.multi_head_attention_f
 class Prepend(TorchFunctionMode):
     """Within it, every attention that torch computes has `prefix` (2, h, n, d) before its tokens.
 
+    It may be (2, b, h, n, d), a prefix for every row of a batch, and `hidden` (b, n) true where a
+    row has no such token.
+
     A mode belongs to its thread. Of two, the one entered last goes first, and the other sees what
     it calls: prefixes add up.
     """
 
-    def __init__(self, prefix: Tensor, address: str):
+    def __init__(self, prefix: Tensor, address: str, hidden: Tensor | None = None):
         super().__init__()
         self.prefix, self.n, self.address = prefix, prefix.shape[-2], address
-        self.reached = False
+        self.hidden, self.reached = hidden, False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -56,7 +59,9 @@ class Prepend(TorchFunctionMode):
         **options: Any,
     ) -> Tensor:
         n = self.n
-        if attn_mask is not None:
+        if self.hidden is not None:
+            attn_mask, is_causal = self._hide(query, key, attn_mask, is_causal), False
+        elif attn_mask is not None:
             attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
             attn_mask = F.pad(attn_mask, (n, 0), value=attn_mask.dtype == torch.bool)
         if is_causal:
@@ -66,6 +71,23 @@ class Prepend(TorchFunctionMode):
         key, value = self._prepend(key, value)
         y = SDPA(query, key, value, attn_mask, dropout_p, is_causal, **options)
         return y[..., n:, :].clone() if is_causal else y  # code may want to view it
+
+    def _hide(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """A mask (b, h, q, n + t) for rows with prefixes of their own."""
+        if mask is None:
+            mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+            mask = mask.tril() if is_causal else mask
+        front = self._front(len(key), mask.dtype)[:, None, None]
+        lead = torch.broadcast_shapes(mask.shape[:-1], front.shape[:-1])
+        return torch.cat([front.expand(*lead, -1), mask.expand(*lead, key.shape[-2])], -1)
+
+    def _front(self, b: int, dtype: torch.dtype) -> Tensor:
+        """What a mask has for the prefixes of b rows (b, n): true, or 0, where one is there."""
+        assert self.hidden is not None
+        hidden = _for_each(self.hidden, b)
+        if dtype == torch.bool:
+            return ~hidden
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
 
     def _attend_in_module(
         self,
@@ -101,6 +123,8 @@ class Prepend(TorchFunctionMode):
         for name in ("attn_mask", "key_padding_mask"):
             if options.get(name) is not None:
                 options[name] = F.pad(options[name], (self.n, 0 if bias_k is None else 1))
+        if self.hidden is not None:
+            options["key_padding_mask"] = self._hide_in_module(keys, **options)
         # it projects its inputs all the same: those without features cost nothing
         empty = key.new_empty(keys.shape[-2], *key.shape[1:-1], 0)
         options |= {"use_separate_proj_weight": True, "is_causal": False, "q_proj_weight": w_q}
@@ -112,10 +136,27 @@ class Prepend(TorchFunctionMode):
         )
         return y, None if seen is None else seen[..., self.n :]
 
+    def _hide_in_module(
+        self,
+        keys: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """A key_padding_mask (b, n + t) for rows with prefixes of their own."""
+        b, n = len(keys), self.n
+        if key_padding_mask is None:
+            dtype = torch.bool if attn_mask is None else attn_mask.dtype
+            key_padding_mask = keys.new_zeros(b, keys.shape[-2], dtype=dtype)
+        front = self._front(b, key_padding_mask.dtype)
+        if front.dtype == torch.bool:
+            front = ~front  # there true is what is masked
+        return torch.cat([front, key_padding_mask[:, n:]], -1)
+
     def _prepend(self, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         """Keys and values (…, h, t, d), or (…, t, d) of one head, with the prefix in front."""
         self.reached = True
-        _, h, _, d = self.prefix.shape
+        *_, h, _, d = self.prefix.shape
         heads = key.shape[-3] if key.dim() > 3 else 1
         if heads % h or key.shape[-1] != d or value.shape[-1] != d:
             raise PeftliteError(
@@ -125,11 +166,18 @@ class Prepend(TorchFunctionMode):
             )
         prefix = self.prefix.to(key.dtype)
         if heads != h:  # each is shared by a group of queries
-            prefix = prefix.repeat_interleave(heads // h, 1)
+            prefix = prefix.repeat_interleave(heads // h, -3)
+        if self.hidden is not None:
+            prefix = [_for_each(p, len(key)) for p in prefix]
         return (
             torch.cat([p.expand(*x.shape[:-2], -1, -1), x], -2)
             for p, x in zip(prefix, (key, value), strict=True)
         )
+
+
+def _for_each(x: Tensor, n: int) -> Tensor:
+    """x (b, …) for n entries, as many for each of the b rows."""
+    return x if len(x) == n else x.repeat_interleave(n // len(x), 0, output_size=n)
 
 
 _KEY_HEADS = "num_key_value_heads num_kv_heads n_kv_heads n_kv_head kv_heads n_query_groups".split()

@@ -47,11 +47,11 @@ class CompacterPatch(BottleneckPatch):
         own: Any = self._parameters
         names = "a", "down_u", "down_v", "down_bias", "up_u", "up_v", "up_bias"
         a, down_u, down_v, d, up_u, up_v, u = (own[name].to(z) for name in names)
-        hidden = self.act(_kronecker(z, a, down_u, down_v) + d)
-        return _kronecker(hidden, a, up_u, up_v) + u
+        hidden = self.act(kronecker(z, a, down_u, down_v) + d)
+        return kronecker(hidden, a, up_u, up_v) + u
 
 
-def _kronecker(x: Tensor, a: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def kronecker(x: Tensor, a: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """(Σⱼ Aⱼ ⊗ uⱼᵀvⱼ)·x, with x as a matrix X of n rows: Σⱼ Aⱼ·(X·vⱼᵀ)·uⱼ, two thin products."""
     n, k, _ = u.shape
     narrow = F.linear(x.unflatten(-1, (n, -1)), v.flatten(0, 1)).unflatten(-1, (n, k))

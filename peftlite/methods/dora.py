@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.maps import Embedding, Map, Over, narrow
+from peftlite.kernels.dora import row_norms_squared
+from peftlite.kernels.rescale import rescale
+from peftlite.maps import Embedding, Map, beneath, narrow
 from peftlite.methods.lora import LoRA, LoRAPatch
 from peftlite.patch import apply, trainable, wide
 from peftlite.site import Site, overlap
@@ -43,19 +44,19 @@ class DoRAPatch(LoRAPatch):
 
     @torch.no_grad()
     def _norm(self, w: Tensor) -> Tensor:
-        """‖W + s·BA‖ of every output: ‖Wₒ‖² + 2s·(WAᵀ)ₒ·Bₒ + s²·Bₒ(AAᵀ)Bₒᵀ, and its root."""
+        """‖W + s·BA‖ of every output, by its factors."""
         a, b = self.factors()
-        dtype = wide(w, a)
-        a, b, w = a.to(dtype), b.to(dtype), self.matrix(w).to(dtype)
+        shape = (self.i, self.o) if self.transposed else (self.o, self.i)
+        w = w.reshape(*self.stack, *shape)
+        w = w.mT if self.transposed else w
         if self.groups > 1:
             a, w = (z.unflatten(-1, (self.groups, -1)).movedim(-2, 0) for z in (a, w))
-        change = self.scale * b * (2 * (w @ a.mT) + self.scale * b @ (a @ a.mT))
-        squares = torch.linalg.vector_norm(w, dim=-1).square() + change.sum(-1)
+        squares = row_norms_squared(w, a, b, self.scale)
         if self.taps > 1:
             squares = squares.unflatten(-1, (-1, self.taps)).sum(-1)
-        return squares.clamp(min=0).sqrt().reshape(self.m.shape)
+        return squares.sqrt().reshape(self.m.shape)
 
-    def _ratio(self, w: Tensor) -> Tensor:
+    def ratio(self, w: Tensor) -> Tensor:
         """m / ‖V‖, where ‖V‖ is rounded as m is. An output whose weights are all 0 keeps them."""
         norm = self._norm(w)
         m, norm = self.m.to(norm.dtype), norm.to(self.m.dtype).to(norm.dtype)
@@ -63,7 +64,8 @@ class DoRAPatch(LoRAPatch):
         return (m / norm.masked_fill(nothing, 1)).masked_fill(nothing, 1)
 
     def value(self, w: Tensor) -> Tensor:
-        v, ratio = super().value(w.to(wide(w, self.a))), self._ratio(w)
+        v = super().value(w.to(wide(w, self.a)))
+        ratio = self.ratio(w).to(v.dtype)
         if self.transposed:  # (i, o) or (g i, o, *taps)
             ratio = ratio.view(self.groups, 1, -1, *(1 for _ in w.shape[2:]))
             v = (v.unflatten(0, (self.groups, -1)) * ratio).flatten(0, 1)
@@ -71,41 +73,34 @@ class DoRAPatch(LoRAPatch):
             v = v * ratio[(..., *(None for _ in w.shape[ratio.dim() :]))]
         return v.to(w.dtype)
 
+    @torch.no_grad()
+    def _below(self, inner: Map) -> Tensor:
+        """What this patch changes of the weight, as the patches below leave it."""
+        base, patches = beneath(inner)
+        w = base.weight
+        if any(overlap(patch.index, self.index) for patch in patches):
+            w = apply(patches, w)
+        return narrow(w, self.index)
+
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-        base, part = _under(inner, self.index)
-        # y + (m/‖V‖ − 1)(y − b): near 1 the ratio itself would be coarse in half precision
-        change = self._ratio(part) - 1
+        base, _ = beneath(inner)
+        change = self.ratio(self._below(inner)) - 1
         if self.index is not None:
             dim, start, stop = self.index
             change = F.pad(change, (start, base.weight.shape[dim] - stop))
-        column = (-1, *(1 for _ in base.weight.shape[2:]))
-        change, embeds, bias = change.view(column), isinstance(base, Embedding), base.bias
-        if base.transposed is not self.transposed:  # tied to a map the other way round
-            if not embeds:  # our outputs are its inputs
-                input = torch.addcmul(input, input, change.to(input.dtype))
-                return super().call(inner, input, *args, **kwargs)
-            change = change[input][..., None]
+        embeds, tied = isinstance(base, Embedding), base.transposed is not self.transposed
+        if tied and not embeds:  # to a map the other way round: our outputs are its inputs
+            return super().call(inner, rescale(input, change), *args, **kwargs)
         y = super().call(inner, input, *args, **kwargs)
-        product = y if bias is None else y - bias.view(column).to(y.dtype)
-        scaled = torch.addcmul(y, product, change.to(y.dtype))
+        if tied:
+            scaled = torch.addcmul(y, y, change[input][..., None].to(y.dtype))
+        else:
+            scaled = rescale(y, change, base.bias, base.weight.dim() - 2)
         if embeds and base.module.padding_idx is not None:
             # the padding row gives values and takes no gradients
             padding = (input == base.module.padding_idx)[..., None]
             scaled = torch.where(padding, scaled.detach(), scaled)
         return scaled
-
-
-@torch.no_grad()
-def _under(inner: Any, index: tuple[int, int, int] | None) -> tuple[Map, Tensor]:
-    """The map itself, and the part of its weight at `index` as the patches on it leave that."""
-    below, base = [], inner
-    while isinstance(base, Over):
-        below.append(base.patch)
-        base = base.inner
-    w = base.weight
-    if any(overlap(patch.index, index) for patch in below):
-        w = apply(below[::-1], w)
-    return base, narrow(w, index)
 
 
 @dataclass(frozen=True)

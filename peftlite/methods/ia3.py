@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlite import maps
+from peftlite.kernels.rescale import rescale
 from peftlite.patch import Method, Patch, trainable
 from peftlite.site import Site
 
@@ -26,9 +27,9 @@ class ScalePatch(Patch):
         self.inputs = method.feedforward
         shape, self.groups, self.along = _along(site, self.inputs)
         self.l = trainable(*shape, site=site, dtype=method.dtype)
-        if not _rides_beside(site, self.inputs):
+        if not _rides_beside(site):
             self.call = None
-        self.channels = (-1, *(1 for _ in site.shape[2:]))  # of what a convolution takes and gives
+        self.behind = len(site.shape[2:])  # a convolution's dimensions of space
 
     def reset(self, w: Tensor | None) -> None:
         self.l.fill_(1.0)
@@ -38,13 +39,11 @@ class ScalePatch(Patch):
         return (grouped * self.l.view(self.along)).flatten(0, 1).to(w.dtype)
 
     def call(self, inner: maps.Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        change, behind = self.l - 1, self.behind
         if self.inputs:
-            return inner(self._scaled(input), *args, **kwargs)
-        return self._scaled(inner(input, *args, **kwargs))
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        # l as it is: rounded to half precision first, it would leave 1 late and all at once
-        return (x * self.l.view(self.channels)).to(x.dtype)
+            return inner(rescale(input, change, None, behind), *args, **kwargs)
+        # the bias has been scaled where it is to be
+        return rescale(inner(input, *args, **kwargs), change, inner.bias, behind)
 
 
 def _along(site: Site, inputs: bool) -> tuple[list[int], int, list[int]]:
@@ -63,13 +62,10 @@ def _along(site: Site, inputs: bool) -> tuple[list[int], int, list[int]]:
     return [*stack, n], 1, [1, *stack, *matrix]
 
 
-def _rides_beside(site: Site, inputs: bool) -> bool:
+def _rides_beside(site: Site) -> bool:
     """Whether scaling what a map takes or gives is the same as scaling its weight."""
     kind = maps.kind_of(site.module) if site.slot == "weight" else None
-    if kind in (None, maps.Embedding) or site.index is not None or len(site.owners) > 1:
-        return False
-    # a bias has a patch of its own, or none
-    return inputs or site.module.bias is None
+    return not (kind in (None, maps.Embedding) or site.index is not None or len(site.owners) > 1)
 
 
 def _weight_slot(site: Site) -> str:
@@ -81,9 +77,9 @@ def _weight_slot(site: Site) -> str:
 class IA3(Method):
     """y' = l ⊙ (Wx + b), or y' = W(l ⊙ x) + b. Liu et al., arXiv:2205.05638, §3.3.
 
-    l is 1 at first. Where a map has no bias, or its inputs are scaled, W' is never formed. By
-    default it takes every weight of a linear map but the output head's, with its bias. The paper
-    scales keys, values and what enters the down map of a feed-forward network:
+    l is 1 at first. At linear maps W' is never formed. By default it takes every weight of a linear
+    map but the output head's, with its bias. The paper scales keys, values and what enters the down
+    map of a feed-forward network:
 
         [pl.IA3(targets=["k_proj", "v_proj"]), pl.IA3(targets="down_proj", feedforward=True)]
 

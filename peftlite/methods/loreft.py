@@ -70,7 +70,7 @@ class LoReFTPatch(CallPatch):
     def _intervene(self, h: Any, given: Mapping[str, Any]) -> Tensor:
         self.check(h, self.o)
         change = self.along(self._change, h)
-        at = self._positions(h, given)
+        at = self.positions(h, given, *self.method.ends)
         return h + (change if at is None else change * at[..., None])
 
     def _change(self, h: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class LoReFTPatch(CallPatch):
         hidden = F.linear(h, inward.to(h.dtype), self.b.to(h.dtype))
         return F.linear(hidden, rotation.mT.to(h.dtype))
 
-    def _positions(self, h: Tensor, given: Mapping[str, Any]) -> Tensor | None:
-        """Where to intervene, (b, t) or (t); everywhere if None."""
+    def positions(self, h: Tensor, given: Mapping[str, Any], first: Any, last: Any) -> Any:
+        """Where to intervene, (b, t) or (t), by how many are first and last; everywhere if None."""
         at = given.get("reft_positions")
         if at is None and self.everywhere:
             return None
@@ -96,7 +96,6 @@ class LoReFTPatch(CallPatch):
         places = torch.arange(t, device=h.device)
         known = [given.get("position_ids"), given.get("cache_position"), places]
         index = next(p for p in known if isinstance(p, Tensor) and p.dim() < 3)
-        first, last = self.method.ends
         begins = (index == 0).any(-1, keepdim=True)
         return (index < first) | ((places >= t - last) & begins)
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from peftlite.fields import positive, whole
-from peftlite.maps import Map, widen
+from peftlite.kernels.grouped import grouped_linear
+from peftlite.maps import Linear, Map, widen
 from peftlite.patch import Patch, WeightMethod, wide
 from peftlite.site import Site
 
@@ -31,6 +33,8 @@ class LowRankPatch(Patch):
 
     scale: float = 1.0
     dropout: float = 0.0
+    group: tuple[LowRankPatch, ...] = ()
+    """The patches whose maps may be called with the same input as this one's: see `pl.fuse`."""
 
     def __init__(self, site: Site):
         super().__init__()
@@ -56,7 +60,15 @@ class LowRankPatch(Patch):
         if self.index is not None:
             left, right = widen(left, right, self.index, inner.weight.shape)
         dropout = self.dropout if self.training else 0.0
+        if self.group and not is_compiling() and type(inner) is Linear:
+            w, bias = inner.weight, inner.bias
+            return grouped_linear(self._alike, input, w, bias, a, b, self.scale, dropout)
         return inner.add_low_rank(left, right, self.scale, dropout, input, *args, **kwargs)
+
+    def _alike(self) -> list[Tensor]:
+        """The A of every patch in the group that would do with its input as this one does."""
+        own = self.scale, self.dropout, self.training
+        return [p.factors()[0] for p in self.group if (p.scale, p.dropout, p.training) == own]
 
 
 @dataclass(frozen=True)

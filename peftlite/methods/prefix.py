@@ -84,12 +84,17 @@ class PrefixPatch(Patch):
         with mode:
             output = inner(*args, **kwargs)
         if not mode.reached:
-            raise PeftliteError(
-                f"{self.address} came to no F.scaled_dot_product_attention in this call, so its "
-                "prefix had no effect: for transformers, type "
-                'model.set_attn_implementation("sdpa"), and ask for no output_attentions'
-            )
+            raise unreached(self.address)
         return output
+
+
+def unreached(address: str) -> PeftliteError:
+    """The error to raise for a call in which no attention was met."""
+    return PeftliteError(
+        f"{address} came to no F.scaled_dot_product_attention in this call, so its prefix had no "
+        'effect: for transformers, type model.set_attn_implementation("sdpa"), and ask for no '
+        "output_attentions"
+    )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ class SearchPatch(SparsePatch):
 
     def __init__(self, site: Site, method: SearchMethod):
         super().__init__(site, 0, method.dtype)
+        self.call = None
         self.indices, self.steps = None, method.steps
+        self.count = method.count(self.size)
+        """Its share of the entries that are kept."""
         self.values = self.dense(site, method.dtype)
         pruned = torch.zeros((), dtype=torch.bool, device=site.device).expand(site.shape)
         self.register_buffer("pruned", pruned)

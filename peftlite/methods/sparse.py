@@ -13,8 +13,9 @@ from torch import Tensor
 
 from peftlite.errors import PeftliteError
 from peftlite.fields import number, one_of
-from peftlite.maps import narrow
-from peftlite.patch import Patch, WeightMethod, trainable
+from peftlite.kernels.sparse import added, sparse_linear
+from peftlite.maps import Map, beneath, maps_vectors, narrow
+from peftlite.patch import Patch, WeightMethod, apply, trainable
 from peftlite.site import Site, whole_address
 from peftlite.table import shown
 
@@ -33,6 +34,8 @@ class SparsePatch(Patch):
         narrow = self.size <= torch.iinfo(torch.int32).max
         self.kind = torch.int32 if narrow else torch.int64
         self.register_buffer("indices", torch.empty(n, dtype=self.kind, device=site.device))
+        if site.index is not None or not all(maps_vectors(*owner) for owner in site.owners):
+            self.call = None
 
     def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
         n = shapes.get("values", ())
@@ -54,9 +57,12 @@ class SparsePatch(Patch):
         self.values.zero_()
 
     def value(self, w: Tensor) -> Tensor:
-        # one clone, W' itself; the gradient of `values` is gathered from that of W'
-        at = torch.unravel_index(self.indices, w.shape)
-        return w.index_put(at, (w[at] + self.values).to(w.dtype))
+        return added(w, self.values, self.indices)
+
+    def call(self, inner: Map, input: Tensor) -> Tensor:
+        base, below = beneath(inner)
+        w = apply(below, base.weight)
+        return sparse_linear(input, w, base.bias, self.values, self.indices, base.transposed)
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,16 @@ class StackPatch(Patch):
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(self.names, args, kwargs)
-        name = self._tokens(given)
+        name = self.tokens(given)
         tokens, past = given.pop(name), cached(given.get("past_key_values"))
-        rest = {key: self._lengthen(key, x, tokens, past) for key, x in given.items()}
+        rest = {key: self.lengthen(key, x, tokens, past) for key, x in given.items()}
         if past:  # the prompt is in the cache
             return inner(**{name: tokens}, **rest)
         longer = self.prompt.before(tokens)
         output = inner(**{name: longer}, **rest)
         return cut(output, self.n, longer.shape[1]) if self.cut else output
 
-    def _tokens(self, given: Mapping[str, Any]) -> str:
+    def tokens(self, given: Mapping[str, Any]) -> str:
         """The argument that holds the tokens, as embeddings or as ids."""
         for name in ("inputs_embeds", "input_ids"):
             if given.get(name) is not None:
@@ -55,7 +55,7 @@ class StackPatch(Patch):
             "before: name the call that takes them with targets="
         )
 
-    def _lengthen(self, name: str, x: Any, tokens: Tensor, past: int) -> Any:
+    def lengthen(self, name: str, x: Any, tokens: Tensor, past: int) -> Any:
         """An argument, with what the virtual tokens have in it. Raises PeftliteError."""
         (b, t), value = tokens.shape[:2], self.fill.get(name, 0)
         if value is None or x is None or isinstance(x, bool | int | float | str):

@@ -9,7 +9,7 @@ from tests.errors.case import Case
 CASES = [
     Case(lambda *_: pl.kernels.backend("cuda"),  # type: ignore
          "no backend 'cuda': there are reference, torch, triton, and None"),
-    Case(mock.patch.object(dispatch, "_has_triton", lambda: False)(
+    Case(mock.patch.object(dispatch, "_HAS_TRITON", False)(
              lambda *_: pl.kernels.backend("triton")),
          "backend 'triton' needs the package triton: pip install triton"),
 ]  # fmt: skip

@@ -39,15 +39,29 @@ def factors(*shape: int, i: int, o: int, rank: int, bias: bool = True) -> dict[s
     return made if bias else made | {"bias": None}
 
 
-def run(call, tensors: Mapping[str, Tensor | None], dtype: torch.dtype, wanted=NAMES, **options):
-    """y and the gradients for what is wanted, of a call on the tensors in a dtype."""
+def run(
+    call,
+    tensors: Mapping[str, Tensor | None],
+    dtype: torch.dtype,
+    wanted=NAMES,
+    factors: torch.dtype | None = None,
+    **options,
+) -> dict[str, Tensor | None]:
+    """y and the gradients for what is wanted, of a call on the tensors in a dtype.
+
+    A and B are in the one of `factors`, where that is given.
+    """
+    dtypes = dict.fromkeys("ab", factors or dtype)
     leaves = {
-        name: tensor if tensor is None else tensor.to(dtype).detach().requires_grad_(name in wanted)
+        name: None
+        if tensor is None
+        else tensor.to(dtypes.get(name, dtype)).detach().requires_grad_(name in wanted)
         for name, tensor in tensors.items()
     }
     y = call(*leaves.values(), **options)
-    steps = torch.arange(y.numel(), dtype=torch.float64, device=y.device)
-    y.backward((1.5 + torch.cos(steps)).view(y.shape).to(y.dtype))
+    # above 0 and exact in a half, as the tensors are
+    dy = (torch.arange(y.numel(), device=y.device) * 7 % 61 + 3) / 64
+    y.backward(dy.view(y.shape).to(y.dtype))
     return {"y": y.detach()} | {
         name: None if leaf is None else leaf.grad for name, leaf in leaves.items()
     }

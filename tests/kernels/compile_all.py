@@ -12,42 +12,95 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peftlite.kernels import triton_kernels
-from peftlite.kernels.triton_ops import tiles
+from peftlite.kernels import (
+    triton_gemm,
+    triton_kernels,
+    triton_ops,
+    triton_rescale,
+    triton_rows,
+    triton_sparse,
+)
 
-KERNELS = ("shrink", "grad_ab", "grad_a", "expand")
-PLANES = {"shrink": {"h_ptr"}, "grad_ab": {"dh_ptr", "db_ptr"}, "grad_a": {"da_ptr"}, "expand": ()}
 DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = [(x, factor) for x in (torch.bfloat16, torch.float16) for factor in (x, torch.float32)]
+WIDEST = {80: DTYPES[1:2], 90: DTYPES[:2]}
+
+PLANES = {"shrink": ["h"], "grad_ab": ["dh", "db"], "grad_a": ["da"]}
+FACTORS = {"a", "b", "up", "h", "dh", "sum"}
+KINDS = {"seed": "i64", "slots": "i64", "ranks": "i32", "index": "i32"}
+KINDS |= dict.fromkeys(("scale", "planes", "change", "sums", "out"), "fp32")
+# what isn't divisible by 16, as the launcher sees it
+ODD = {"threshold", "scale", "each", "planes"}
+
+NO_LOOP = {"num_warps": 4, "num_stages": 3}
+
+Case = tuple[str, triton.JITFunction, dict[str, int | bool]]
 
 
-def signature(kernel: triton.JITFunction, constants: dict[str, int]) -> dict[str, str]:
-    """As the launcher has it for contiguous matrices of bf16: planes are fp32, the seed int64."""
+def cases(
+    rank: int, dtype: torch.dtype, factors: torch.dtype, architecture: int, all: bool
+) -> Iterator[Case]:
+    """Kernels with the tiles that they are launched with; or those of them that need the most."""
+    tiles = triton_ops.tiles(rank, dtype, factors)
+    for drop in (True, False)[: 1 + all]:
+        for name in ("shrink", "grad_a", "expand"):
+            config = tiles | {"DROP": drop, "BIAS": not drop, "ADD": True}
+            yield f"{name}{' drop' * drop}", getattr(triton_kernels, name), config
+    if rank <= triton_ops.ONCE:
+        yield "grad_ab", triton_kernels.grad_ab, tiles
+    for each, name in ((1, "decode"), (512, "prefill")):
+        config = triton_rows.tiles(each, rank, dtype, factors)
+        yield f"rows' shrink, {name}", triton_rows.shrink, config
+        yield f"rows' expand, {name}", triton_rows.expand, config | {"SPLITS": 16}
+    # the first is too large for the older GPU
+    configs = triton_gemm.CONFIGS[architecture == 80 :]
+    for config in configs if all else configs[:1]:
+        name = "product {TOKENS}×{COLUMNS}".format(**config)
+        more = {"RANK": triton_gemm.RANK, "BIAS": False, "DROP": True}
+        yield name, triton_gemm._product, config | more
 
-    def kind(name: str) -> str:
-        if name in constants:
+
+def cases_of_no_rank() -> Iterator[Case]:
+    yield "total", triton_kernels.total, {"NUMBERS": triton_ops.NUMBERS, **NO_LOOP}
+    for name in ("forward", "backward"):
+        config = triton_rescale.TILE | {"BIAS": True, "num_stages": 3}
+        yield f"rescale, {name}", getattr(triton_rescale, name), config
+    yield "grad_values", triton_sparse._sampled, triton_sparse.TILE | {"num_stages": 3}
+
+
+def signature(case: Case, dtype: torch.dtype, factors: torch.dtype) -> dict[str, str]:
+    """As the launcher has it for contiguous matrices."""
+    name, kernel, constants = case
+    wide = [*PLANES.get(kernel.fn.__name__, []), *["h"] * name.startswith("rows")]
+
+    def kind(arg: str) -> str:
+        if arg in constants:
             return "constexpr"
-        if name.endswith("_ptr"):
-            planes = PLANES[kernel.fn.__name__]
-            return "*i64" if name == "seed_ptr" else "*fp32" if name in planes else "*bf16"
-        return "i32"
+        if not arg.endswith("_ptr"):
+            return "fp32" if arg == "scale" else "i32"
+        what = arg.removesuffix("_ptr")
+        found = NAMES[torch.float32 if what in wide else factors if what in FACTORS else dtype]
+        return "*" + KINDS.get(what, found)
 
-    return {name: kind(name) for name in kernel.arg_names}
+    return {arg: kind(arg) for arg in kernel.arg_names}
 
 
-def compiled(name: str, architecture: int, rank: int) -> dict[str, object]:
-    kernel = getattr(triton_kernels, name)
-    config = tiles(rank)
-    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-    constants = config | {"DROP": True, "WIDEN": False}
-    constants |= {arg: 1 for arg in kernel.arg_names if arg.endswith("_column")}
+def compiled(
+    case: Case, architecture: int, dtype: torch.dtype, factors: torch.dtype
+) -> dict[str, object]:
+    name, kernel, config = case
+    options = {key: config[key] for key in ("num_warps", "num_stages")}
+    constants = config | {arg: 1 for arg in kernel.arg_names if arg.endswith("_column")}
     constants = {arg: constants[arg] for arg in kernel.arg_names if arg in constants}
-    found = signature(kernel, constants)
+    found = signature((name, kernel, constants), dtype, factors)
     # what the launcher sees of real pointers and sizes: without it no load is a wide one
-    even = {arg for arg in found if arg not in constants and arg != "threshold"}
+    even = {arg for arg in found if arg not in constants and arg not in ODD}
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if arg in even
     }
@@ -57,9 +110,10 @@ def compiled(name: str, architecture: int, rank: int) -> dict[str, object]:
     return {
         "kernel": name,
         "sm": architecture,
-        "rank": rank,
+        "dtypes": f"{NAMES[dtype]}, {NAMES[factors]}",
         "registers": registers,
         "stack": stack,
+        "shared": made.metadata.shared,
         "tensor cores": bool(re.search("wgmma|mma.sync", made.asm["ptx"])),
         "asynchronous": "cp.async" in made.asm["ptx"],
     }
@@ -77,8 +131,14 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def report(ranks: list[int]) -> Iterator[dict[str, object]]:
-    for name, architecture, rank in itertools.product(KERNELS, (80, 90), ranks):
-        yield compiled(name, architecture, rank)
+    """Of one rank, what needs the most."""
+    all = len(ranks) > 1
+    for architecture in (80, 90):
+        for case in cases_of_no_rank():
+            yield {"rank": 0} | compiled(case, architecture, *DTYPES[0])
+        for rank, pair in itertools.product(ranks, DTYPES if all else WIDEST[architecture]):
+            for case in cases(rank, *pair, architecture, all):
+                yield {"rank": rank} | compiled(case, architecture, *pair)
 
 
 if __name__ == "__main__":

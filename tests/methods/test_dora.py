@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import peftlite as pl
+from peftlite import kernels
 from tests.test_contract import close, disturb
 from tests.zoo import perturb, seeded
 
@@ -104,7 +105,10 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d_hf", "embedding"])
-def test_call_forms_nothing_as_large_as_the_weight(kind: str) -> None:
+def test_call_forms_nothing_as_large_as_the_weight(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.dora, "_ENTRIES", 256)
     make = {
         "linear": lambda: nn.Linear(64, 96),
         "conv1d_hf": lambda: Conv1D(96, 64),
@@ -157,6 +161,23 @@ def test_a_direction_that_vanishes_stays_finite() -> None:
         patch.b.copy_(-linear.weight.detach() @ torch.linalg.inv(patch.a))
     assert linear(torch.randn(3, 5)).isfinite().all()
     assert linear.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-3])
+def test_an_output_that_nearly_vanishes_is_exact(left: float) -> None:
+    """BA takes a row of W away but for a `left`th: no form has more than W's own rounding in it."""
+    linear = nn.Linear(300, 4, bias=False)
+    patch = attached(linear)
+    with torch.no_grad():
+        patch.a[0] = linear._parameters["weight"][0]
+        patch.b[0] = torch.tensor([(left - 1) / patch.scale, 0])
+    w, double = linear._parameters["weight"].detach().double(), copy.deepcopy(patch).double()
+    v = direction(double, w)[0]
+    true = double.m[0] * v / v.norm()
+    x = torch.randn(50, 300)
+    for y in (linear(x)[:, 0], x @ linear.weight[0]):
+        error = (y.double() - x.double() @ true).norm() / (x.double() @ true).norm()
+        assert error < 1e-6 / left
 
 
 def test_dropout_is_of_the_product_alone() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite import kernels
 from peftlite.methods.fish import fish_scores
 from peftlite.methods.shira import SHiRA
 from peftlite.methods.sparse import SparseMask, draw, largest, split
@@ -81,6 +82,25 @@ def test_only_the_chosen_entries_change_and_learn() -> None:
         twin(x).square().sum().backward()
     dense = twin[0]._parameters["weight"].grad.flatten()
     close(patch.values.grad, dense[patch.indices])
+
+
+@pytest.mark.parametrize("order", [["lora", "sparse"], ["sparse", "lora"], ["sparse", "other"]])
+def test_rides_beside_other_deltas(order: list[str]) -> None:
+    """Whatever lies below it on a weight, the call is that of the weight as read."""
+    model, x = nn.Sequential(nn.Linear(9, 7)).double(), torch.randn(4, 9).double()
+    methods = {"lora": pl.LoRA(rank=2), "sparse": SHiRA(rank=1), "other": SparseMask(0.3)}
+    for name in order:
+        disturb(pl.attach(model, methods[name], name))
+    pl.use(model, order)
+    with kernels.backend("torch"):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        called = model(x)
+        read = F.linear(x, model[0].weight.clone(), model[0].bias)
+        close(called, read, 1e-12)
+        upstream = torch.randn_like(read)
+        ours = torch.autograd.grad(called, parameters, upstream)
+        for one, other in zip(ours, torch.autograd.grad(read, parameters, upstream), strict=True):
+            close(one, other, 1e-12)
 
 
 def test_scores_are_given_by_address() -> None:

@@ -1,10 +1,10 @@
-"""Commands: what the command line does with files, and what each has to report."""
+"""Commands on the files of deltas and checkpoints: inspect, verify, diff; merge, convert, …"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peftlite.algebra import combine, extract
+from peftlite.commands.outcome import Outcome
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io import Info, inspect, load, native, save
 from peftlite.io.checkpoint import Checkpoint
@@ -26,16 +27,6 @@ from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
 from peftlite.patch import Method
 from peftlite.table import few, size, table
-
-
-@dataclass
-class Outcome:
-    """What a command found: for a person, for a program, and whether something is amiss."""
-
-    text: str
-    data: dict[str, Any] = field(default_factory=dict)
-    amiss: bool = False
-
 
 # -- looking
 

@@ -1,0 +1,327 @@
+"""A training step of a Llama block, and of a small Llama with AdamW, over the frozen base's.
+
+The base has a gradient for its input alone. In bf16 adapters are fp32, and bf16 where it says `half
+adapters`, in peft and here. `--device cuda` has a block of Llama 8B's shape.
+`--own-time` counts this one thread's time and not the clock's, for a machine that others use.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter, thread_time
+
+import peft
+import torch
+import transformers
+from common import Figure, interleave, ratios, report, timer
+from contenders import DTYPES, RANK
+from lora_linear import once
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+import peftlite as pl
+from peftlite import kernels
+from peftlite.fuse import fuse
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama with grouped keys, and of its batch."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    batch: int
+    tokens: int
+
+    def config(self) -> LlamaConfig:
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads // 4,
+            num_hidden_layers=self.layers,
+            vocab_size=1024,
+            use_cache=False,
+        )
+        config._attn_implementation = "sdpa"
+        return config
+
+
+BLOCK = {
+    "quick": Shape(64, 224, 4, 1, 1, 512),
+    "cpu": Shape(1024, 3584, 16, 1, 1, 512),
+    "cuda": Shape(4096, 14336, 32, 1, 4, 2048),
+}
+LLAMA = {
+    "quick": Shape(64, 224, 4, 2, 1, 512),
+    "cpu": Shape(512, 1792, 8, 4, 2, 256),
+    "cuda": Shape(2048, 7168, 32, 8, 4, 2048),
+}
+
+
+class Block(nn.Module):
+    """LlamaDecoderLayer with its positions."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        config = shape.config()
+        self.layer = LlamaDecoderLayer(config, 0)
+        angles = LlamaRotaryEmbedding(config)(torch.ones(1), torch.arange(shape.tokens)[None])
+        for name, angle in zip(("cos", "sin"), angles, strict=True):
+            self.register_buffer(name, angle)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x, position_embeddings=(self.cos, self.sin))
+        return y if isinstance(y, Tensor) else y[0]  # transformers 5, or 4
+
+
+class Llama(nn.Module):
+    """LlamaForCausalLM from its embeddings to its loss."""
+
+    def __init__(self, shape: Shape, checkpointing: bool):
+        super().__init__()
+        self.model = LlamaForCausalLM(shape.config()).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, x: Tensor) -> Tensor:
+        labels = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        return self.model(inputs_embeds=x, labels=labels).loss
+
+
+@dataclass
+class Task:
+    """What a step is of: a frozen base, its input, and the gradient of its output, if no loss."""
+
+    name: str
+    base: nn.Module
+    x: Tensor
+    dy: Tensor | None
+
+    @classmethod
+    def of(cls, kind: str, shape: Shape, device: str, dtype: torch.dtype) -> "Task":
+        made = Block(shape) if kind == "block" else Llama(shape, "checkpointed" in kind)
+        base = made.to(device, dtype).requires_grad_(False)
+        size = (shape.batch, shape.tokens, shape.hidden)
+        x, dy = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
+        name = f"{str(dtype).removeprefix('torch.')} {kind}"
+        return cls(name, base, x.requires_grad_(), dy if kind == "block" else None)
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0] * self.x.shape[1]
+
+    def stepper(self, model: nn.Module) -> Callable[[], None]:
+        """What does one step of the model."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters) if parameters and self.dy is None else None
+
+        def step() -> None:
+            torch.autograd.backward(model(self.x), self.dy)
+            if optimizer is not None:
+                optimizer.step()
+            for tensor in (self.x, *parameters):
+                tensor.grad = None
+
+        return step
+
+
+def attached(base: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    model = copy.deepcopy(base)
+    delta = pl.attach(model, pl.LoRA(rank=RANK, targets=PROJECTIONS, dtype=dtype))
+    for name, parameter in delta.named_parameters():
+        if name.endswith("b"):
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def fused(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    return twin
+
+
+def merged(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    pl.merge(twin, "default")
+    return twin.requires_grad_(False)
+
+
+def with_peft(base: nn.Module, like: nn.Module, widen: bool) -> nn.Module:
+    """peft's LoRA with the same factors."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS)
+    model = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=widen)
+    patches = pl.deltas(like)["default"].placed
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            patch = patches[f"{name}.weight"].patch
+            module.lora_A["default"].weight.data.copy_(patch.a)
+            module.lora_B["default"].weight.data.copy_(patch.b)
+    return model
+
+
+def contenders(task: Task, compiled: bool) -> dict[str, nn.Module]:
+    """All that is compared, by name; the base comes first."""
+    base, ours = task.base, attached(task.base)
+    found = {"base": base, "merged": merged(ours), "peft": with_peft(base, ours, True)}
+    if task.x.dtype is not torch.float32:
+        found["peft, half adapters"] = with_peft(base, ours, False)
+        found["peftlite, half adapters"] = attached(base, task.x.dtype)
+    if compiled:
+        found["peft compiled"] = torch.compile(with_peft(base, ours, True))
+        found["peftlite compiled"] = torch.compile(copy.deepcopy(ours))
+    return found | {"peftlite": ours, "peftlite fused": fused(ours)}
+
+
+# -- right
+
+
+def gradients(task: Task, model: nn.Module) -> list[Tensor]:
+    """The output, and the gradients of the input, the A's and the B's."""
+    y = model(task.x)
+    leaves = [task.x, *(p for p in model.parameters() if p.requires_grad)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, task.dy)]
+
+
+def errors(task: Task, models: dict[str, nn.Module]) -> Iterator[Figure]:
+    """How far ours are from fp64, of how far peft is."""
+    wide = copy.deepcopy(models["peftlite"]).double()
+    dy = None if task.dy is None else task.dy.double()
+    exact = Task(task.name, wide, task.x.detach().double().requires_grad_(), dy)
+    with kernels.backend("reference"):
+        true = gradients(exact, wide)
+
+    def error(model: nn.Module, of: slice) -> float:
+        pairs = zip(gradients(task, model)[of], true[of], strict=True)
+        parts = [(found.double() - value, value) for found, value in pairs]
+        wrong, all_of_it = (sum(part[k].square().sum() for part in parts) for k in (0, 1))
+        return float((wrong / all_of_it).sqrt())
+
+    parts = {"delta's gradients": slice(2, None)}
+    if task.dy is not None:  # a loss is rounded to fp32 by transformers
+        parts["output"] = slice(0, 1)
+    for what, of in parts.items():
+        peers = error(models["peft"], of)
+        yield constant(f"{task.name}, peft, error of the {what}", peers, "of it")
+        for name in ("peftlite", "peftlite fused"):
+            ours = error(models[name], of) / peers
+            yield constant(f"{task.name}, {name}, error of the {what}", ours, "of peft's", 1.05)
+
+
+# -- small
+
+
+def kept(task: Task, model: nn.Module, with_inputs: bool = False) -> int:
+    """The bytes that the forward pass keeps, with the inputs of the projections or as it is."""
+    storages: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def see(_: nn.Module, args: tuple[Tensor]) -> None:
+        keep(args[0])
+
+    hooks = [
+        module.register_forward_pre_hook(see)
+        for name, module in model.named_modules()
+        if with_inputs and name.rpartition(".")[2] in PROJECTIONS
+    ]
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(task.x)
+    for hook in hooks:
+        hook.remove()
+    for tensor in (task.x, *model.parameters(), *model.buffers()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def peak(step: Callable[[], None]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def constant(name: str, value: float, unit: str, at_most: float | None = None) -> Figure:
+    return Figure(name, [value] * 2, unit, at_most=at_most)
+
+
+# -- fast
+
+
+def measure(task: Task, compiled: bool, rounds: int, own_time: bool) -> Iterator[Figure]:
+    models = contenders(task, compiled)
+    yield from errors(task, models)
+    steps = {name: task.stepper(model) for name, model in models.items()}
+    clock = thread_time if own_time else perf_counter
+    on_gpu = task.x.is_cuda
+    timers = {n: timer(step, 0.02) if on_gpu else once(step, clock) for n, step in steps.items()}
+    times = interleave(timers, rounds)
+    yield Figure(f"{task.name}, base", [seconds * 1e3 for seconds in times["base"]], "ms")
+    for name in list(models)[1:]:
+        yield Figure(f"{task.name}, {name}", ratios(times[name], times["base"]))
+    for name in [name for name in models if name.startswith("peftlite")]:
+        peer = name.replace("peftlite", "peft").replace(" fused", "")
+        faster = ratios(times[name], times[peer])
+        yield Figure(f"{task.name}, {name} over {peer}", faster, at_most=1.0)
+    for name, values in times.items():
+        yield Figure(f"{task.name}, {name}", [task.tokens / s for s in values], "tokens/s")
+    yield from sizes(task, models, steps)
+
+
+def sizes(
+    task: Task, models: dict[str, nn.Module], steps: dict[str, Callable[[], None]]
+) -> Iterator[Figure]:
+    """What is kept beyond the base and the projections' inputs: r numbers a token are enough."""
+    again = "checkpointed" in task.name
+    enough = kept(task, task.base, with_inputs=not again)
+    numbers = 0 if again else len(pl.deltas(models["peftlite"])["default"].placed) * RANK
+    for name, model in models.items():
+        if "compiled" not in name and name not in ("base", "merged"):
+            h = task.x.dtype if "half" in name else torch.float32
+            at_most = numbers * task.tokens * h.itemsize if name.startswith("peftlite") else None
+            more = kept(task, model) - enough
+            yield constant(f"{task.name}, {name}, kept beyond the base", more, "B", at_most)
+        if task.x.is_cuda:
+            yield constant(f"{task.name}, {name}, peak", peak(steps[name]), "B")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small shapes, and no CSV file")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--own-time", action="store_true", help="one thread, and its own time")
+    args = parser.parse_args()
+    torch.set_num_threads(1 if args.own_time else args.threads)
+    torch.manual_seed(0)
+    shapes = "quick" if args.quick else args.device
+    figures: list[Figure] = []
+    for dtype in DTYPES[args.device]:
+        for kind in ("block", "Llama", "Llama, checkpointed"):
+            shape = (BLOCK if kind == "block" else LLAMA)[shapes]
+            task = Task.of(kind, shape, args.device, dtype)
+            compiled = not args.quick and (kind == "block" or args.device == "cuda")
+            rounds = 3 if args.quick else args.rounds
+            figures += measure(task, compiled, rounds, args.own_time)
+    report(
+        "block" if args.device == "cpu" else "block_cuda",
+        figures,
+        quick=args.quick,
+        peft=peft.__version__,
+        transformers=transformers.__version__,
+        clock="own" if args.own_time else "wall",
+    )
+
+
+if __name__ == "__main__":
+    main()

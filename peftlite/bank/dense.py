@@ -1,0 +1,66 @@
+"""MixedDense: y = Wx + D_k x, with all of D = W' − W in each slot: for changes of no smaller form.
+
+A head that is trained in full, LoHa, LoKr, OFT, and whatever a user's own method makes of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlite.bank.arena import Field
+from peftlite.bank.gather import change_of, dtype_of
+from peftlite.bank.mixed import Mixed, called_as_map, fold, per_row
+from peftlite.bank.route import Rows, Tables
+from peftlite.maps import Map
+from peftlite.methods.full import AddPatch
+from peftlite.patch import Patch
+from peftlite.site import Site
+
+
+class MixedDense(Mixed):
+    """D, in the shape of W: each slot costs what the weight does."""
+
+    learned = ("d",)
+
+    def __init__(self, site: Site, patch: Patch, max_rank: int):
+        super().__init__(site, patch, max_rank)
+        called_as_map(site)
+        self.site, self.transposed = site, site.transposed
+        self.dtype = dtype_of(site, patch)
+
+    def fields(self) -> dict[str, Field]:
+        return {"d": Field(tuple(self.site.shape), self.dtype)}
+
+    def read(self, patches: Sequence[Patch]) -> dict[str, Tensor]:
+        own = self._own(patches)
+        return {"d": change_of(patches, self.site.tensor) if own is None else own.detach()}
+
+    def trains(self, patches: Sequence[Patch]) -> bool:
+        return self._own(patches) is not None
+
+    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
+        own = self._own(patches)
+        if own is None:
+            return super().restore(patches, held)
+        own.data.copy_(held["d"])
+
+    def _own(self, patches: Sequence[Any]) -> Tensor | None:
+        """D, where it is a parameter."""
+        whole = type(patches[0]) is AddPatch and patches[0].index is None
+        return patches[0].difference if whole else None
+
+    def mix(
+        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y, d = inner(input, *args, **kwargs), tables["d"]
+        d = d if self.transposed else d.mT  # (S, i, o)
+        x, flat = fold(input, rows).to(d.dtype), fold(y, rows)
+        if not self.by_runs(rows, tables, x, y):
+            return (flat + torch.bmm(x, per_row(d, rows)).to(y.dtype)).view_as(y)
+        for slot, start, stop in rows.runs or ():
+            flat[start:stop] += x[start:stop] @ d[slot]
+        return flat.view_as(y)

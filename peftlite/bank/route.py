@@ -1,0 +1,227 @@
+"""Route: which slot of a bank every row of a batch takes, for the context that says so.
+
+A `with` gives a context its rows and holds their slots, so what a forward reads cannot change under
+it. Compiled code asks an opaque operation as it runs: slots are numbers in a tensor, and another
+mix of deltas is the same graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from peftlite.choice import Choice
+from peftlite.errors import PeftliteError
+from peftlite.patch import Patch
+
+Run = tuple[int, int, int]
+"""A slot, and the rows from start to stop that take it."""
+
+Tables = dict[str, Tensor]
+
+
+class Groups(NamedTuple):
+    """Rows by the slot they share, in groups of one size m.
+
+    Args:
+        slots: of the n groups: a slice where they lie side by side, so that tables are viewed.
+        rows: (n·m,) of the batch; the last of a group again where others are longer.
+        first: which of those are a row's first; None where none is there again.
+    """
+
+    slots: slice | Tensor
+    rows: Tensor
+    first: Tensor | None
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Groups:
+        rows: dict[int, list[int]] = {}
+        for slot, start, stop in sorted(runs):
+            rows.setdefault(slot, []).extend(range(start, stop))
+        m = max(map(len, rows.values()), default=0)
+        first = [i * m + j for i, own in enumerate(rows.values()) for j in range(len(own))]
+        with torch.inference_mode(False):
+            slots: Any = torch.tensor(list(rows))
+            if rows and max(rows) - min(rows) + 1 == len(rows):
+                slots = slice(min(rows), max(rows) + 1)
+            filled = [row for own in rows.values() for row in own + own[-1:] * (m - len(own))]
+            again = len(first) < len(filled)
+            return cls(slots, torch.tensor(filled), torch.tensor(first) if again else None)
+
+
+class Rows:
+    """The slot of each row; what the host knows of them; and whose tables they index.
+
+    Args:
+        slots: (b,) indices into the first dimension of the tables.
+        runs: the rows that aren't the base's, in stretches that share a slot; None in a compiled
+            graph, where only the device knows.
+        tables: of a site, if not those of the arena: in training, they are made of parameters.
+    """
+
+    def __init__(
+        self,
+        slots: Tensor,
+        runs: tuple[Run, ...] | None = None,
+        tables: Callable[[Any], Tables] | None = None,
+    ):
+        self.slots, self.runs, self.tables = slots, runs, tables
+        self._elsewhere: dict[torch.device, Rows] = {}
+
+    @classmethod
+    def of(cls, slots: Sequence[int]) -> Rows:
+        """Rows by the numbers of their slots, as the host has them."""
+        runs, start = [], 0
+        for slot, group in itertools.groupby(slots):
+            stop = start + len(list(group))
+            if slot:
+                runs.append((slot, start, stop))
+            start = stop
+        with torch.inference_mode(False):  # it's kept, and may be asked for with gradients
+            return cls(torch.tensor(slots, device="cpu"), tuple(runs))
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The rows that aren't the base's, brought together by their slots."""
+        return Groups.of(self.runs or ())
+
+    def on(self, device: torch.device) -> Rows:
+        """The same where a site's tensors are."""
+        if self.slots.device == device:
+            return self
+        if device not in self._elsewhere:
+            with torch.inference_mode(False):
+                moved = self.slots.to(device)
+            self._elsewhere[device] = Rows(moved, self.runs, self.tables)
+        return self._elsewhere[device]
+
+
+_entries: ContextVar[int | None] = ContextVar("peftlite_entries", default=None)
+"""How many entries the batch has that the model was called with."""
+
+_routers: WeakValueDictionary[int, Router] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Router:
+    """What the sites of one bank ask for the rows in force."""
+
+    def __init__(self) -> None:
+        self.choice = Choice()
+        self.number = next(_numbers)
+        self.traced: Tensor | None = None  # of the call that is being compiled
+        _routers[self.number] = self
+
+    def scope(self, rows: Rows) -> AbstractContextManager[None]:
+        """A `with` in which this context's batches have these rows."""
+        names: Any = rows
+        return self.choice.scope(names)
+
+    def now(self) -> Rows | None:
+        """The rows in force here; None where all are the base's."""
+        found: Any = self.choice.now()
+        return found or None
+
+    def rows(self, x: Tensor) -> Rows | None:
+        """The rows of a site's input, checked to be there. Raises PeftliteError."""
+        if torch.compiler.is_compiling():
+            slots = torch.ops.peftlite.rows(x, self.number) if self.traced is None else self.traced
+            rows, entries = Rows(slots), len(slots)
+        else:
+            rows, entries = self.now(), _entries.get()
+            if rows is None:
+                return None
+            rows = rows.on(x.device)
+        b = len(rows.slots)
+        if b > 1:  # else it's the same wherever the rows are
+            _check(x, b if entries is None else entries, entries)
+        return rows
+
+
+def _check(x: Tensor, batch: int, entries: int | None) -> None:
+    """Raises PeftliteError unless the entries of x are a batch's, one row after another."""
+    n = len(x) if x.dim() > 1 else 1
+    turned = n != entries and x.dim() > 2 and x.shape[1] == entries
+    if n % batch or turned:
+        raise PeftliteError(
+            f"a map inside the model has an input of shape {tuple(x.shape)}, which isn't a batch "
+            f"of {batch} rows, one after another: leave it out of the bank's methods with exclude="
+        )
+
+
+# defined like this, it costs a third of what torch.library.custom_op makes of it
+_library = torch.library.Library("peftlite", "FRAGMENT")
+_library.define("rows(Tensor x, int router) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.impl(_library, "rows", "CompositeExplicitAutograd")
+def _rows(x: Tensor, router: int) -> Tensor:
+    """The slot of each entry of x, as it is when the graph runs."""
+    rows, n = _routers[router].now(), len(x)
+    if rows is None:
+        return torch.zeros(n, dtype=torch.int64, device=x.device)
+    if rows.tables is not None:
+        raise PeftliteError("bank.train is for eager code: train outside of torch.compile")
+    _fits(rows, n)
+    # a graph may write into what it was given, so never the rows' own
+    return rows.on(x.device).slots.repeat_interleave(n // len(rows.slots), output_size=n)
+
+
+@torch.library.register_fake("peftlite::rows", lib=_library)
+def _(x: Tensor, router: int) -> Tensor:
+    return x.new_empty(len(x), dtype=torch.int64)
+
+
+def _fits(rows: Rows, n: int) -> None:
+    b = len(rows.slots)
+    if n % b:
+        raise PeftliteError(
+            f"{b} rows were named, and the batch has {n}: name one delta, or None, per batch row "
+            "(where a search expands the batch, a name stands for the rows made of its own)"
+        )
+
+
+class Entrance(Patch):
+    """At the model's own call: the batch has the rows that were named, and all sites the same."""
+
+    def __init__(self, router: Router, move: Callable[[Callable[[Tensor], Tensor]], None]):
+        super().__init__()
+        self.router, self.move = router, move
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.move(fn)
+        return super()._apply(fn, recurse)
+
+    def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batch = _batch(args, kwargs)
+        if batch is None:
+            return inner(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            self.router.traced = torch.ops.peftlite.rows(batch, self.router.number)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.router.traced = None
+        rows = self.router.now()
+        if rows is None:
+            return inner(*args, **kwargs)
+        _fits(rows, len(batch))
+        token = _entries.set(len(batch))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            _entries.reset(token)
+
+
+def _batch(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The argument whose first dimension is the batch: the first matrix, or else vector."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    return next((t for t in tensors if t.dim() > 1), tensors[0] if tensors else None)

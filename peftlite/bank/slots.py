@@ -1,0 +1,276 @@
+"""Slots: the first tier of a bank, on the device: who is in which, and who goes when another comes.
+
+    slots ◄── rows on the host, within a budget ◄── the file it came from, or one to spill to
+
+A slot that is held is never filled anew. One lock guards who has which, and is never held over a
+copy; who needs a delta that another is bringing waits for that one alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from peftlite.bank.arena import Arena, Row
+from peftlite.bank.source import Origin
+from peftlite.bank.training import Leaves
+from peftlite.errors import PeftliteError
+from peftlite.patch import Method
+from peftlite.site import Site
+from peftlite.table import few
+
+
+class Arrival:
+    """A row on its way into a slot, for those who wait for it."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+
+    def end(self, error: BaseException | None = None) -> None:
+        self._error = error
+        self._done.set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self._error is not None:
+            raise PeftliteError(f"the delta could not be brought in: {self._error}")
+
+
+class Claim(NamedTuple):
+    """Entries that are held, those of them that the holder brings in, and those others bring."""
+
+    held: Sequence[Entry]
+    coming: Sequence[Entry]
+    awaited: Sequence[Arrival]
+
+
+@dataclass(eq=False)
+class Entry:
+    """A delta of a bank, wherever it is."""
+
+    name: str
+    made: Sequence[tuple[Method, Sequence[Site]]]  # what it was built by
+    source: Origin | None = None  # None where there is no file, or it was trained since
+    slot: int | None = None
+    arrival: Arrival | None = None
+    arrived: list[torch.cuda.Event] = field(default_factory=list)
+    uses: int = 0
+    pinned: bool = False
+    retired: bool = False  # dropped or replaced, and perhaps still in use
+    spilled: Path | None = None
+    leaves: Leaves | None = None  # on its slot's memory, while it is trained
+
+
+class Slots:
+    """Holds deltas in slots for those who use them, and brings them in."""
+
+    def __init__(self, arena: Arena, count: int, fetch: Callable[[Entry], Row]):
+        self.arena, self.count, self.fetch = arena, count, fetch
+        self.lock = threading.Lock()
+        self.known: dict[str, Entry] = {}
+        self.resident: OrderedDict[Entry, None] = OrderedDict()  # the least recently used first
+        self.free = list(range(count, 0, -1))
+
+    def hold(self, names: Iterable[str]) -> Sequence[Entry]:
+        """The entries of distinct names, each in a slot that stays its own until `release`.
+
+        Raises PeftliteError if one isn't known, there are too few slots, or it can't be brought in.
+        """
+        claim = self.claim(names)
+        self.settle(claim)
+        return claim.held
+
+    def claim(self, names: Iterable[str], instead_of: Sequence[Entry] = ()) -> Claim:
+        """The first half of `hold`: slots for all, perhaps for what is held `instead_of` them.
+
+        Raises PeftliteError if a name isn't known or there are too few slots; nothing has changed.
+        """
+        with self.lock:
+            return self._claim([self.entry(name) for name in names], instead_of)
+
+    def settle(self, claim: Claim) -> None:
+        """The second half: brings in what has to come, and waits for what others bring."""
+        try:
+            if claim.coming:
+                self._bring(claim.coming)
+            for arrival in claim.awaited:
+                arrival.wait()
+            for entry in claim.held:
+                if entry.arrived:
+                    self.arena.wait(entry.arrived)
+        except BaseException:
+            self.release(claim.held)
+            raise
+
+    def seat(self, entry: Entry, needed: bool) -> None:
+        """Brings an entry that isn't known yet into a slot; if it isn't needed, where there's room.
+
+        Raises PeftliteError if it is needed and there is none.
+        """
+        with self.lock:
+            if not needed and self._going(1) is None:
+                return
+            claim = self._claim([entry])
+        self.settle(claim)
+        self.release([entry])
+
+    def release(self, held: Sequence[Entry]) -> None:
+        """Ends what `hold` began."""
+        with self.lock:
+            self._release(held)
+
+    def _release(self, held: Sequence[Entry]) -> None:
+        for entry in held:
+            entry.uses -= 1
+            if entry.retired and not entry.uses:
+                self._vacate(entry)
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a name; the lock is held. Raises PeftliteError."""
+        entry = self.known.get(name)
+        if entry is None:
+            there = few(map(repr, self.known)) or "none yet"
+            raise PeftliteError(f"the bank has no delta named {name!r}; it has {there}")
+        return entry
+
+    def put(self, entry: Entry) -> Entry | None:
+        """Makes an entry known by its name; returns the one it replaces, perhaps still in use."""
+        with self.lock:
+            old = self.known.get(entry.name)
+            if old is not None:
+                self._retire(old)
+            self.known[entry.name] = entry
+            return old
+
+    def drop(self, name: str) -> Entry:
+        with self.lock:
+            entry = self.entry(name)
+            self._retire(entry)
+            del self.known[name]
+        return entry
+
+    def evict(self, name: str, keep: Callable[[Entry], None]) -> None:
+        """Frees the slot of an entry; one that was trained is kept first. Raises PeftliteError."""
+        with self.lock:
+            entry = self.entry(name)
+            if entry.uses:
+                raise PeftliteError(f"{name!r} is in use, so it can't leave its slot now")
+            if entry.leaves is not None:
+                keep(entry)
+            self._vacate(entry)
+
+    def close(self) -> None:
+        """Forgets everything. Raises PeftliteError if something is in use."""
+        with self.lock:
+            if busy := [entry.name for entry in self.resident if entry.uses]:
+                raise PeftliteError(f"{few(map(repr, busy))} in use, so the bank can't be closed")
+            for entry in list(self.resident):
+                self._vacate(entry)
+            self.known.clear()
+
+    def _claim(self, held: Sequence[Entry], instead_of: Sequence[Entry] = ()) -> Claim:
+        awaited = [entry.arrival for entry in held if entry.arrival is not None]
+        coming = [entry for entry in held if entry.slot is None]
+        _count(held, 1)
+        if coming:
+            _count(instead_of, -1)
+            try:
+                self._make_room(len(coming), held)
+            except BaseException:
+                _count(held, -1)
+                raise
+            finally:
+                _count(instead_of, 1)
+        self._release(instead_of)
+        for entry in coming:
+            entry.slot, entry.arrival = self.free.pop(), Arrival()
+            self.resident[entry] = None
+        for entry in held:
+            self.resident.move_to_end(entry)
+        return Claim(held, coming, awaited)
+
+    def _make_room(self, count: int, held: Sequence[Entry]) -> None:
+        if len(held) > self.count:
+            raise PeftliteError(f"{len(held)} deltas are named, for a bank of {self.count} slots")
+        going = self._going(count)
+        if going is None:
+            there = few(map(_shown, self.resident))
+            raise PeftliteError(
+                f"{few(repr(e.name) for e in held if e.slot is None)} can't have a slot now; there "
+                f"are {there}: leave a `with`, unpin or evict one, or make a bank of more slots"
+            )
+        for entry in going:
+            self._vacate(entry)
+
+    def _going(self, count: int) -> list[Entry] | None:
+        """Who has to leave a slot so that so many are free; None if not enough can."""
+        going: list[Entry] = []
+        for entry in self.resident:
+            if len(self.free) + len(going) >= count:
+                break
+            if not _stays(entry):
+                going.append(entry)
+        return going if len(self.free) + len(going) >= count else None
+
+    def _bring(self, coming: Sequence[Entry]) -> None:
+        """Copies rows into the slots that were claimed; if one fails, none of them has come."""
+        try:
+            for entry in coming:
+                assert entry.slot is not None
+                entry.arrived = self.arena.fill(entry.slot, self.fetch(entry))
+        except BaseException as error:
+            with self.lock:
+                for entry in coming:
+                    arrival = entry.arrival
+                    self._vacate(entry)
+                    if arrival is not None:
+                        arrival.end(error)
+            raise
+        for entry in coming:
+            arrival, entry.arrival = entry.arrival, None
+            if arrival is not None:
+                arrival.end()
+
+    def _retire(self, entry: Entry) -> None:
+        entry.retired = True
+        if not entry.uses:
+            self._vacate(entry)
+
+    def _vacate(self, entry: Entry) -> None:
+        if entry.slot is not None:
+            self.free.append(entry.slot)
+            del self.resident[entry]
+        if entry.leaves is not None:
+            entry.leaves.part()
+        entry.slot, entry.arrival, entry.leaves, entry.arrived = None, None, None, []
+
+
+def numbers_of(names: Sequence[str | None], held: Sequence[Entry]) -> tuple[int, ...]:
+    """The slot of each row, where all that the rows name is held; 0 is the base's."""
+    slots: dict[str | None, int] = {None: 0}
+    for entry in held:
+        slots[entry.name] = entry.slot or 0
+    return tuple([slots[name] for name in names])
+
+
+def _stays(entry: Entry) -> str:
+    """Why an entry keeps its slot; nothing if it may go."""
+    if entry.uses:
+        return "in use"
+    return "pinned" if entry.pinned else "in training" if entry.leaves is not None else ""
+
+
+def _shown(entry: Entry) -> str:
+    return f"{entry.name!r} ({_stays(entry) or 'idle'})"
+
+
+def _count(entries: Iterable[Entry], change: int) -> None:
+    for entry in entries:
+        entry.uses += change

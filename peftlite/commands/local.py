@@ -1,0 +1,39 @@
+"""A local folder of transformers: its model and its tokenizer, with nothing fetched or run."""
+
+from typing import Any
+
+from peftlite.errors import FileError, PeftliteError
+
+
+def local_model(folder: str) -> Any:
+    """The causal language model in a folder, in evaluation mode. Raises FileError."""
+    return _from("AutoModelForCausalLM", folder, use_safetensors=True).eval()
+
+
+def local_encoder(folder: str) -> Any:
+    """The model in a folder without a head, in evaluation mode. Raises FileError."""
+    return _from("AutoModel", folder, use_safetensors=True).eval()
+
+
+def local_config(folder: str) -> Any:
+    """The configuration of the model in a folder. Raises FileError."""
+    return _from("AutoConfig", folder)
+
+
+def local_tokenizer(folder: str) -> Any:
+    """The tokenizer in a folder. Raises FileError."""
+    return _from("AutoTokenizer", folder)
+
+
+def _from(auto: str, folder: str, **options: Any) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise PeftliteError("this needs transformers: pip install transformers") from error
+    try:
+        return getattr(transformers, auto).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise FileError(f"{folder!r} can't be read by transformers: {first}") from error

@@ -1,0 +1,204 @@
+"""train: a delta of a local model, trained on a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peftlite.attach import attach
+from peftlite.commands.local import local_config, local_encoder, local_model, local_tokenizer
+from peftlite.commands.outcome import Outcome
+from peftlite.errors import FileError, PeftliteError
+from peftlite.io import save
+from peftlite.io.files import replacing
+from peftlite.patch import Method
+from peftlite.plan import plan
+from peftlite.table import few, size
+from peftlite.train import History, Trainer, data, losses
+from peftlite.train.checkpoints import Checkpoints
+from peftlite.train.data.jsonl import scan
+from peftlite.train.events import Progress
+from peftlite.train.state import random_kept
+
+LossName = Literal["causal_lm", "contrastive"]
+
+PIECE = 512  # tokens of a text, where none are given
+SETTINGS = (
+    "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "patience", "autocast",
+    "gradient_checkpointing", "seed",
+)  # fmt: skip
+
+
+def run_train(args: argparse.Namespace) -> Outcome:
+    method, out = _method(args), Path(args.out)
+    if not args.resume and Checkpoints(out, keep=1).finished():
+        raise FileError(
+            f"{args.out!r} has checkpoints already: --resume goes on from them; to begin anew, "
+            "give another folder"
+        )
+    trainer = _trainer(args, method, out)
+    history = trainer.fit(resume=args.resume)
+    history.to_csv(out / "history.csv")
+    return _outcome(trainer, history, out)
+
+
+# -- the method
+
+
+def _method(args: argparse.Namespace) -> Method:
+    """The method by its name, with the options that were given."""
+    known = {name.lower(): kind for name, kind in Method.known.items()}
+    kind = known.get(args.method.lower())
+    if kind is None:
+        raise PeftliteError(f"no method is called {args.method!r}: {few(Method.known, 99)}")
+    named = {name: getattr(args, name) for name in ("rank", "alpha", "targets", "exclude")}
+    options = {name: value for name, value in named.items() if value is not None}
+    options |= dict(map(_option, args.set))
+    own = {field.name: field for field in fields(kind) if field.init}
+    if unknown := [name for name in options if name not in own]:
+        raise PeftliteError(f"{kind.__name__} has no {few(unknown)}: it has {few(own, 99)}")
+    needed = [
+        name for name, field in own.items()
+        if name not in options and field.default is field.default_factory is MISSING
+    ]  # fmt: skip
+    if needed:
+        raise PeftliteError(f"{kind.__name__} needs {few(needed)}: give --set {needed[0]}=…")
+    return kind(**options)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A name and a value, from `KEY=VALUE`: JSON, or else a word."""
+    name, given, value = text.partition("=")
+    if not given:
+        raise PeftliteError(f"{text!r} is no KEY=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+# -- the training
+
+
+def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
+    """What trains a new delta of the model; what it is going to do is told."""
+    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer, config = local_tokenizer(args.model), local_config(args.model)
+    most = getattr(config, "max_position_embeddings", None)
+    paired = args.loss == "contrastive"
+    read: Callable[[str], data.Data] = partial(
+        _pairs if paired else _examples, tokenizer=tokenizer, length=args.max_length, most=most
+    )
+    train, val = _parts(args, read)
+    model = (local_encoder if paired else local_model)(args.model).to(device)
+    shown = plan(model, method)
+    with random_kept(device, args.seed):
+        attach(model, method, args.name or out.resolve().name)
+    given = {name: getattr(args, name) for name in SETTINGS}
+    pad = partial(data.collate, pad=data.as_tokenizer(tokenizer).pad)
+    trainer = Trainer(
+        model,
+        losses.contrastive if paired else losses.causal_lm,
+        train,
+        val,
+        collate=partial(_collate_sides, pad) if paired else pad,
+        folder=out,
+        callbacks=[Progress()],
+        progress=False,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    print(shown, trainer, sep="\n\n", file=sys.stderr)
+    return trainer
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise PeftliteError(f"there is no device {name!r} here: {error}") from error
+
+
+def _parts(
+    args: argparse.Namespace, read: Callable[[str], data.Data]
+) -> tuple[data.Data, data.Data | None]:
+    """What to train on, and what to validate on: none, a file, or a share of the former."""
+    train = read(args.data)
+    if args.validation is None:
+        return train, None
+    try:
+        share = float(args.validation)
+    except ValueError:
+        return train, read(args.validation)
+    rest, held = train.split(share, seed=args.seed)
+    return rest, held
+
+
+def _examples(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:
+    """Chats, pairs or texts, as the first row of a file has it; or the one text of another file."""
+    piece = length or min(PIECE, most or PIECE)
+    if Path(path).suffix != ".jsonl":
+        return data.text([_text(path)], tokenizer, length=piece)
+    row = next((line.row for line in scan(path, _anything) if line.row is not None), {})
+    if "text" in row:
+        return data.text(path, tokenizer, length=piece)
+    make = data.pairs if "prompt" in row else data.chat
+    return make(path, tokenizer, max_length=length or most)
+
+
+def _anything(row: Mapping[str, Any]) -> Any:
+    return iter(())
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path!r} can't be read as text: {error}") from error
+
+
+def _pairs(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:
+    """Both sides of each pair, as the tokenizer writes a text."""
+
+    def side(text: str) -> dict[str, Tensor]:
+        ids = tokenizer(text, truncation=True, max_length=length or most)["input_ids"]
+        return {"input_ids": torch.tensor(ids)}
+
+    rows = data.pairs(path, tokenizer).rows
+    return data.Data(rows, lambda row: (side(row["prompt"]), side(row["response"])))
+
+
+def _collate_sides(collate: Callable[[Any], Any], examples: list[Any]) -> tuple[Any, ...]:
+    return tuple(collate(list(side)) for side in zip(*examples, strict=True))
+
+
+# -- what comes of it
+
+
+def _outcome(trainer: Trainer, history: History, out: Path) -> Outcome:
+    """Leaves the delta as after the best epoch, or the last where none is known to be the best."""
+    (delta,) = trainer.deltas
+    path = out / f"{delta.name}.safetensors"
+    if history.best is None:
+        save(delta, path)
+    else:
+        with replacing(path) as file:
+            file.write((history.best / path.name).read_bytes())
+    best = None if history.best is None else history.best.name
+    kept = "as after the last step" if best is None else f"as in {best}, the best"
+    told = f"written to {path}: {size(path.stat().st_size)}, {kept}"
+    return Outcome(
+        f"{history}\n{told}",
+        {
+            "delta": str(path), "parameters": delta.num_parameters, "best": best,
+            "stopped": history.stopped, "settings": trainer.settings(), "epochs": history.epochs,
+        },
+    )  # fmt: skip

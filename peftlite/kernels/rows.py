@@ -1,0 +1,94 @@
+"""y + s_k·B_k A_k x with a k of its own for every row of a batch: many deltas in one product.
+
+Shapes, for S slots of at most R ranks: x (b, t, i), y (b, t, o), A (S, R, i), B (S, o, R), s and
+the ranks (S,), k (b,). What a slot holds beyond its rank is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from peftlite.kernels import dispatch
+
+Factors = tuple[Tensor, Tensor, float]
+"""A (r, i), B (o, r) and s of one slot."""
+
+
+def rows_low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, slots: Tensor
+) -> Tensor:
+    """The sum, by numbers on the device; y itself may be written to where nothing is learned."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, a, b))
+    if not learns and dispatch.path_with(x, a.dtype) == "triton":
+        torch.ops.peftlite.add_rows(y, x, a, b, scale, ranks, slots)
+        return y
+    a, b = a.index_select(0, slots), b.index_select(0, slots)
+    s = scale.index_select(0, slots)[:, None, None].to(a.dtype)
+    h = torch.bmm(x.to(a.dtype), a.mT) * s
+    if y.dtype is b.dtype:
+        return torch.baddbmm(y, h, b.mT)
+    return y + torch.bmm(h, b.mT).to(y.dtype)
+
+
+_library = torch.library.Library("peftlite", "FRAGMENT")
+_library.define(
+    "add_rows(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor scale, Tensor ranks, "
+    "Tensor slots) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_library, "add_rows", "CompositeExplicitAutograd")
+def _add(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, slots: Tensor
+) -> None:
+    from peftlite.kernels import triton_rows
+
+    triton_rows.rows_low_rank(y, x, a, b, scale, ranks, slots)
+
+
+@torch.library.register_fake("peftlite::add_rows", lib=_library)
+def _(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, slots: Tensor
+) -> None:
+    return None
+
+
+def runs_low_rank(y: Tensor, x: Tensor, runs: Iterable[tuple[Factors, int, int]]) -> Tensor:
+    """Adds to y in place, for runs of rows from start to stop, with the factors of their slot.
+
+    On a CPU two products for each are as fast as any where a row has many tokens: no factor is
+    copied, none is padded.
+    """
+    tokens, columns = x.shape[1:]
+    x, rows = x.reshape(-1, columns), y.view(-1, y.shape[-1])
+    for (a, b, scale), start, stop in runs:
+        part, to = x[start * tokens : stop * tokens], rows[start * tokens : stop * tokens]
+        h = part.to(a.dtype).mm(a.t())
+        if to.dtype is b.dtype:
+            to.addmm_(h, b.t(), alpha=scale)
+        else:
+            to.add_(h.mm(b.t()), alpha=scale)
+    return y
+
+
+def groups_low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Tensor, first: Tensor | None
+) -> Tensor:
+    """Adds to y in place, for n groups of m rows that share A (n, r, i) and B (n, o, r).
+
+    It is for rows of few tokens: two products in all, and rows are copied instead of factors.
+
+    Args:
+        rows: (n·m,) of the batch.
+        first: those of them that count, where a row is there again to fill a group; None for all.
+    """
+    part = x.index_select(0, rows).view(len(a), -1, x.shape[-1])
+    h = torch.bmm(part.to(a.dtype), a.mT).mul_(scale[:, None, None])
+    change = torch.bmm(h, b.mT).view(len(rows), -1, y.shape[-1]).to(y.dtype)
+    if first is not None:
+        rows, change = rows.index_select(0, first), change.index_select(0, first)
+    return y.index_add_(0, rows, change)

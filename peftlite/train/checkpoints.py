@@ -1,0 +1,193 @@
+"""Checkpoints: folders from which training goes on to the bit, with deltas to use as they are.
+
+    step-00000120-epoch-3/          or step-00000100, between epochs
+        sql.safetensors             the delta, for pl.load
+        training.state.safetensors  the tensors of optimizer, generators, …
+        training.state.json         all else
+        manifest.json               the SHA-256 of each, written last: without it, it's none
+
+No pickle. An older one is deleted only after a newer one is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlite.delta import Delta
+from peftlite.errors import BaseMismatchError, FileError
+from peftlite.io import native, save
+from peftlite.io.files import (
+    Entry,
+    Tensors,
+    as_path,
+    flush_folder,
+    reason,
+    replacing,
+    write_tensors,
+)
+from peftlite.table import few
+from peftlite.train.state import Tree, pack, unpack
+
+FORMAT = 1
+NAME = re.compile(r"step-(\d{8,})(-epoch-\d+)?")
+MANIFEST, STATE = "manifest.json", "training.state"
+
+
+class Checkpoints:
+    """The checkpoints in a folder; `keep` of those at the end of an epoch, and of those between."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def there(self) -> list[Path]:
+        """All that may be checkpoints, the oldest first, unfinished ones among them."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        steps = {path: match for path in found if (match := NAME.fullmatch(path.name))}
+        return sorted(steps, key=lambda path: int(steps[path][1]))
+
+    def finished(self) -> list[str]:
+        """The names of those that were written to the end."""
+        return [path.name for path in self.there() if (path / MANIFEST).exists()]
+
+    def write(self, name: str, deltas: Sequence[Delta], state: dict[str, Tree], best: str) -> None:
+        """Writes one, then deletes those that needn't be kept: not the `best`."""
+        path = self.folder / name
+        _delete(path)  # a run was here before, and was taken up again from further back
+        path.mkdir(parents=True)
+        tensors: dict[str, Tensor] = {}
+        unsaved = {}
+        place = {key: state["place"][key] for key in ("step", "epoch")}
+        for delta in deltas:
+            save(delta, path / f"{delta.name}.safetensors", notes=place)
+            kept = delta.saved()
+            own = state["deltas"][delta.name]
+            unsaved[delta.name] = {key: t for key, t in own.items() if key not in kept}
+        plain = pack({**state, "deltas": unsaved}, tensors)
+        with replacing(path / f"{STATE}.safetensors") as file:
+            entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
+            write_tensors(file, entries, tensors.__getitem__, lambda digests: {})
+        _write(path / f"{STATE}.json", json.dumps({"format": FORMAT, **plain}, indent=1))
+        _write(path / MANIFEST, _manifest(path))
+        flush_folder(self.folder)
+        self._prune({name, best})
+
+    def _prune(self, kept: set[str]) -> None:
+        finished = self.finished()
+        ends = [name for name in finished if "epoch" in name]
+        between = [name for name in finished if name not in ends]
+        kept = kept.union(ends[-self.keep :], between[-self.keep :])
+        for path in self.there():
+            if path.name not in kept:
+                _delete(path)
+
+    def resume(
+        self, given: Any, model: nn.Module, deltas: Sequence[Delta], settings: dict[str, Any]
+    ) -> dict[str, Tree] | None:
+        """The state to go on from, as `fit(resume=given)` says; None to begin. Raises FileError."""
+        if not given:
+            if self.finished():
+                raise FileError(
+                    f"{str(self.folder)!r} has checkpoints already: fit(resume=True) goes on from "
+                    "them; to begin anew, give another folder"
+                )
+            return None
+        path = self.newest() if given is True else as_path(given)
+        if path is None:
+            return None
+        state = read(path, model, deltas)
+        if others := [k for k, v in settings.items() if state["settings"].get(k) != v]:
+            told = few(f"{k}={state['settings'].get(k)!r}, not {settings[k]!r}" for k in others)
+            raise FileError(
+                f"checkpoint {str(path)!r} is of a run with other settings, {told}: go on with "
+                "those, or begin anew in another folder"
+            )
+        return state
+
+    def newest(self) -> Path | None:
+        """The newest that is whole; warns of newer ones. Raises FileError if no other is there."""
+        damaged: dict[str, str] = {}
+        for path in self.there()[::-1]:
+            if (damage := _damage(path)) is None:
+                for name, why in damaged.items():
+                    told = f"checkpoint {name!r} is not whole: {why}; going on from {path.name!r}"
+                    warnings.warn(told, stacklevel=4)
+                return path
+            damaged[path.name] = damage
+        if self.finished():
+            raise FileError(
+                f"none of the checkpoints in {str(self.folder)!r} is whole: to begin anew, give "
+                "another folder"
+            )
+        return None
+
+
+def read(path: Path, model: nn.Module, deltas: Iterable[Delta]) -> dict[str, Tree]:
+    """The state in a checkpoint, for deltas of a model. Raises FileError."""
+    if (damage := _damage(path)) is not None:
+        raise FileError(f"checkpoint {str(path)!r} is not whole: {damage}")
+    tensors = Tensors(path / f"{STATE}.safetensors")
+    plain = json.loads((path / f"{STATE}.json").read_text())
+    if plain["format"] > FORMAT:
+        raise FileError(f"checkpoint {str(path)!r} is of a newer peftlite: upgrade peftlite")
+    state = unpack(plain, {key: tensors.get(key).clone() for key in tensors.entries})
+    names = {delta.name: delta for delta in deltas}
+    if {*state["deltas"]} != {*names}:
+        raise FileError(
+            f"checkpoint {str(path)!r} is of {few(map(repr, state['deltas']))}; in training here "
+            f"is {few(map(repr, names))}: attach what was attached then"
+        )
+    for name, delta in names.items():
+        content = native.read(model, path / f"{name}.safetensors")
+        if content.base != native.base_of(delta, "sha256"):
+            raise BaseMismatchError(
+                f"checkpoint {str(path)!r} was made on other base weights: go on with the model "
+                "it was begun with"
+            )
+        state["deltas"][name] |= {key: content.get(key).clone() for key in content.entries}
+    return state
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it's whole."""
+    try:
+        manifest = (path / MANIFEST).read_text()
+        return None if manifest == _manifest(path) else "its files aren't what was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return reason(error)
+
+
+def _manifest(path: Path) -> str:
+    names = sorted(each.name for each in path.iterdir() if each.name != MANIFEST)
+    return json.dumps({name: _sha256(path / name) for name in names}, indent=1) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _delete(path: Path) -> None:
+    """Deletes a checkpoint; half deleted, it passes for none."""
+    if path.is_dir():
+        (path / MANIFEST).unlink(missing_ok=True)
+        flush_folder(path)
+        shutil.rmtree(path)

@@ -1,0 +1,88 @@
+"""forgetting: what was lost of each task while others were learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftlite.errors import PeftliteError
+from peftlite.table import few, shown, table
+
+Scores = Mapping[str, float | Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What was forgotten, by task; it prints as a table.
+
+    Attributes:
+        tasks: how much lower than its best each task's score is now, fⱼ; below 0 where it rose.
+        mean: the average forgetting F = Σ fⱼ / n. Chaudhry et al., arXiv:1801.10112, §4.1.
+        backward_transfer: the mean of (now − just learned), negative where tasks were forgotten.
+            Lopez-Paz and Ranzato, arXiv:1706.08840, §2.
+    """
+
+    learned: Mapping[str, float]
+    best: Mapping[str, float]
+    now: Mapping[str, float]
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        return {task: best - self.now[task] for task, best in self.best.items()}
+
+    @property
+    def mean(self) -> float:
+        return sum(self.tasks.values()) / len(self.tasks)
+
+    @property
+    def backward_transfer(self) -> float:
+        return sum(self.now[t] - score for t, score in self.learned.items()) / len(self.learned)
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                task,
+                *(f"{x:.4g}" for x in (self.learned[task], self.best[task], self.now[task], lost)),
+            ]
+            for task, lost in self.tasks.items()
+        ]
+        head = table(["task", "just learned", "best", "now", "forgotten"], rows)
+        return f"{head}\n{self.mean:.4g} on average; backward transfer {self.backward_transfer:.4g}"
+
+
+def forgetting(before: Scores, after: Mapping[str, float]) -> Forgetting:
+    """fⱼ = max(before) − after, for each task j.
+
+    Args:
+        before: by task, its score once it was learned, higher is better; or all its scores since
+            then, one for each task that followed, the last one left out.
+        after: by task, its score now. Tasks that aren't in `before` had nothing to lose.
+
+    Raises PeftliteError if a score is missing, or no number.
+    """
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping) or not before:
+        raise PeftliteError(
+            "forgetting takes scores by task, {'sql': 0.9, 'chat': [0.8, 0.7]}, and those of now, "
+            f"{{'sql': 0.6, 'chat': 0.7}}: not {shown(before)} and {shown(after)}"
+        )
+    if lost := [repr(task) for task in before if task not in after]:
+        raise PeftliteError(f"there is no score after for {few(lost)}: measure every task again")
+    history = {task: _numbers(task, scores) for task, scores in before.items()}
+    return Forgetting(
+        {task: scores[0] for task, scores in history.items()},
+        {task: max(scores) for task, scores in history.items()},
+        {task: _numbers(task, after[task])[0] for task in before},
+    )
+
+
+def _numbers(task: str, given: Any) -> list[float]:
+    """One score, or several."""
+    scores = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    try:
+        found = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        found = []
+    if not found or any(score != score for score in found):
+        raise PeftliteError(f"a task's score is a number, and for {task!r} it is {shown(given)}")
+    return found

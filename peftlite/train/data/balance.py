@@ -1,0 +1,52 @@
+"""Balance: weights of classes that are seen more or less often."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from peftlite.errors import PeftliteError
+from peftlite.fields import check_given
+
+How = Literal["inverse", "effective"]
+
+
+def class_weights(
+    labels: Sequence[int] | Tensor,
+    classes: int | None = None,
+    *,
+    how: How = "inverse",
+    beta: float = 0.999,
+) -> Tensor:
+    """w_k = n / (c n_k), or ∝ (1 − β) / (1 − β^n_k): a class's weight (c,) in the loss, in fp32.
+
+    `nn.functional.cross_entropy(logits, labels, weight=class_weights(train_labels))`
+
+    Args:
+        labels: of all examples, from 0.
+        classes: c; by default the largest label and one.
+        how: "inverse", by frequency: over the examples the weights average 1. "effective", by the
+            effective number of samples (Cui et al. 2019, arXiv:1901.05555, eq. 2): over the classes
+            they average 1.
+        beta: β in [0, 1): 0 weighs all alike, near 1 it is as "inverse".
+
+    Raises PeftliteError for a class without examples, which no weight makes up for.
+    """
+    check_given("how", how, get_args(How))
+    if not 0 <= beta < 1:
+        raise PeftliteError(f"beta must be in [0, 1), not {beta!r}")
+    counts = torch.bincount(torch.as_tensor(labels).flatten().long(), minlength=classes or 0)
+    if classes is not None and len(counts) > classes:
+        raise PeftliteError(f"there are labels up to {len(counts) - 1}, and {classes} classes")
+    if missing := (counts == 0).nonzero().flatten().tolist():
+        raise PeftliteError(f"no example has the labels {missing}, so they can't be weighed")
+    n = counts.double()
+    if how == "inverse":
+        return (n.sum() / (len(n) * n)).float()
+    rate = math.log(beta) if beta else -math.inf
+    weights = 1 / -torch.expm1(rate * n)
+    return (weights * len(n) / weights.sum()).float()

@@ -1,0 +1,64 @@
+"""Collating: examples of different lengths as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from peftlite.fields import check_given
+from peftlite.train.data.checks import check_whole
+from peftlite.train.data.packing import IGNORED, block_mask
+
+Side = Literal["right", "left"]
+
+
+def collate(
+    examples: Sequence[Any],
+    *,
+    pad: int = 0,
+    side: Side = "right",
+    multiple: int = 1,
+    mask: bool = True,
+) -> Any:
+    """A batch out of examples.
+
+    Tensors as long as their example's `input_ids` are padded to the longest of the batch, and an
+    `attention_mask` (b, t) is added, 1 for a token and 0 for padding. In a batch of packed blocks,
+    which have `position_ids`, it is (b, 1, t, t) and added to the scores: within its example, a
+    token sees those before it.
+    What has no `input_ids` goes to torch's `default_collate`.
+
+    Args:
+        pad: the id to fill up with; labels are filled up with −100, all else with 0.
+        side: where to.
+        multiple: of tokens, to which the length is rounded up.
+        mask: False leaves the mask of packed blocks out, for a model that goes by `position_ids`
+            alone, as transformers' do under flash attention (with no cache: `use_cache=False`).
+    """
+    check_given("side", side, get_args(Side))
+    check_whole(multiple=multiple)
+    if not isinstance(examples[0], Mapping) or "input_ids" not in examples[0]:
+        return default_collate(list(examples))
+    packed = "position_ids" in examples[0]
+    if not packed:
+        examples = [{"attention_mask": [1] * len(e["input_ids"]), **e} for e in examples]
+    longest = max(len(example["input_ids"]) for example in examples)
+    length = -(-longest // multiple) * multiple
+    fills = {"input_ids": pad, "labels": IGNORED}
+
+    def padded(example: Mapping[str, Any], key: str) -> Tensor:
+        x, missing = torch.as_tensor(example[key]), length - len(example["input_ids"])
+        if x.shape[:1] != (length - missing,):
+            return x
+        ends = (missing, 0) if side == "left" else (0, missing)
+        return F.pad(x, (*[0, 0] * (x.dim() - 1), *ends), value=fills.get(key, 0))
+
+    batch = {key: torch.stack([padded(e, key) for e in examples]) for key in examples[0]}
+    if packed and mask:
+        batch["attention_mask"] = block_mask(batch["position_ids"])
+    return batch

@@ -1,0 +1,208 @@
+"""Validation: every problem of a chat JSONL file by its line, its tokens, what training takes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from peftlite.errors import PeftliteError
+from peftlite.table import table
+from peftlite.train.data.checks import check_chat, check_whole
+from peftlite.train.data.jsonl import Path, Problem, Row, scan
+from peftlite.train.data.tokens import Tokenizer, as_tokenizer
+
+FEWEST = 10  # examples that are worth training on
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training takes: passes over the examples, examples a step, and steps in all."""
+
+    epochs: int
+    batch_size: int
+    steps: int
+
+
+def estimate(examples: int) -> Estimate:
+    """The usual: 3 epochs, a batch of 0.2 % of the examples.
+
+    There are more epochs, up to 25, where 3 don't come to 100 examples seen, and fewer, but at
+    least one, where they come to more than 25,000. A batch has 1 to 256 examples.
+    """
+    examples = max(examples, 1)
+    epochs = min(max(3, ceil(100 / examples)), 25, max(1, 25_000 // examples))
+    batch_size = min(max(1, examples // 500), 256)
+    return Estimate(epochs, batch_size, epochs * ceil(examples / batch_size))
+
+
+@dataclass
+class FileReport:
+    """What a file has. `tokens`, and the assistant's of them, are those left by truncation."""
+
+    path: str
+    lines: int = 0
+    examples: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What validation found. It prints as a table; `ok` says that no problem was found."""
+
+    train: FileReport
+    validation: FileReport | None
+    tokenizer: str
+    max_length: int | None
+    estimate: Estimate
+
+    @property
+    def files(self) -> list[FileReport]:
+        return [self.train] if self.validation is None else [self.train, self.validation]
+
+    @property
+    def ok(self) -> bool:
+        return not any(file.problems for file in self.files)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def __str__(self) -> str:
+        counts = {
+            "lines": "lines",
+            "examples": "examples",
+            f"tokens of {self.tokenizer}": "tokens",
+            "the assistant's": "learned_tokens",
+            "longest example": "longest",
+        }
+        if self.max_length is not None:
+            counts[f"longer than {self.max_length}, truncated"] = "truncated"
+        rows = [
+            [text, *(f"{getattr(f, name):,}" for f in self.files)] for text, name in counts.items()
+        ]
+        e = self.estimate
+        return "\n\n".join(
+            [
+                table(["", *(file.path for file in self.files)], rows),
+                f"training: about {e.steps:,} steps, {e.epochs} epochs of {e.batch_size} a step",
+                *map(_listed, self.files),
+            ]
+        )
+
+
+def _listed(file: FileReport) -> str:
+    if not file.problems:
+        return f"{file.path}: no problems"
+    rows = [[str(p.line or "–"), p.kind, p.message] for p in file.problems]
+    header = ["line", "kind", f"problems of {file.path}: {len(rows)}"]
+    return table(header, rows)
+
+
+def validate(
+    path: Path,
+    validation: Path | None = None,
+    tokenizer: Any = None,
+    *,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Report:
+    """Reads a chat JSONL file once and tells all that is wrong with it, line by line.
+
+    A line at a time is in memory, beside 16 bytes for each example and what was found.
+
+    Args:
+        validation: a second file; an example that is in both is reported.
+        tokenizer: as in `chat`.
+        max_length: of an example in tokens; longer ones are counted and reported.
+
+    Raises FileError if a file can't be read at all.
+    """
+    check_whole(max_length=max_length)
+    coder = as_tokenizer(tokenizer)
+    train, seen = _read(path, coder, max_length, progress)
+    name = "bytes" if tokenizer is None else type(tokenizer).__name__
+    report = Report(train, None, name, max_length, estimate(train.examples))
+    if train.examples < FEWEST:
+        few = f"there are {train.examples} examples: {FEWEST} are the least to train on"
+        train.problems.append(Problem(None, "too few", few))
+    if validation is not None:
+        report.validation, held = _read(validation, coder, max_length, progress)
+        report.validation.problems += [
+            Problem(line, "leakage", f"the example is line {other} of the training file, too")
+            for line, other in held.found_in(seen)
+        ]
+        if not report.validation.examples:
+            report.validation.problems.append(Problem(None, "too few", "there are no examples"))
+    for file in report.files:
+        file.problems.sort(key=lambda problem: problem.line or 0)
+    return report
+
+
+class _Seen:
+    """The hashes of examples and their lines: 16 bytes for each, sorted when they are compared."""
+
+    def __init__(self) -> None:
+        self.hashes, self.lines = array("Q"), array("Q")
+
+    def add(self, row: Row, line: int) -> None:
+        said = [(m["role"], m.get("name"), m["content"]) for m in row["messages"]]
+        digest = blake2b(repr(said).encode(), digest_size=8).digest()
+        self.hashes.append(int.from_bytes(digest, "big"))
+        self.lines.append(line)
+
+    def repeats(self) -> Iterator[tuple[int, int]]:
+        """The lines whose example was there before, and the line where it was first."""
+        _, first, which = np.unique(self.hashes, return_index=True, return_inverse=True)
+        for i in np.flatnonzero(first[which] != np.arange(len(which))):
+            yield self.lines[i], self.lines[first[which[i]]]
+
+    def found_in(self, other: _Seen) -> Iterator[tuple[int, int]]:
+        """The first lines of examples that are in another file, and the first lines there."""
+        _, mine, theirs = np.intersect1d(self.hashes, other.hashes, return_indices=True)
+        for i, j in zip(mine, theirs, strict=True):
+            yield self.lines[i], other.lines[j]
+
+
+def _read(
+    path: Path, coder: Tokenizer, max_length: int | None, progress: bool
+) -> tuple[FileReport, _Seen]:
+    from tqdm.auto import tqdm
+
+    report, seen = FileReport(str(path)), _Seen()
+    lines = tqdm(scan(path, check_chat), str(path), unit="line", leave=False,
+                 disable=None if progress else True)  # fmt: skip
+    for line in lines:
+        report.lines += 1
+        report.problems += line.problems
+        if line.row is None:
+            continue
+        try:
+            ids, mask = coder.render_with_mask(line.row["messages"])
+        except PeftliteError as error:
+            report.problems.append(Problem(line.number, "template", str(error)))
+            continue
+        seen.add(line.row, line.number)
+        report.examples += 1
+        report.tokens += len(ids[:max_length])
+        report.learned_tokens += sum(mask[:max_length])
+        report.longest = max(report.longest, len(ids))
+        if max_length is not None and len(ids) > max_length:
+            report.truncated += 1
+            lost = "" if any(mask[:max_length]) else ", and no token to learn is left"
+            message = f"{len(ids)} tokens are cut off after {max_length}{lost}"
+            report.problems.append(Problem(line.number, "too long", message))
+    report.problems += [
+        Problem(line, "duplicate", f"the example is that of line {first}")
+        for line, first in seen.repeats()
+    ]
+    return report, seen

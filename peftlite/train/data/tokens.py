@@ -1,0 +1,196 @@
+"""Tokenizers: bytes, transformers', any function from text to ids; and what the assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from peftlite.errors import PeftliteError
+from peftlite.table import shown
+from peftlite.train.data.checks import ROLES
+
+Message = Mapping[str, str]
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}"
+    "{% if m['name'] %}{{ ' name=' + m['name'] }}{% endif %}{{ '\\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML as a template, for a tokenizer that has none: `tokenizer.chat_template = CHATML`."""
+
+
+class Tokenizer:
+    """What data asks of a tokenizer. Your own overrides `encode` and, for chats, `render`."""
+
+    pad: int = 0  # the id that fills up a batch
+    start: Sequence[int] = ()  # what comes before a text
+    end: Sequence[int] = ()  # what comes after it
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, and no others."""
+        raise NotImplementedError
+
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> list[int]:
+        """The ids of a chat; with `prompt`, and of what opens the assistant's next message."""
+        return self.encode(chatml(messages, prompt))
+
+    def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The ids of a chat, and 1 for each that the assistant is to say, else 0.
+
+        An assistant's message is what it adds to the chat before it. Raises PeftliteError if a
+        chat doesn't start with the ids of its own beginning, so that this can't be told.
+        """
+        ids = self.render(messages)
+        mask = [0] * len(ids)
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.render(messages[:k], prompt=True)
+                after = self.render(messages[: k + 1])
+                if after[: len(before)] != before or ids[: len(after)] != after:
+                    raise PeftliteError(
+                        "the chat template writes the beginning of a chat otherwise when it goes "
+                        f"on, so which ids of message {k + 1} are the assistant's can't be told: "
+                        "put {% generation %} … {% endgeneration %} around them in "
+                        "tokenizer.chat_template, or give assistant_only=False"
+                    )
+                mask[len(before) : len(after)] = [1] * (len(after) - len(before))
+        return ids, mask
+
+
+def chatml(messages: Sequence[Message], prompt: bool = False) -> str:
+    """A chat as text, in ChatML."""
+    said = [f"<|im_start|>{_who(m)}\n{m['content']}<|im_end|>\n" for m in messages]
+    return "".join([*said, "<|im_start|>assistant\n" * prompt])
+
+
+def _who(message: Message) -> str:
+    return f"{message['role']} name={message['name']}" if "name" in message else message["role"]
+
+
+class ByteTokenizer(Tokenizer):
+    """A byte is an id; roles and ends have ids above, which no text can spell."""
+
+    specials = ("<pad>", "<end>", "<name>", *(f"<{role}>" for role in ROLES))
+    vocab_size = 264  # of which the last one is free: a multiple of 8
+    pad = pad_token_id = 256
+    end = (257,)
+    eos_token_id = 257
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The bytes of a text, in UTF-8; any bytes, as they are."""
+        return list(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes among the ids: `to_bytes(encode(x)) == x`, whatever the bytes."""
+        return bytes(i for i in map(int, ids) if i < 256)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text among the ids; what is no UTF-8 shows as �."""
+        return self.to_bytes(ids).decode(errors="replace")
+
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> list[int]:
+        """`<role> content <end>`, or `<role> name <name> content <end>`, for each message."""
+        opening = [self._id("<assistant>")] if prompt else []
+        return [*chain.from_iterable(map(self._render_one, messages)), *opening]
+
+    def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        ids, mask = [], []
+        for message in messages:
+            said = self._render_one(message)
+            ids += said
+            mask += [0, *[int(message["role"] == "assistant")] * (len(said) - 1)]
+        return ids, mask
+
+    def _render_one(self, message: Message) -> list[int]:
+        name = [*self.encode(message["name"]), self._id("<name>")] if "name" in message else []
+        return [
+            self._id(f"<{message['role']}>"), *name, *self.encode(message["content"]), *self.end
+        ]  # fmt: skip
+
+    def _id(self, special: str) -> int:
+        return 256 + self.specials.index(special)
+
+
+class _Function(Tokenizer):
+    """A function from text to ids, or something that has one called `encode`."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+        self._call: Callable[[str], Any] = getattr(given, "encode", given)
+
+    def encode(self, text: str) -> list[int]:
+        return _ids(self._call(text))
+
+
+class _Transformers(Tokenizer):
+    """A tokenizer of transformers, and its chat template."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+        end, pad, bos = (getattr(given, f"{name}_token_id", None) for name in ("eos", "pad", "bos"))
+        opens = _ids(given(""))[:1]  # whether it opens texts with its first token, or only has one
+        self.start = opens if opens == [bos] else []
+        self.end = [] if end is None else [end]
+        self.pad = next((i for i in (pad, end) if i is not None), 0)
+
+    def encode(self, text: str) -> list[int]:
+        return _ids(self.given.encode(text, add_special_tokens=False))
+
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> list[int]:
+        return _ids(self._apply(messages, add_generation_prompt=prompt))
+
+    def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        if not re.search(r"{%-?\s*generation\s*-?%}", self._template()):
+            return super().render_with_mask(messages)
+        found = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return _ids(found), list(found["assistant_masks"])
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+        self._template()
+        try:
+            return self.given.apply_chat_template(list(messages), tokenize=True, **options)
+        except Exception as error:  # whatever a template raises
+            raise PeftliteError(f"the chat template refuses these messages: {error}") from error
+
+    def _template(self) -> str:
+        template = self.given.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
+        if template is None:
+            raise PeftliteError(
+                "this tokenizer has no chat template: set tokenizer.chat_template, for one to "
+                "pl.data.CHATML"
+            )
+        return template
+
+
+def as_tokenizer(given: Any = None) -> Tokenizer:
+    """Any tokenizer as data needs it: None is `ByteTokenizer()`.
+
+    Takes a tokenizer of transformers, with its chat template; anything else with `encode`; or a
+    function from a text to ids, whose chats are written in ChatML.
+    """
+    if given is None:
+        return ByteTokenizer()
+    if isinstance(given, Tokenizer):
+        return given
+    if hasattr(given, "apply_chat_template"):
+        return _Transformers(given)
+    if callable(given) or hasattr(given, "encode"):
+        return _Function(given)
+    raise PeftliteError(
+        "a tokenizer is one of transformers', a function from a text to ids, or None for bytes: "
+        f"not {shown(given)}"
+    )
+
+
+def _ids(found: Any) -> list[int]:
+    """Ids out of what tokenizers return: lists, tensors, or these in a dict or an object."""
+    if isinstance(found, Mapping):
+        found = found["input_ids"]
+    found = getattr(found, "ids", found)
+    return [int(i) for i in found]

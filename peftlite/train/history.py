@@ -1,0 +1,101 @@
+"""History: what was measured while training, as a table, a CSV file and a plot."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftlite.table import table
+
+Event = dict[str, Any]
+
+FIELDS = (
+    "step", "total_steps", "epoch", "train_loss", "valid_loss", "full_valid_loss",
+    "train_mean_token_accuracy", "valid_mean_token_accuracy", "full_valid_mean_token_accuracy",
+    "full_valid_perplexity", "lr", "grad_norm", "tokens_per_second", "memory",
+)  # fmt: skip
+"""What every event has, None where it doesn't apply; probes and a loss's own figures follow."""
+
+
+@dataclass
+class History:
+    """The events of a run, one a step, the first (step 0) from before training.
+
+    Attributes:
+        events: dicts of FIELDS and more: a probe's score by its name, and how much of it was lost
+            since before training as `… forgotten`. `memory` is the most bytes held so far: on the
+            device, or by the process where that is the CPU.
+        stopped: why it ended: "done", "early" (no better for `patience` epochs) or "asked".
+        best: the checkpoint of the best epoch, a folder; None without one.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    stopped: str = ""
+    best: Path | None = None
+
+    @property
+    def epochs(self) -> list[Event]:
+        """The events at which all was measured, with the mean `train_loss` since the one before."""
+        rows: list[Event] = []
+        since: list[float] = []
+        for event in self.events:
+            since += [event["train_loss"]] if event["train_loss"] is not None else []
+            if event["step"] == 0 or event["epoch"] == int(event["epoch"]):
+                rows.append({**event, "train_loss": sum(since) / len(since) if since else None})
+                since = []
+        return rows
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes all events, one a row."""
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, _columns(self.events), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.events)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The losses over the steps and, beside them, accuracies and probes; a matplotlib figure.
+
+        Args:
+            path: where to write it, as what its ending says.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name in _columns(self.events):
+            where = left if name.endswith("_loss") else right
+            if name in FIELDS and not name.endswith(("_loss", "_accuracy")):
+                continue
+            points = [(e["step"], e[name]) for e in self.events if e.get(name) is not None]
+            if points:
+                every_step = len(points) > 2 + len(self.epochs)
+                where.plot(*zip(*points, strict=True), "-" if every_step else "o-", label=name)
+        for axes, title in ((left, "loss"), (right, "accuracy and probes")):
+            axes.set(xlabel="step", title=title)
+            if axes.lines:
+                axes.legend()
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def __str__(self) -> str:
+        rows = self.epochs
+        hidden = {"total_steps", "valid_loss", "valid_mean_token_accuracy", "grad_norm", "memory"}
+        shown = [
+            name for name in _columns(rows)
+            if name not in hidden and any(row.get(name) is not None for row in rows)
+        ]  # fmt: skip
+        titles = [name.replace("full_valid", "valid").replace("_", " ") for name in shown]
+        return table(titles, [[_short(row.get(name)) for name in shown] for row in rows])
+
+
+def _columns(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys([*FIELDS, *(name for event in events for name in event)]))
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

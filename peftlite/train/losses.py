@@ -1,0 +1,201 @@
+"""Ready-made losses: functions of a model and a batch.
+
+A loss gives a tensor, the mean over the batch's examples, or a dict:
+
+    loss      the mean that is minimised, a scalar
+    count     what it is the mean over (tokens, for one); the examples of the batch if left out
+    correct   how many of these were predicted right, if the loss is a cross-entropy
+    …         any other mean over the same, to be reported
+
+The gradients of a step are those of its whole mean, Σ countₖ·lossₖ / Σ countₖ, however many
+micro-batches it comes in. Options go by `functools.partial(pl.losses.contrastive, scale=10)`.
+
+A batch is a mapping with `labels`, or a tuple that ends with them; the rest is the model's. What a
+model gives is a tensor, or has `.logits`, or is a tuple that begins with them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftlite.errors import PeftliteError
+from peftlite.patch import wide
+from peftlite.table import shown
+from peftlite.train.data.packing import IGNORED
+from peftlite.train.modes import evaluating
+from peftlite.use import using
+
+
+def causal_lm(model: nn.Module, batch: Any, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+    """−log p(token | the tokens before it), the mean over the labelled tokens.
+
+    `labels` (b, t) are aligned with `input_ids` and shifted here; −100 has no loss. A model whose
+    `forward` takes no `attention_mask` does without one of padding, (b, t): on the right, where no
+    token looks at it.
+    """
+    inputs, labels = _split(batch)
+    logits = _output(model, inputs)
+    return _cross_entropy(logits[:, :-1], labels[:, 1:], label_smoothing)
+
+
+def classification(
+    model: nn.Module, batch: Any, *, weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> dict[str, Tensor]:
+    """Cross-entropy of logits (…, classes) and labels (…), the mean over those that aren't −100.
+
+    Args:
+        weight: of each class (classes), against imbalance; the mean is then a weighted one.
+    """
+    inputs, labels = _split(batch)
+    return _cross_entropy(_output(model, inputs), labels, label_smoothing, weight)
+
+
+def regression(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """(output − labels)², the mean over examples and outputs; outputs (b, 1) serve labels (b)."""
+    inputs, labels = _split(batch)
+    output = _output(model, inputs)
+    if output.dim() == labels.dim() + 1 and output.shape[-1] == 1:
+        output = output.squeeze(-1)
+    if output.shape != labels.shape:
+        raise PeftliteError(
+            f"regression compares outputs of shape {tuple(output.shape)} with labels of shape "
+            f"{tuple(labels.shape)}: make them alike"
+        )
+    return {"loss": F.mse_loss(output.to(wide(output)), labels.to(wide(output)))}
+
+
+def contrastive(model: nn.Module, batch: Any, *, scale: float = 20.0) -> dict[str, Tensor]:
+    """Every query is to find its own key among the batch's: cross-entropy of scale · cos(qᵢ, kⱼ).
+
+    The batch is a pair (queries, keys) of what the model takes; an output (b, t, o), or one with a
+    `last_hidden_state`, is averaged over the tokens of the `attention_mask`. Negatives are those of
+    the same micro-batch, so here `accumulate` changes the loss. van den Oord et al.,
+    arXiv:1807.03748, eq. 4; the scale is of Sentence-BERT's implementation.
+    """
+    if not isinstance(batch, Sequence) or len(batch) != 2:
+        raise PeftliteError(f"contrastive takes batches (queries, keys), not {shown(batch)}")
+    queries, keys = (F.normalize(_embedding(model, side), dim=-1) for side in batch)
+    labels = torch.arange(len(queries), device=queries.device)
+    return _cross_entropy(scale * queries @ keys.mT, labels)
+
+
+def distillation(
+    model: nn.Module,
+    batch: Any,
+    *,
+    teacher: nn.Module | str | Sequence[str] | None,
+    temperature: float = 2.0,
+    share: float = 0.5,
+    causal: bool = True,
+) -> dict[str, Tensor]:
+    """(1 − share) · cross-entropy + share · T² · KL(p_teacher ‖ p_model), both p at temperature T.
+
+    Args:
+        teacher: another model; or names of deltas of this very model, None for its base, which
+            costs no memory for a second one. It runs in eval mode and gets no gradients.
+        share: of the teacher; 1 leaves the labels out, but for which positions count.
+        causal: whether logits predict the next token's label, or their own's.
+
+    Hinton et al., arXiv:1503.02531, §2.
+    """
+    inputs, labels = _split(batch)
+    other = isinstance(teacher, nn.Module)
+    choice: AbstractContextManager[Any] = nullcontext() if other else using(model, teacher)
+    with torch.no_grad(), choice, evaluating(teacher if other else model) as judge:
+        theirs = _output(judge, inputs)
+    ours = _output(model, inputs)
+    if causal:
+        ours, theirs, labels = ours[:, :-1], theirs[:, :-1], labels[:, 1:]
+    result = _cross_entropy(ours, labels)
+    log_p, log_q = (F.log_softmax(z.to(wide(z)) / temperature, -1) for z in (ours, theirs))
+    each = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    kl = (each * (labels != IGNORED)).sum() / result["count"].clamp(min=1)
+    loss = (1 - share) * result["loss"] + share * temperature**2 * kl
+    return {**result, "loss": loss, "kl": kl.detach()}
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weight: Tensor | None = None
+) -> dict[str, Tensor]:
+    logits = logits.to(wide(logits))
+    weight = None if weight is None else weight.to(logits)
+    total = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), weight,
+        ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing,
+    )  # fmt: skip
+    with torch.no_grad():
+        counted = labels != IGNORED
+        target = labels.where(counted, 0)
+        # the largest is quicker to find than where it is
+        right = logits.gather(-1, target[..., None])[..., 0] >= logits.amax(-1)
+        of_each = counted if weight is None else weight[target] * counted
+        count, correct = of_each.sum(), (right * of_each).sum()
+    return {"loss": total / count.clamp(min=1e-12), "count": count, "correct": correct}
+
+
+def _split(batch: Any) -> tuple[Any, Tensor]:
+    """What the model takes, and the labels."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, Sequence) and len(batch) > 1 and isinstance(batch[-1], Tensor):
+        return batch[:-1], batch[-1]
+    held = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else shown(batch)
+    raise PeftliteError(
+        f"a batch is a mapping with 'labels', or a tuple that ends with them: not {held}"
+    )
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if not isinstance(inputs, Mapping):
+        return model(*inputs)
+    rest = dict(inputs)
+    mask = rest.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not _takes(model, "attention_mask"):
+        del rest["attention_mask"]
+    # the first argument of every model of text, whatever it is called
+    ids = (rest.pop("input_ids"),) if "input_ids" in rest else ()
+    return model(*ids, **rest)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's `forward`, under torch.compile or DDP, has an argument of this name."""
+    model = model._modules.get("_orig_mod") or model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    known = inspect.signature(model.forward).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in known)
+
+
+def _output(model: nn.Module, inputs: Any) -> Tensor:
+    """The logits of a model, or whatever tensor it gives."""
+    output = _run(model, inputs)
+    found = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    if not isinstance(found, Tensor):
+        raise PeftliteError(
+            f"the model gives {shown(output)}, neither a tensor nor one with .logits: write the "
+            "loss as a function of (model, batch)"
+        )
+    return found
+
+
+def _embedding(model: nn.Module, inputs: Any) -> Tensor:
+    """One vector for each example (b, o)."""
+    output = _run(model, inputs)
+    h = getattr(output, "last_hidden_state", output)
+    if not isinstance(h, Tensor) or h.dim() not in (2, 3):
+        raise PeftliteError(f"contrastive needs a vector for each example, not {shown(output)}")
+    h = h.to(wide(h))
+    if h.dim() == 2:
+        return h
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    kept = h.new_ones(h.shape[:2]) if mask is None else mask.to(h)
+    return (h * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)

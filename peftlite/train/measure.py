@@ -1,0 +1,142 @@
+"""Measuring: losses added up where they are computed, a validation set, probes, memory."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.errors import PeftliteError
+from peftlite.table import shown
+from peftlite.train.batches import Batches
+from peftlite.train.modes import evaluating
+from peftlite.train.state import random_kept
+
+Loss = Callable[[nn.Module, Any], Any]
+
+
+class Tally:
+    """What a loss function said of some batches: sums that stay on the device."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.parts: list[Tensor] = []
+
+    def add(self, said: Any, rows: int) -> tuple[Tensor, Tensor]:
+        """Takes up a batch of `rows` examples; gives its loss, and what that is the mean over."""
+        given = dict(said) if isinstance(said, Mapping) else {"loss": said}
+        loss = given.pop("loss", None)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise PeftliteError(
+                "a loss is a function of (model, batch) that gives a tensor of one number, or a "
+                f"dict with it as 'loss': not {shown(said)}"
+            )
+        loss = loss.reshape(())
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+
+        def number(value: Any) -> Tensor:
+            if isinstance(value, Tensor):
+                return value.detach().to(loss.device, dtype)
+            return torch.full((), value, dtype=dtype, device=loss.device)  # no copy to wait for
+
+        count = number(given.pop("count", rows))
+        sums = {"count": count, "loss": number(loss) * count}
+        if "correct" in given:
+            sums["correct"] = number(given.pop("correct"))
+        sums |= {name: number(value) * count for name, value in given.items()}
+        self.names = list(sums)
+        self.parts.append(torch.stack(list(sums.values())))
+        return loss, count
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss, on the device."""
+        sums = torch.stack(self.parts).sum(0)
+        return sums[1] / sums[0].clamp(min=1e-12)
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """All of it as means. The host waits for the device here."""
+        totals = torch.stack(self.parts).cpu().double().sum(0).tolist()
+        sums = dict(zip(self.names, totals, strict=True))
+        count = sums.pop("count") or 1.0
+        correct = sums.pop("correct", None)
+        means = {f"{prefix}_{name}": total / count for name, total in sums.items()}
+        if correct is not None:
+            means[f"{prefix}_mean_token_accuracy"] = correct / count
+        return means
+
+
+class Judge:
+    """What a model can do: the loss of a validation set, and probes of what it could before.
+
+    Args:
+        model: the user's, for probes.
+        wrapped: what is trained, for losses.
+        val: None without a validation set.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        loss: Loss,
+        val: Batches | None,
+        probes: Mapping[str, Callable[[nn.Module], float]],
+        device: torch.device,
+    ) -> None:
+        self.model, self.wrapped, self.loss = model, wrapped, loss
+        self.val, self.probes, self.device = val, probes, device
+        self.before: dict[str, float] = {}  # what the probes said before training
+
+    def whole(self) -> dict[str, float]:
+        """The whole of the validation set, and the probes. The host waits for the device."""
+        found: dict[str, float] = {}
+        if self.val is not None:
+            tally = self._tally(self.val.all())
+            found = tally.means("full_valid")
+            if "correct" in tally.names:
+                found["full_valid_perplexity"] = math.exp(min(found["full_valid_loss"], 700))
+        with torch.no_grad(), random_kept(self.device), evaluating(self.model):
+            for name, probe in self.probes.items():
+                found[name] = float(probe(self.model))
+                self.before.setdefault(name, found[name])
+                found[f"{name} forgotten"] = self.before[name] - found[name]
+        return found
+
+    def glance(self, turn: int) -> dict[str, Tally]:
+        """One batch of the validation set, if there is one."""
+        return (
+            {}
+            if self.val is None
+            else {"valid": self._tally(self.val.of(turn % self.val.per_epoch))}
+        )
+
+    def _tally(self, batches: Iterable[tuple[Any, int]]) -> Tally:
+        found = Tally()
+        with torch.no_grad(), random_kept(self.device), evaluating(self.wrapped):
+            for batch, rows in batches:
+                found.add(self.loss(self.wrapped, batch), rows)
+        return found
+
+
+def tokens(batch: Any, rows: int) -> int:
+    """The tokens of a batch, padding among them; its examples where there are no `input_ids`."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return ids.numel() if isinstance(ids, Tensor) else rows
+
+
+def memory(device: torch.device) -> int | None:
+    """The most bytes held so far: on the device, or by the process where that is the CPU."""
+    if device.type != "cpu":
+        most = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return None if most is None else most()
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

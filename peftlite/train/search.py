@@ -1,0 +1,248 @@
+"""search: trials over learning rate, rank, method and the rest."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from peftlite.attach import detach
+from peftlite.errors import PeftliteError
+from peftlite.fields import check_given
+from peftlite.table import few, shown, table
+from peftlite.train.data.checks import check_whole
+from peftlite.train.events import Event, History
+from peftlite.train.space import (
+    Choice,
+    How,
+    Space,
+    at_random,
+    by_optuna,
+    check_space,
+    from_grid,
+    grid_size,
+    restored,
+)
+from peftlite.train.state import random_kept
+from peftlite.train.study import Study, plain
+from peftlite.train.trainer import Trainer
+
+STARTED = 4
+"""Trials that are seen to the end before one is stopped for being worse than they were."""
+
+
+@dataclass
+class Trial:
+    """One choice, and how it went.
+
+    Attributes:
+        values: of the metric, after each epoch.
+        value: the best of them, by which it is judged; None if there is none.
+        state: "done"; "pruned", stopped for being worse than others; or "failed", of `error`.
+    """
+
+    number: int
+    choice: Choice
+    metric: str = ""
+    values: list[float] = field(default_factory=list)
+    state: str = "done"
+    error: str = ""
+
+    @property
+    def value(self) -> float | None:
+        return best_of(self.metric)(self.values, default=None)
+
+
+@dataclass
+class Trials:
+    """The trials of a search, in order; it prints as a table."""
+
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def best(self) -> Trial:
+        """The best one that was seen to the end. Raises PeftliteError if there is none."""
+        done = [trial for trial in self.trials if trial.state == "done"]
+        if not done:
+            errors = few(f"trial {trial.number}: {trial.error}" for trial in self.trials)
+            raise PeftliteError(f"no trial came to an end: {errors}")
+        return best_of(done[0].metric)(done, key=lambda trial: trial.value)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What the table shows of each trial."""
+        metric = next((trial.metric for trial in self.trials if trial.metric), "value")
+        for t in self.trials:
+            result = {metric: t.value, "epochs": len(t.values), "state": t.state, "error": t.error}
+            yield {"trial": t.number, **plain(t.choice), **result}
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the trials, one a row."""
+        header, *rows = self._cells()
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([header, *rows])
+
+    def __str__(self) -> str:
+        header, *rows = self._cells()
+        return table(header, [[_short(cell) for cell in row] for row in rows])
+
+    def _cells(self) -> list[list[Any]]:
+        rows = list(self.rows())
+        return [[*(rows or [{"trial": 1}])[0]], *([*row.values()] for row in rows)]
+
+
+def search(
+    build: Callable[[Choice], Trainer],
+    space: Space,
+    trials: int | None = None,
+    how: How = "random",
+    *,
+    seed: int = 0,
+    prune: bool = True,
+    file: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Trials:
+    """Trains once for each of many choices, and tells which did best on the validation set.
+
+    A trial follows from its choice and the seed alone. After each, the deltas that it trained are
+    detached, so that `build` may attach to one base again and again. One whose training fails with
+    a PeftliteError, such as for a loss that isn't finite, is noted, and the next begins.
+
+    Args:
+        build: makes a `Trainer` of a choice, `{"lr": 2e-3, "rank": 8}`. By its `metric`, at the
+            best epoch, trials are judged. If it has a `folder`, of its own for each choice, a trial
+            that was interrupted goes on from its checkpoints.
+        space: by name, what there is to choose from: a list of anything; `(low, high)`, floats or
+            whole numbers, both included; or `(low, high, "log")`, the same by ratios.
+        trials: how many; None, for a grid, is all of it.
+        how: "grid" takes combinations of lists in order, the last name varying fastest; "random"
+            draws (Bergstra and Bengio, JMLR 13, 2012); "bayes" learns from the trials before, by
+            the tree-structured Parzen estimators of optuna (Bergstra et al., NeurIPS 2011).
+        seed: of the choices, and of what `build` draws, the same for every trial.
+        prune: stop a trial whose best so far is worse than the median of the others' at that epoch
+            (Golovin et al., KDD 2017, §3.2.2).
+        file: JSONL to keep the trials that are over; a search that finds it goes on after them.
+        progress: print a line for each trial.
+
+    Raises:
+        PeftliteError: an argument isn't of these, or optuna isn't installed; and whatever `build`
+            raises.
+        FileError: the file is of another search.
+    """
+    check_given("how", how, get_args(How))
+    check_space(space, how)
+    if trials is None and how != "grid":
+        raise PeftliteError(f"say how many trials: {how!r} has no end of its own")
+    check_whole(trials=trials)
+    count = trials or grid_size(space)
+    count = min(count, grid_size(space)) if how == "grid" else count
+    study = Study(file, {"how": how, "seed": seed, "prune": prune, "space": plain(dict(space))})
+    with study.opened() as lines:
+        found = [
+            Trial(**{**line, "choice": restored(space, line["choice"])}) for line in lines[:count]
+        ]
+        while len(found) < count:
+            trial = Trial(len(found) + 1, _choose(space, how, found, seed))
+            _run(build, trial, found if prune else [], seed)
+            found.append(trial)
+            study.add(vars(trial))
+            if progress:
+                print(_line(trial, count))
+    return Trials(found)
+
+
+def best_of(metric: str) -> Any:
+    """`min` or `max`: a metric whose name ends in "loss" or "perplexity" is to fall."""
+    return min if metric.endswith(("loss", "perplexity")) else max
+
+
+def _choose(space: Space, how: str, found: Sequence[Trial], seed: int) -> Choice:
+    number = len(found)
+    if how == "grid":
+        return from_grid(space, number)
+    if how == "random":
+        return at_random(space, f"{seed} {number}")
+    falls = any(best_of(trial.metric) is min for trial in found)
+    return by_optuna(space, [(t.choice, t.value) for t in found], falls, seed + number)
+
+
+def _run(
+    build: Callable[[Choice], Trainer], trial: Trial, others: Sequence[Trial], seed: int
+) -> None:
+    """Trains, and leaves nothing behind but what the trial says."""
+    with random_kept(torch.device("cpu"), seed):
+        trainer = build(dict(trial.choice))
+    if not isinstance(trainer, Trainer):
+        raise PeftliteError(f"build makes a pl.Trainer of a choice, not {shown(trainer)}")
+    trial.metric = trainer.metric
+    trainer.callbacks = [*trainer.callbacks, _Watch(trial, others)]
+    with _detached_after(trainer):
+        if trainer.val is None and trainer.metric.startswith("full_valid"):
+            raise PeftliteError(
+                f"a search goes by {trainer.metric}: give the Trainer val, or another metric"
+            )
+        try:
+            trainer.fit(resume=trainer.folder is not None)
+        except PeftliteError as error:
+            trial.state, trial.error = "failed", str(error)
+    if trial.state == "done" and not trial.values:
+        trial.state, trial.error = "failed", f"no epoch has a finite {trial.metric}"
+
+
+@contextmanager
+def _detached_after(trainer: Trainer) -> Iterator[None]:
+    deltas = trainer.deltas
+    try:
+        yield
+    finally:
+        for delta in deltas:
+            detach(trainer.model, delta.name)
+
+
+@dataclass
+class _Watch:
+    """A callback: notes the metric after each epoch, and stops a trial that is worse than most."""
+
+    trial: Trial
+    others: Sequence[Trial]
+
+    def start(self, trainer: Trainer, history: History) -> None:
+        self.trainer = trainer
+        for event in history.events:
+            self.event(event)
+
+    def event(self, event: Event) -> None:
+        value = event.get(self.trial.metric)
+        if value is None or not event["step"] or event["epoch"] != int(event["epoch"]):
+            return
+        self.trial.values.append(value)
+        if event["step"] < event["total_steps"] and self._is_worse():
+            self.trial.state = "pruned"
+            self.trainer.stop()
+
+    def _is_worse(self) -> bool:
+        best, epochs = best_of(self.trial.metric), len(self.trial.values)
+        theirs = [best(t.values[:epochs]) for t in self.others if t.state == "done"]
+        if len(theirs) < STARTED:
+            return False
+        own, median = best(self.trial.values), float(np.median(theirs))
+        return own != median and best(own, median) == median
+
+    def end(self, history: History) -> None:
+        """Nothing is left to do."""
+
+
+def _line(trial: Trial, count: int) -> str:
+    choice = ", ".join(f"{name}={_short(each)}" for name, each in plain(trial.choice).items())
+    told = trial.error or f"{trial.metric} {_short(trial.value)}"
+    return f"trial {trial.number} of {count}: {choice}: {told}, {trial.state}"
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

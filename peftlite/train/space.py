@@ -1,0 +1,134 @@
+"""Space: what a search chooses from, and how it chooses: by grid, at random, or by optuna."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+from peftlite.errors import PeftliteError
+from peftlite.table import shown
+from peftlite.train.study import plain
+
+How = Literal["grid", "random", "bayes"]
+Choice: TypeAlias = "dict[str, Any]"
+Space: TypeAlias = "Mapping[str, Any]"  # by name: a list, (low, high), or (low, high, "log")
+
+
+def check_space(space: Any, how: str) -> None:
+    """Raises PeftliteError for what can't be searched."""
+    if not isinstance(space, Mapping) or not space:
+        raise PeftliteError(
+            f"a space is a dict of what there is to choose from, by name: not {shown(space)}"
+        )
+    for name, given in space.items():
+        if not ((isinstance(given, list) and given) or _is_range(given)):
+            raise PeftliteError(
+                f"{name} must be a list, or a range (low, high) or (low, high, 'log') of numbers, "
+                f"not {shown(given)}"
+            )
+        if how == "grid" and not isinstance(given, list):
+            raise PeftliteError(f"a grid takes lists, and {name} is the range {given}")
+
+
+def grid_size(space: Space) -> int:
+    return math.prod(map(len, space.values()))
+
+
+def from_grid(space: Space, number: int) -> Choice:
+    """One of all combinations; the last name varies fastest."""
+    choice = {}
+    for name, options in reversed(space.items()):
+        number, i = divmod(number, len(options))
+        choice[name] = options[i]
+    return {name: choice[name] for name in space}
+
+
+def at_random(space: Space, seed: str) -> Choice:
+    """A choice that follows from the seed."""
+    draw = random.Random(seed)
+    return {name: _draw(given, draw) for name, given in space.items()}
+
+
+def by_optuna(
+    space: Space, tried: Sequence[tuple[Choice, float | None]], falls: bool, seed: int
+) -> Choice:
+    """What tree-structured Parzen estimators propose after choices and their values, None where
+    one failed; a function of these and the seed. Raises PeftliteError without optuna."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise PeftliteError("how='bayes' needs optuna: pip install 'peftlite[search]'") from error
+    kinds = {name: _distribution(optuna.distributions, given) for name, given in space.items()}
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    with _quiet(optuna.logging):
+        study = optuna.create_study(direction="minimize" if falls else "maximize", sampler=sampler)
+        for choice, value in tried:
+            state = optuna.trial.TrialState["FAIL" if value is None else "COMPLETE"]
+            params = {name: _place(space[name], each) for name, each in choice.items()}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=state, value=value, params=params, distributions=kinds
+                )
+            )
+        asked = study.ask(kinds).params
+    return {name: _at(space[name], place) for name, place in asked.items()}
+
+
+def restored(space: Space, choice: Choice) -> Choice:
+    """A choice as JSON holds it, with the values that are in the space."""
+    return {name: _at(space[name], _place(space[name], each)) for name, each in choice.items()}
+
+
+def _is_range(given: Any) -> bool:
+    if not isinstance(given, tuple) or given[2:] not in ((), ("log",)) or len(given) < 2:
+        return False
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in given[:2]):
+        return False
+    low, high = given[:2]
+    return -math.inf < low < high < math.inf and (len(given) == 2 or low > 0)
+
+
+def _is_whole(given: tuple[Any, ...]) -> bool:
+    return isinstance(given[0], int) and isinstance(given[1], int)
+
+
+def _draw(given: Any, draw: random.Random) -> Any:
+    if isinstance(given, list):
+        return draw.choice(given)
+    low, high = given[:2]
+    if len(given) == 2:
+        return draw.randint(low, high) if _is_whole(given) else draw.uniform(low, high)
+    # a whole number stands for the half on each side of it
+    edge = 0.5 if _is_whole(given) else 0.0
+    x = math.exp(draw.uniform(math.log(low - edge), math.log(high + edge)))
+    return min(max(round(x) if edge else x, low), high)
+
+
+def _distribution(kinds: Any, given: Any) -> Any:
+    if isinstance(given, list):
+        return kinds.CategoricalDistribution(range(len(given)))
+    kind = kinds.IntDistribution if _is_whole(given) else kinds.FloatDistribution
+    return kind(*given[:2], log=len(given) == 3)
+
+
+def _place(given: Any, value: Any) -> Any:
+    """A value as optuna knows it: by its place, if it is of a list."""
+    return [*map(plain, given)].index(plain(value)) if isinstance(given, list) else value
+
+
+def _at(given: Any, place: Any) -> Any:
+    return given[place] if isinstance(given, list) else place
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without a line for every study that is made."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

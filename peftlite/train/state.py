@@ -1,0 +1,115 @@
+"""All that a training run is made of, as a tree of tensors and JSON: to snapshot, to write, to set.
+
+Random numbers come from Python's, NumPy's and torch's global generators, as layers and data use
+them; a run has states of its own, and the user's are as before afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tree = Any
+"""A tensor, what JSON holds, or a list or dict (of strings) of such."""
+
+
+def random_state(device: torch.device) -> dict[str, Tree]:
+    """The state of all the generators that code on a device draws from."""
+    (version, words, gauss), (kind, keys, *rest), cpu, others = _generators(device)
+    return {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {"kind": kind, "keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest},
+        "torch": cpu,
+        "device": others,
+    }
+
+
+def set_random_state(state: dict[str, Tree], device: torch.device) -> None:
+    python, numpy = state["python"], state["numpy"]
+    words = tuple(python["words"].tolist())
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    given = (python["version"], words, python["gauss"]), (numpy["kind"], keys, *numpy["rest"])
+    _set_generators((*given, state["torch"], state["device"]), device)
+
+
+@contextmanager
+def random_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Draws nothing from the generators as they are outside; inside they begin from a seed."""
+    before = _generators(device)
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            if device.type != "cpu":
+                of = torch.get_device_module(device)
+                getattr(of, "manual_seed_all", of.manual_seed)(seed)
+        yield
+    finally:
+        _set_generators(before, device)
+
+
+def _generators(device: torch.device) -> tuple[Any, ...]:
+    """As Python, NumPy and torch themselves tell of them."""
+    others = []
+    if device.type != "cpu":
+        of = torch.get_device_module(device)  # of all its kind: a model may be on several
+        others = getattr(of, "get_rng_state_all", lambda: [of.get_rng_state()])()
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), others
+
+
+def _set_generators(states: tuple[Any, ...], device: torch.device) -> None:
+    python, numpy, cpu, others = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if device.type != "cpu":
+        of = torch.get_device_module(device)
+        getattr(of, "set_rng_state_all", lambda states: of.set_rng_state(*states))(others)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tree]:
+    state = optimizer.state_dict()
+    # JSON's keys are strings
+    return {**state, "state": {str(index): its for index, its in state["state"].items()}}
+
+
+def set_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Tree]) -> None:
+    own = {int(index): its for index, its in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": own})
+
+
+def copied(tree: Tree) -> Tree:
+    """A tree whose tensors are copies, where they are."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    return [copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def pack(tree: Tree, tensors: dict[str, Tensor], at: str = "") -> Any:
+    """The tree as JSON, its tensors put into `tensors` and named instead."""
+    if isinstance(tree, Tensor):
+        tensors[at] = tree
+        return {"tensor": at}
+    if isinstance(tree, dict):
+        return {key: pack(value, tensors, f"{at}/{key}") for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [pack(value, tensors, f"{at}/{i}") for i, value in enumerate(tree)]
+    return tree
+
+
+def unpack(plain: Any, tensors: dict[str, Tensor]) -> Tree:
+    """The tree that was packed."""
+    if isinstance(plain, dict):
+        if set(plain) == {"tensor"}:
+            return tensors[plain["tensor"]]
+        return {key: unpack(value, tensors) for key, value in plain.items()}
+    return [unpack(value, tensors) for value in plain] if isinstance(plain, list) else plain

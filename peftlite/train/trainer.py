@@ -1,0 +1,264 @@
+"""Trainer: the settings of a training run, and what the model is put into while it lasts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from peftlite.attach import require
+from peftlite.delta import Delta
+from peftlite.errors import PeftliteError
+from peftlite.fields import check_fields, number, one_of, positive, set_number, whole
+from peftlite.io.files import as_path
+from peftlite.table import few, shown, table
+from peftlite.train import data, modes
+from peftlite.train.auto import learning_rate
+from peftlite.train.batches import Collate, check_data
+from peftlite.train.checkpoints import Checkpoints
+from peftlite.train.events import Callback, Log, Progress
+from peftlite.train.history import History
+from peftlite.train.loop import Run
+from peftlite.train.measure import Loss
+from peftlite.train.schedule import Schedule
+from peftlite.train.state import random_kept
+
+Auto = Literal["auto"]
+
+SETTINGS = (
+    "accumulate", "lr_multiplier", "b_ratio", "weight_decay", "schedule", "warmup", "clip",
+    "autocast", "shuffle", "metric", "patience", "seed",
+)  # fmt: skip
+"""What the numbers depend on, beside model and data."""
+
+
+def _or_auto(kind: type, allowed: Callable[[Any], bool], what: str) -> dict[str, Any]:
+    """What a field is checked by: a number, or "auto"."""
+
+    def check(trainer: Trainer, name: str) -> None:
+        if getattr(trainer, name) != "auto":
+            set_number(trainer, name, kind, allowed, f"{what}, or 'auto'")
+
+    return {"check": check}
+
+
+_WHOLE = _or_auto(int, lambda n: n >= 1, "a whole number from 1 up")
+_RATE = _or_auto(float, lambda x: 0 < x < math.inf, "finite and above 0")
+
+
+@dataclass(eq=False, repr=False)
+class Trainer:
+    """Trains a model's delta: `pl.Trainer(model, loss, train, val).fit()`.
+
+    Nothing else of the model changes: not the base, not its running statistics, not the modes of
+    its modules. Everything random comes from `seed`, and Python's, NumPy's and torch's global
+    generators are as before afterwards: the same call gives the same bits.
+
+    Args:
+        model: any module with a delta that is chosen and trainable, as `pl.attach` leaves it.
+        loss: `f(model, batch)`, a mean over the batch, as a tensor or a dict (see `pl.losses`).
+        train, val: datasets: a length, and examples by index.
+        delta: the name of the delta to train, or names; all that are chosen and trainable if None.
+        epochs: passes over `train`; "auto" and for `batch_size` go by the number of examples, as
+            `pl.data.estimate` says.
+        batch_size: examples per step of the optimizer.
+        accumulate: parts that a step's batch comes in: less memory, and the same gradients.
+        lr: the peak of the learning rate; "auto" goes by the methods and the model's width, see
+            `peftlite/train/auto.py`.
+        lr_multiplier: of that rate.
+        b_ratio: of LoRA+, how much faster factors B learn.
+        optimizer: makes one of parameter groups; AdamW if None.
+        weight_decay: of matrices; vectors never decay.
+        schedule: after the warm-up: "cosine" or "linear" towards zero, or "constant".
+        warmup: the share of the steps over which the rate rises.
+        clip: the largest norm of the gradients; `math.inf` leaves them as they are.
+        autocast: "bf16" or "fp16" (whose losses are scaled) for the forward pass.
+        gradient_checkpointing: compute the blocks' activations again instead of keeping them.
+        compile: train `torch.compile(model)`.
+        collate: a batch of examples; `pl.data.collate` pads, and stacks what isn't text.
+        shuffle: whether an epoch comes in an order of its own.
+        valid_every: steps from one loss on a batch of `val` to the next; None for none.
+        metric: by which an epoch is the best, any field of its event; a name that ends in "loss"
+            or "perplexity" is to fall, others are to rise.
+        patience: epochs without a better `metric` after which to stop; None never does.
+        probes: functions of the model that give a score, higher is better, of what it could do
+            before; run before training and after every epoch. Their fall is what was forgotten.
+        folder: for checkpoints and `events.jsonl`; None keeps nothing on disk.
+        keep: how many checkpoints stay, of those at the end of an epoch and of those between; and
+            the best one.
+        save_every: steps between checkpoints within an epoch; None for none.
+        check_every: steps between looks at whether the loss is finite, which make the host wait
+            for a GPU; None for 1 on a CPU and 16 elsewhere. An update that wasn't good is undone.
+        seed: of the order of the data, dropout, and whatever else is drawn.
+        callbacks: see `pl.train.Callback`; `pl.TensorBoard` and `pl.WandB` are such.
+        progress: whether to print the settings and show a bar.
+
+    Raises:
+        PeftliteError: an argument isn't of these, no delta is there to train, the loss isn't
+            finite, or memory doesn't suffice.
+    """
+
+    model: nn.Module
+    loss: Loss
+    train: Any
+    val: Any = None
+    _: KW_ONLY
+    delta: str | Sequence[str] | None = None
+    epochs: int | Auto = field(default="auto", metadata=_WHOLE)
+    batch_size: int | Auto = field(default="auto", metadata=_WHOLE)
+    accumulate: int = whole(1)
+    lr: float | Auto = field(default="auto", metadata=_RATE)
+    lr_multiplier: float = positive(1.0)
+    b_ratio: float = positive(1.0)
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None
+    weight_decay: float = number(0.01, float, lambda x: 0 <= x < math.inf, "0 or above")
+    schedule: Schedule = one_of("cosine", Schedule)
+    warmup: float = number(0.03, float, lambda x: 0 <= x < 1, "in [0, 1)")
+    clip: float = number(1.0, float, lambda x: x > 0, "above 0")
+    autocast: Literal["bf16", "fp16"] | None = one_of(None, Literal["bf16", "fp16"])
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    collate: Collate = data.collate
+    shuffle: bool = True
+    valid_every: int | None = whole(None)
+    metric: str = "full_valid_loss"
+    patience: int | None = whole(None)
+    probes: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
+    folder: str | os.PathLike[str] | None = None
+    keep: int = whole(3)
+    save_every: int | None = whole(None)
+    check_every: int | None = whole(None)
+    seed: int = number(0, int, lambda n: 0 <= n < 2**63, "from 0 up to 2**63 - 1")
+    callbacks: Sequence[Callback] = ()
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self.stopping = False
+        check_fields(self)
+        check_data("train", self.train)
+        if self.val is not None:
+            check_data("val", self.val)
+        for name, function in {"loss": self.loss, "collate": self.collate, **self.probes}.items():
+            if not callable(function):
+                raise PeftliteError(f"{name} must be a function, not {shown(function)}")
+        if self.patience and self.val is None and self.metric.startswith("full_valid"):
+            raise PeftliteError(f"patience goes by {self.metric}: give val, or another metric")
+        usual = data.estimate(len(self.train))
+        self.passes = usual.epochs if self.epochs == "auto" else self.epochs
+        self.size = usual.batch_size if self.batch_size == "auto" else self.batch_size
+        self.rate = learning_rate(self.model, self.deltas) if self.lr == "auto" else self.lr
+        self.part = math.ceil(self.size / self.accumulate)
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """The deltas to train. Raises PeftliteError if there is none."""
+        asked = [self.delta] if isinstance(self.delta, str | Delta) else self.delta
+        _, registry = require(self.model, *(asked or ()))
+        standing = registry.choice.standing
+        chosen = [registry.deltas[name] for name in standing if asked is None or name in asked]
+        trainable = [d for d in chosen if any(p.requires_grad for p in d.parameters())]
+        if len(trainable) < (1 if asked is None else len(asked)):
+            wanted = "one" if asked is None else few(map(repr, asked))
+            raise PeftliteError(
+                f"to train {wanted}, it has to be chosen and trainable; chosen are "
+                f"{few(map(repr, standing)) or 'none'} of {few(map(repr, registry.deltas))}: "
+                "pl.use(model, name), and pl.deltas(model)[name].requires_grad_()"
+            )
+        return trainable
+
+    @property
+    def total_steps(self) -> int:
+        return self.passes * math.ceil(len(self.train) / self.size)
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on, as JSON holds it."""
+        numbers = {"epochs": self.passes, "batch_size": self.size, "lr": self.rate}
+        counts = {"examples": len(self.train), "steps": self.total_steps}
+        return numbers | {name: getattr(self, name) for name in SETTINGS} | counts
+
+    def __str__(self) -> str:
+        def how(name: str) -> str:
+            return "auto" if getattr(self, name, None) == "auto" else ""
+
+        rows = [[name, str(value), how(name)] for name, value in self.settings().items()]
+        return table(["setting", "value", ""], rows)
+
+    def stop(self) -> None:
+        """Ends training after the step at hand; `fit(resume=True)` goes on."""
+        self.stopping = True
+
+    def fit(self, resume: bool | str | os.PathLike[str] = False) -> History:
+        """Trains to the end, or until it stops early, and tells what was measured.
+
+        Args:
+            resume: True goes on from the newest whole checkpoint in `folder`, or begins if there is
+                none; a path goes on from that checkpoint. What comes out is bit for bit what would
+                have, had training never stopped.
+
+        Raises:
+            FileError: a checkpoint is damaged, or is of other settings; or there are some already,
+                and `resume` doesn't say so.
+            PeftliteError: as the class says. The deltas are then as after the last good step.
+        """
+        self.stopping = False
+        deltas, store, state = self.deltas, None, None
+        if self.folder is not None:
+            store = Checkpoints(as_path(self.folder), self.keep)
+            state = store.resume(resume, self.model, deltas, self.settings())
+        elif resume:
+            raise PeftliteError("resume goes by checkpoints: give the Trainer a folder")
+        callbacks = [*([Progress()] if self.progress else []), *self.callbacks]
+        parameters = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
+        device = parameters[0].device
+        log = Log(store and store.folder / "events.jsonl", callbacks, device)
+        if self.progress:
+            print(self)
+        with (
+            random_kept(device, self.seed),
+            modes.alone(self.model, parameters),
+            modes.training(self.model),
+            self._wrapped() as model,
+            self._advised(),
+        ):
+            run = Run(self, model, deltas, log, store)
+            if state is not None:
+                run.restore(state)
+            with log.told(self, run.step):
+                run.train()
+                if store is not None and run.best["name"]:
+                    log.history.best = store.folder / run.best["name"]
+        return log.history
+
+    @contextmanager
+    def _wrapped(self) -> Iterator[nn.Module]:
+        """The model as it runs: the one place where something is put around it."""
+        with ExitStack() as stack:
+            if self.gradient_checkpointing:
+                stack.enter_context(modes.checkpointing(self.model))
+            yield torch.compile(self.model) if self.compile else self.model  # type: ignore
+
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Says what to change where memory doesn't suffice."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not known and "DefaultCPUAllocator" not in str(error):
+                raise
+            ways = {
+                f"accumulate={2 * self.accumulate}, for the same result": self.part > 1,
+                "shorter examples": self.part == 1,
+                "gradient_checkpointing=True": not self.gradient_checkpointing,
+                "autocast='bf16'": self.autocast is None,
+            }
+            told = ", or ".join(way for way, is_left in ways.items() if is_left)
+            raise PeftliteError(
+                f"out of memory with {self.part} examples at a time: try {told}"
+            ) from error

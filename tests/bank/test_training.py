@@ -1,0 +1,189 @@
+"""Training many deltas in one batch: each learns as it would alone, and is had back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import peftlite as pl
+from peftlite.bank import DeltaBank
+from tests.bank.banks import WIDTH, Models, base, lora, resident, tuned
+
+
+def step(model: torch.nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
+    (model(x) - target).square().sum().backward()
+
+
+def same(bank: DeltaBank, name: str, delta: pl.Delta) -> None:
+    own = bank.delta(name).state_dict()
+    assert list(own) == list(delta.state_dict())
+    for key, value in delta.state_dict().items():
+        torch.testing.assert_close(own[key], value)
+
+
+MIX = st.lists(st.sampled_from([None, *"abc"]), min_size=1, max_size=6).filter(any)
+MIXES = st.lists(MIX, max_size=4)
+
+
+@given(mixes=MIXES)
+def test_each_delta_learns_as_it_would_alone(mixes: list[list[str | None]]) -> None:
+    own = Models("abc")
+    bank = own.bank
+    mine = {name: torch.optim.AdamW(bank.parameters(name), lr=0.01) for name in "abc"}
+    theirs = {name: torch.optim.AdamW(own.delta(name).parameters(), lr=0.01) for name in "abc"}
+    for names in mixes:
+        x = torch.randn(len(names), 3, WIDTH, dtype=torch.float64)
+        target = torch.randn(len(names), 3, 8, dtype=torch.float64)
+        with bank.train(names):
+            step(own.model, x, target)
+        for name in "abc":
+            rows = [i for i, of in enumerate(names) if of == name]
+            if not rows:
+                assert all(p.grad is None for p in bank.parameters(name))
+                continue
+            step(own.alone[name], x[rows], target[rows])
+            for optimizer in (mine[name], theirs[name]):
+                optimizer.step()
+                optimizer.zero_grad()
+    for name in "abc":
+        same(bank, name, own.delta(name))
+
+
+def test_gradients_accumulate() -> None:
+    own = Models("ab")
+    x, target = torch.randn(2, WIDTH).double(), torch.randn(2, 8).double()
+    for names in (["a", "b"], ["b", "b"]):
+        with own.bank.train(names):
+            step(own.model, x, target)
+        for i, name in enumerate(names):
+            step(own.alone[name], x[i : i + 1], target[i : i + 1])
+    for name in "ab":
+        theirs = [p.grad for p in own.delta(name).parameters()]
+        for mine, want in zip(own.bank.parameters(name), theirs, strict=True):
+            torch.testing.assert_close(mine.grad, want)
+
+
+def test_the_base_gets_no_gradient() -> None:
+    own = Models("a")
+    with own.bank.train(["a", None]):
+        step(own.model, torch.randn(2, WIDTH).double(), torch.randn(2, 8).double())
+    assert all(p.grad is None for p in own.model.parameters())
+
+
+def _learn(own: Models, name: str) -> None:
+    optimizers = [
+        torch.optim.SGD(parameters, lr=0.01)
+        for parameters in (own.bank.parameters(name), own.delta(name).parameters())
+    ]
+    x, target = torch.randn(2, WIDTH).double(), torch.randn(2, 8).double()
+    with own.bank.train([name, name]):
+        step(own.model, x, target)
+    step(own.alone[name], x, target)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_what_was_trained_is_kept_and_served() -> None:
+    own = Models("abc", slots=2)
+    _learn(own, "a")
+    own.check(["a"])
+    own.check(["b"])
+    own.check(["c"])
+    assert "a" in resident(own.bank)
+    leaves = list(own.bank.parameters("a"))
+    own.bank.evict("a")
+    own.check(["b", "c"])
+    before = own.bank._arena.buffers[0].clone()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.add_(1)  # an optimizer that goes on writes into no one's slot
+    assert torch.equal(own.bank._arena.buffers[0], before)
+    own.check(["a"])
+    same(own.bank, "a", own.delta("a"))
+
+
+def test_what_was_trained_outlives_the_budget() -> None:
+    own = Models("ab", slots=1, memory_budget=1)
+    _learn(own, "a")
+    own.bank.evict("a")
+    own.check(["b"])
+    own.check(["a"])
+    _learn(own, "a")
+    own.bank.evict("a")
+    own.check(["b"])
+    own.check(["a"])
+
+
+def test_a_trained_delta_is_saved_and_loaded(tmp_path: Path) -> None:
+    own = Models("a")
+    _learn(own, "a")
+    own.bank.save("a", tmp_path / "a.safetensors", notes={"by": "bank"})
+    model = base()
+    model.load_state_dict(own.base.state_dict())
+    delta = pl.load(model, tmp_path / "a.safetensors")
+    same(own.bank, "a", delta)
+    assert pl.inspect(tmp_path / "a.safetensors").notes == {"by": "bank"}
+
+
+def test_a_fresh_delta_is_trained() -> None:
+    own = Models("")
+    for name in "ab":
+        own.bank.load(name, lora(rank=2))
+    x, target = torch.randn(2, WIDTH).double(), torch.randn(2, 8).double()
+    parameters = [p for name in "ab" for p in own.bank.parameters(name)]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    losses = []
+    for _ in range(20):
+        with own.bank.train(["a", "b"]):
+            loss = (own.model(x) - target).square().sum()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lora(init="pissa"), lora(dropout=0.1), lora(freeze_a=True),
+        pl.LoRA(rank=2, targets="2.weight[0:8]"), pl.VeRA(rank=4, targets="2.weight"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_trained_in_a_bank_says_so(method: pl.Method) -> None:
+    model = base()
+    alone = tuned(model, method, "a")
+    bank = DeltaBank(model, 2, 8, methods=lora())
+    bank.load("a", pl.deltas(alone)["a"])
+    with pytest.raises(pl.PeftliteError, match="can't be trained in a bank"):
+        bank.parameters("a")
+    with pytest.raises(pl.PeftliteError, match="can't be trained in a bank"), bank.train(["a"]):
+        pass
+    assert not any(entry.uses for entry in bank._slots.resident)
+
+
+def test_half_precision_is_for_inference() -> None:
+    bank = DeltaBank(base(torch.bfloat16), 2, 8, methods=lora())
+    bank.load("a", lora())
+    with pytest.raises(pl.PeftliteError, match="small steps are lost"):
+        bank.parameters("a")
+
+
+def test_compiled_code_refuses_to_train() -> None:
+    own = Models("a")
+    compiled = torch.compile(own.model, fullgraph=True, backend="eager")
+    with pytest.raises(pl.PeftliteError, match="eager code"), own.bank.train(["a"]):
+        compiled(torch.randn(1, WIDTH).double())
+
+
+def test_a_model_in_training_is_not_moved() -> None:
+    own = Models("a")
+    leaves: Sequence[torch.nn.Parameter] = list(own.bank.parameters("a"))
+    with pytest.raises(pl.PeftliteError, match="in training"):
+        own.model.to("meta")
+    assert not next(own.model.parameters()).is_meta and leaves
+    own.model.float()

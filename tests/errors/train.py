@@ -1,0 +1,154 @@
+"""The errors of training."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import peftlite as pl
+from peftlite.train import Trainer, checkpoints, losses
+from tests.errors.case import Case, attached, linears, two
+
+IDS = torch.arange(8)
+TEXTS = [{"input_ids": IDS, "labels": IDS} for _ in range(4)]
+NO_DATASET = "must be a dataset, with a length and examples by index, not "
+
+
+def fitting(resume: Any = False, **options: Any) -> Callable[[Any, Path], Any]:
+    """Training of a model, in the folder at the path where checkpoints matter."""
+
+    def act(model: nn.Module, path: Path) -> Any:
+        folder = path if path.exists() else None
+        given = {"loss": losses.causal_lm, "train": TEXTS, "epochs": 1, "batch_size": 2, **options}
+        return Trainer(model, **{"folder": folder, "lr": 1e-3, "progress": False, **given}).fit(
+            str(path / resume) if isinstance(resume, str) else resume
+        )
+
+    return act
+
+
+def run(path: Path, change: Callable[[Path], Any] = lambda newest: None, **options: Any) -> None:
+    """A folder with checkpoints of a run; something happened to the newest."""
+    path.mkdir()
+    fitting(**options)(two(), path)
+    change(sorted(path.glob("step-*"))[-1])
+
+
+def losing(loss: Any) -> Callable[[Any, Path], Any]:
+    return fitting(loss=loss)
+
+
+def calling(loss: Any, *given: Any) -> Callable[[Any, Path], Any]:
+    """A loss of a model that gives what it is given."""
+
+    class Given(nn.Module):
+        def forward(self, x: Any, *_: Any) -> Any:
+            return x
+
+    return lambda *_: loss(Given(), *given)
+
+
+def raising(error: Exception) -> Callable[[Any, Any], Any]:
+    def loss(*_: Any) -> Any:
+        raise error
+
+    return loss
+
+
+def newer(newest: Path) -> None:
+    """A checkpoint of a peftlite to come."""
+    state = newest / f"{checkpoints.STATE}.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
+    (newest / checkpoints.MANIFEST).write_text(checkpoints._manifest(newest))
+
+
+def other_base() -> nn.Module:
+    model = two()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    return model
+
+
+def frozen() -> nn.Module:
+    model = two()
+    pl.deltas(model)["chat"].requires_grad_(False)
+    return model
+
+
+X = torch.ones(2, 3)
+CASES = [
+    # the trainer's arguments
+    Case(fitting(epochs=0), "epochs must be a whole number from 1 up, or 'auto', not 0"),
+    Case(fitting(lr="high"), "lr must be finite and above 0, or 'auto', not 'high'"),
+    Case(fitting(warmup=1.0), "warmup must be in [0, 1), not 1.0"),
+    Case(fitting(schedule="step"), "schedule must be one of 'cosine', 'linear', 'constant', not "
+         "'step'"),
+    Case(fitting(loss="mse"), "loss must be a function, not 'mse'"),
+    Case(fitting(probes={"old": 0.5}), "old must be a function, not 0.5"),
+    Case(fitting(train=[]), "train has no examples"),
+    Case(fitting(train=3), f"train {NO_DATASET}3"),
+    Case(fitting(val=(X, X)), f"val {NO_DATASET}a tuple: torch.utils.data.TensorDataset(x, y) is "
+         "one of tensors"),
+    Case(fitting(train=DataLoader(TEXTS)), f"train {NO_DATASET}a DataLoader: give its dataset, and "
+         "its collate_fn as collate="),
+    Case(fitting(patience=1), "patience goes by full_valid_loss: give val, or another metric"),
+    Case(fitting(metric="skill"), "no metric is called 'skill'; there are step; total_steps; …"),
+    Case(fitting(), "to train one, it has to be chosen and trainable; chosen are 'chat' of 'sql'; "
+         "'chat': pl.use(model, name), and pl.deltas(model)[name].requires_grad_()", model=frozen),
+    Case(fitting(delta="sql"), "to train 'sql', it has to be chosen and trainable; chosen are "
+         "'chat' of 'sql'; 'chat': …"),
+    Case(fitting(gradient_checkpointing=True), "gradient_checkpointing goes by the blocks of an "
+         "nn.ModuleList, and this model has none: use torch.utils.checkpoint in its forward",
+         model=attached(linears(), pl.LoRA(rank=1))),
+    # losses
+    Case(losing(lambda *_: 3.0), "a loss is a function of (model, batch) that gives a tensor of "
+         "one number, or a dict with it as 'loss': not 3.0"),
+    Case(calling(losses.regression, (X, X[0])), "regression compares outputs of shape (2, 3) with "
+         "labels of shape (3,): make them alike"),
+    Case(calling(losses.contrastive, X), "contrastive takes batches (queries, keys), not a Tensor"),
+    Case(calling(losses.contrastive, (X[0], X[0])), "contrastive needs a vector for each example, "
+         "not tensor([1., 1., 1.])"),
+    Case(calling(losses.classification, {"input_ids": X}), "a batch is a mapping with 'labels', or "
+         "a tuple that ends with them: not one with input_ids"),
+    Case(calling(losses.classification, ({"x": X}, X)), "the model gives a dict, neither a tensor "
+         "nor one with .logits: write the loss as a function of (model, batch)"),
+    # what goes wrong on the way
+    Case(losing(lambda model, batch: model(batch["input_ids"]).mean() * float("nan")),
+         "at step 1 the loss is nan and the norm of its gradients nan: 'chat' stays as after step "
+         "0. Look at that batch, or lower lr_multiplier"),
+    Case(losing(raising(torch.OutOfMemoryError("CUDA"))), "out of memory with 2 examples at a "
+         "time: try accumulate=2, for the same result, or gradient_checkpointing=True, or "
+         "autocast='bf16'"),
+    Case(fitting(loss=raising(MemoryError()), accumulate=2, autocast="bf16",
+                 gradient_checkpointing=True),
+         "out of memory with 1 examples at a time: try shorter examples"),
+    # checkpoints
+    Case(fitting(resume=True), "resume goes by checkpoints: give the Trainer a folder"),
+    Case(fitting(), "'…' has checkpoints already: fit(resume=True) goes on from them; to begin "
+         "anew, give another folder", pl.FileError, file=run),
+    Case(fitting(True, epochs=2), "checkpoint '…' is of a run with other settings, epochs=1, not "
+         "2; steps=2, not 4: go on with those, or begin anew in another folder", pl.FileError,
+         file=run),
+    Case(fitting("step-00000002-epoch-1"), "checkpoint '…' is not whole: its files aren't what was "
+         "written", pl.FileError,
+         file=lambda path: run(path, lambda last: (last / "chat.safetensors").write_bytes(b""))),
+    Case(fitting("step-7"), "checkpoint '…' is not whole: it has no manifest.json", pl.FileError,
+         file=run),
+    Case(fitting(True, optimizer=torch.optim.SGD), "the checkpoint is of a run with AdamW, and the "
+         "optimizer here is SGD", pl.FileError, file=run),
+    Case(fitting(True), "none of the checkpoints in '…' is whole: to begin anew, give another "
+         "folder", pl.FileError,
+         file=lambda path: run(path, lambda last: (last / checkpoints.MANIFEST).write_text(""))),
+    Case(fitting(True), "checkpoint '…' is of a newer peftlite: upgrade peftlite", pl.FileError,
+         file=lambda path: run(path, newer)),
+    Case(fitting(True), "checkpoint '…' is of 'chat'; in training here is 'sql': attach what was "
+         "attached then", pl.FileError, file=run,
+         model=attached(linears(), pl.LoRA(rank=1))),
+    Case(fitting(True), "checkpoint '…' was made on other base weights: go on with the model it "
+         "was begun with", pl.BaseMismatchError, file=run, model=other_base),
+]  # fmt: skip

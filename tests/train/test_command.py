@@ -1,0 +1,155 @@
+"""peftlite train: what it leaves, that it is the Trainer's own run, and how it goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import peftlite as pl
+import peftlite.train.data as data
+from peftlite import cli
+from peftlite.commands.local import local_model, local_tokenizer
+from peftlite.io import inspect
+from peftlite.train import Trainer, losses
+from peftlite.train.state import random_kept
+from tests.train.chats import hf_tokenizer, llama, rows, write
+from tests.zoo import seeded
+
+Run = Callable[..., str]
+SHORT = ["--max-length", "48", "--epochs", "2", "--batch-size", "8"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `peftlite train` in a folder with a model and chats, and gives what it prints."""
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("model")
+    hf_tokenizer(data.CHATML).save_pretrained("model")
+    write(Path("chats.jsonl"), rows()[:24])
+
+    def run(*args: str, code: int = 0, source: str = "chats.jsonl") -> str:
+        capsys.readouterr()
+        command = ["train", "--model", "model", "--data", source, *SHORT, *args]
+        assert cli.main(command) == code, capsys.readouterr()
+        out, err = capsys.readouterr()
+        return err if code == 2 else out
+
+    return run
+
+
+def found(run: Run, *args: str, **options: Any) -> Any:
+    return json.loads(run(*args, "--json", **options))
+
+
+def test_is_the_trainers_own_run(run: Run) -> None:
+    told = found(
+        run, "--out", "sql", "--rank", "4", "--targets", "q_proj", "v_proj", "--set",
+        "dropout=0.1", "--validation", "0.25", "--lr-multiplier", "2", "--seed", "3",
+    )  # fmt: skip
+    model, tokenizer = local_model("model"), local_tokenizer("model")
+    train, val = data.chat("chats.jsonl", tokenizer, max_length=48).split(0.25, seed=3)
+    with random_kept(torch.device("cpu"), 3):
+        delta = pl.attach(model, pl.LoRA(rank=4, dropout=0.1, targets=["q_proj", "v_proj"]), "sql")
+    trainer = Trainer(
+        model, losses.causal_lm, train, val, epochs=2, batch_size=8, lr_multiplier=2, seed=3,
+        progress=False, folder="own",
+    )  # fmt: skip
+    history = trainer.fit()
+    assert told["settings"] == trainer.settings() and told["parameters"] == delta.num_parameters
+    timeless = ("step", "train_loss", "full_valid_loss")
+    for one, other in zip(told["epochs"], history.epochs, strict=True):
+        assert [one[k] for k in timeless] == [other[k] for k in timeless]
+    best = history.best / "sql.safetensors"
+    assert (
+        Path(told["delta"]).read_bytes() == best.read_bytes() and told["best"] == best.parent.name
+    )
+    lines = Path("sql/events.jsonl").read_text().splitlines()
+    assert (
+        len(lines)
+        == len(history.events)
+        == len(Path("sql/history.csv").read_text().splitlines()) - 1
+    )
+
+
+def test_says_what_it_does(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("--out", "runs/sql", "--method", "ia3", "--name", "mine")
+    assert "train loss" in out and "valid loss" not in out
+    assert out.splitlines()[-1].startswith("written to runs/sql/mine.safetensors: ")
+    assert out.endswith(", as after the last step\n")
+    assert inspect("runs/sql/mine.safetensors").methods[0][0] == pl.IA3()
+    cli.main(["train", "--model", "model", "--data", "chats.jsonl", *SHORT, "--out", "other"])
+    err = capsys.readouterr().err
+    assert "LoRA at 14 sites" in err and "batch_size" in err and "6/6" in err
+
+
+class Killer:
+    """What comes between, in the middle of the second epoch."""
+
+    def start(self, trainer: Any, history: Any) -> None: ...
+
+    def event(self, event: Any) -> None:
+        if event["step"] == 5:
+            raise KeyboardInterrupt
+
+    def end(self, history: Any) -> None: ...
+
+
+def test_goes_on_after_a_break(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = found(run, "--out", "whole", "--name", "sql")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("peftlite.commands.train.Progress", Killer)
+        run("--out", "broken", "--name", "sql")
+    assert not Path("broken/sql.safetensors").exists()
+    assert "--resume goes on from them" in run("--out", "broken", "--name", "sql", code=2)
+    again = found(run, "--out", "broken", "--name", "sql", "--resume")
+    assert Path(again["delta"]).read_bytes() == Path(whole["delta"]).read_bytes()
+    assert [e["train_loss"] for e in again["epochs"]] == [e["train_loss"] for e in whole["epochs"]]
+    assert "epochs=2, not 3" in run(
+        "--out", "broken", "--name", "sql", "--resume", "--epochs", "3", code=2
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs", "plain"])
+def test_reads_other_files(kind: str, run: Run) -> None:
+    texts = [row["messages"][2]["content"] for row in rows()[:20]]
+    path = Path("data.txt" if kind == "plain" else "data.jsonl")
+    if kind == "plain":
+        path.write_text("\n\n".join(texts))
+    else:
+        lines = [
+            {"prompt": "Why?", "response": t} if kind == "pairs" else {"text": t} for t in texts
+        ]
+        write(path, lines)
+    told = found(run, "--out", "run", "--validation", str(path), "--seed", "1", source=str(path))
+    tokenizer = hf_tokenizer()
+    want = {
+        "text": lambda: data.text(texts, tokenizer, length=48),
+        "plain": lambda: data.text(["\n\n".join(texts)], tokenizer, length=48),
+        "pairs": lambda: data.pairs([("Why?", t) for t in texts], tokenizer, max_length=48),
+    }[kind]()
+    assert told["settings"]["examples"] == len(want)
+    losses_by_epoch = [epoch["full_valid_loss"] for epoch in told["epochs"]]
+    assert losses_by_epoch[-1] < losses_by_epoch[0]
+
+
+def test_contrastive_takes_an_encoder_and_pairs(run: Run) -> None:
+    with seeded():
+        config = BertConfig(
+            vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        BertModel(config, add_pooling_layer=False).save_pretrained("encoder")
+    hf_tokenizer().save_pretrained("encoder")
+    pairs = [(row["messages"][1]["content"], row["messages"][2]["content"]) for row in rows()[:24]]
+    write(Path("pairs.jsonl"), [{"prompt": p, "response": r} for p, r in pairs])
+    told = found(
+        run, "--model", "encoder", "--out", "run", "--loss", "contrastive", "--validation",
+        "pairs.jsonl", "--method", "LoRA", source="pairs.jsonl",
+    )  # fmt: skip
+    assert inspect(told["delta"]).name == "run"
+    first, *_, last = (epoch["full_valid_loss"] for epoch in told["epochs"])
+    assert last < first

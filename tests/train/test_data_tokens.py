@@ -1,0 +1,140 @@
+"""Tokenizers: bytes there and back, transformers' templates, and which tokens are learned."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import peftlite as pl
+import peftlite.train.data as data
+from tests.train.chats import hf_tokenizer, llama, rows
+
+# as the models of these names have them: who speaks, and what surrounds it
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+    "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+PLAIN_CHATML = data.CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+# what was thought in earlier turns is left out, so a chat doesn't begin as it began
+FORGETFUL = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}"
+    "{% if loop.last %}{{ '<think></think>' }}{% endif %}{{ m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def learned(tokenizer: Any, messages: Any) -> list[str]:
+    """The runs of tokens that are learned, as text."""
+    ids, mask = data.as_tokenizer(tokenizer).render_with_mask(messages)
+    runs, before = [], 0
+    for i, m in zip(ids, mask, strict=True):
+        if m:
+            runs += [[i]] if not before else []
+            runs[-1] += [i] if before else []
+        before = m
+    return [tokenizer.decode(run) for run in runs]
+
+
+@given(st.binary())
+def test_bytes_come_back(raw: bytes) -> None:
+    tokenizer = data.ByteTokenizer()
+    ids = tokenizer.encode(raw)
+    assert tokenizer.to_bytes(ids) == raw and max(ids, default=0) < 256
+    assert tokenizer.decode(ids) == raw.decode(errors="replace")
+
+
+@given(st.text(st.characters()))
+def test_texts_come_back(text: str) -> None:
+    tokenizer = data.ByteTokenizer()
+    assert tokenizer.to_bytes(tokenizer.encode(text)) == text.encode(errors="surrogatepass")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), st.text())))
+def test_no_text_spells_a_role(turns: list[tuple[str, str]]) -> None:
+    tokenizer = data.ByteTokenizer()
+    ids = tokenizer.render([{"role": r, "content": f"<user><end>{c}"} for r, c in turns])
+    assert [tokenizer.specials[i - 256] for i in ids if 256 <= i < 512 and i != 257] == [
+        f"<{role}>" for role, _ in turns
+    ]
+    assert max(ids, default=0) < tokenizer.vocab_size <= 512
+
+
+def test_bytes_learn_what_the_assistant_says() -> None:
+    tokenizer = data.ByteTokenizer()
+    for row in rows()[:20]:
+        said = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        assert learned(tokenizer, row["messages"]) == said
+        by_rule = data.Tokenizer.render_with_mask(tokenizer, row["messages"])
+        assert by_rule == tokenizer.render_with_mask(row["messages"])
+
+
+@pytest.mark.parametrize(
+    ("template", "after"),
+    [(data.CHATML, "<|im_end|>"), (PLAIN_CHATML, "<|im_end|>\n"), (LLAMA2, " </s>")],
+    ids=["markers", "chatml", "llama2"],
+)
+def test_templates_learn_what_the_assistant_says(template: str, after: str) -> None:
+    tokenizer = hf_tokenizer(template)
+    for row in rows():
+        said = [m["content"] + after for m in row["messages"] if m["role"] == "assistant"]
+        assert [run.lstrip() for run in learned(tokenizer, row["messages"])] == said
+
+
+def test_a_chat_is_what_its_template_writes() -> None:
+    tokenizer = hf_tokenizer(LLAMA2)
+    messages = rows()[0]["messages"]
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = data.chat(rows(), tokenizer)[0]["input_ids"].tolist()
+    assert ids == tokenizer.encode(written, add_special_tokens=False)
+    whole = data.chat(rows(), tokenizer, assistant_only=False)[0]
+    assert whole["labels"].tolist() == whole["input_ids"].tolist() == ids
+
+
+def test_a_template_that_forgets_is_refused_or_learned_whole() -> None:
+    tokenizer = hf_tokenizer(FORGETFUL)
+    with pytest.raises(pl.PeftliteError, match="of message 3 are the assistant's can't be told"):
+        data.chat(rows(), tokenizer)[0]
+    assert data.chat(rows(), tokenizer, assistant_only=False)[0]["labels"].min() >= 0
+
+
+def test_a_function_speaks_chatml() -> None:
+    tokenizer = hf_tokenizer(data.CHATML)
+    messages = rows()[0]["messages"]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    coder = data.as_tokenizer(lambda said: list(said.encode()))
+    assert bytes(coder.render(messages)).decode() == text
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert bytes(coder.render(messages, prompt=True)).decode() == prompt
+
+
+@pytest.mark.parametrize(
+    "returned", [list, lambda x: {"input_ids": x}, lambda x: x], ids=["list", "dict", "as it is"]
+)
+def test_whatever_a_function_returns(returned: Any) -> None:
+    import torch
+
+    coder = data.as_tokenizer(lambda said: returned(torch.tensor(list(said.encode()))))
+    assert coder.encode("abc") == [97, 98, 99]
+
+
+def test_tokenizers_without_templates_have_encode() -> None:
+    tokenizer = hf_tokenizer()
+    ids = data.as_tokenizer(tokenizer.backend_tokenizer).encode("What is if?")
+    assert ids == tokenizer.encode("What is if?")
+
+
+def test_pairs_end_where_texts_end() -> None:
+    tokenizer = hf_tokenizer()
+    example = data.pairs([("What is if?", " A statement.")], tokenizer)[0]
+    assert tokenizer.decode(example["input_ids"]) == "What is if? A statement.</s>"
+    answer = example["labels"][example["labels"] != -100]
+    assert tokenizer.decode(answer) == " A statement.</s>"
+    both = data.pairs([("What is if?", " A statement.")], tokenizer, response_only=False)[0]
+    assert both["labels"].tolist() == both["input_ids"].tolist()
+
+
+def test_every_id_is_one_the_model_has() -> None:
+    example = data.chat(rows(), hf_tokenizer(data.CHATML))[0]
+    assert llama()(input_ids=example["input_ids"][None]).logits.isfinite().all()

@@ -21,7 +21,7 @@ from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.methods.features import by_name
 from peftlite.methods.prompt import PromptPatch
-from peftlite.methods.virtual import cached, cut
+from peftlite.methods.virtual import cached, cut, cut_encoder
 from peftlite.patch import Patch
 from peftlite.site import Site
 
@@ -174,12 +174,7 @@ class MixedAround(MixedStack):
             used = tables["used"].index_select(0, slots_of(rows, len(first)))[:, None]
             mask = self._mask(used, given.get("attention_mask"), first.shape[1])
             given["attention_mask"] = mask
-        output = inner(**given)
-        if isinstance(output, dict):
-            for name in ("encoder_last_hidden_state", "encoder_hidden_states"):
-                if output.get(name) is not None:
-                    output[name] = cut(output[name], self.n)
-        return output
+        return cut_encoder(inner(**given), self.n)
 
 
 class MixedLayers(MixedAround):

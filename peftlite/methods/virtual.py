@@ -99,12 +99,16 @@ class AroundPatch(Patch):
         given = by_name(self.names, args, kwargs)
         if isinstance(given.get("attention_mask"), Tensor):
             given["attention_mask"] = before(given["attention_mask"], self.n, 1)
-        output = inner(**given)
-        if isinstance(output, dict):
-            for name in ("encoder_last_hidden_state", "encoder_hidden_states"):
-                if output.get(name) is not None:
-                    output[name] = cut(output[name], self.n)
-        return output
+        return cut_encoder(inner(**given), self.n)
+
+
+def cut_encoder(output: Any, n: int) -> Any:
+    """A model's output, what it says of its encoder without the first n tokens."""
+    if isinstance(output, dict):
+        for name in ("encoder_last_hidden_state", "encoder_hidden_states"):
+            if output.get(name) is not None:
+                output[name] = cut(output[name], n)
+    return output
 
 
 class LayersPatch(Patch):

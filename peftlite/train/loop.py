@@ -17,7 +17,7 @@ from peftlite.train import state
 from peftlite.train.batches import Batches, write_batch
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Log
-from peftlite.train.measure import Judge, Tally, memory, tokens
+from peftlite.train.measure import Judge, Tally, falls, memory, tokens
 from peftlite.train.schedule import adamw, groups, pace
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ class Run:
         value, best = event.get(metric), self.best["value"]
         if value is None or self.step == 0:
             return
-        falls = metric.endswith(("loss", "perplexity"))
-        if best is None or (value < best if falls else value > best):
+        if best is None or (value < best if falls(metric) else value > best):
             self.best = {"value": value, "epoch": self.epoch, "name": self.name}
 
     # -- where it is

@@ -19,6 +19,11 @@ from peftlite.train.state import random_kept
 Loss = Callable[[nn.Module, Any], Any]
 
 
+def falls(metric: str) -> bool:
+    """Whether a metric is the better the lower it is, by its name."""
+    return metric.endswith(("loss", "perplexity"))
+
+
 class Tally:
     """What a loss function said of some batches: sums that stay on the device."""
 

@@ -18,6 +18,7 @@ from peftlite.fields import check_given
 from peftlite.table import few, shown, table
 from peftlite.train.data.checks import check_whole
 from peftlite.train.events import Event, History
+from peftlite.train.measure import falls
 from peftlite.train.space import (
     Choice,
     How,
@@ -158,8 +159,8 @@ def search(
 
 
 def best_of(metric: str) -> Any:
-    """`min` or `max`: a metric whose name ends in "loss" or "perplexity" is to fall."""
-    return min if metric.endswith(("loss", "perplexity")) else max
+    """`min` or `max`."""
+    return min if falls(metric) else max
 
 
 def _choose(space: Space, how: str, found: Sequence[Trial], seed: int) -> Choice:
@@ -168,8 +169,8 @@ def _choose(space: Space, how: str, found: Sequence[Trial], seed: int) -> Choice
         return from_grid(space, number)
     if how == "random":
         return at_random(space, f"{seed} {number}")
-    falls = any(best_of(trial.metric) is min for trial in found)
-    return by_optuna(space, [(t.choice, t.value) for t in found], falls, seed + number)
+    minimise = any(falls(trial.metric) for trial in found)
+    return by_optuna(space, [(t.choice, t.value) for t in found], minimise, seed + number)
 
 
 def _run(

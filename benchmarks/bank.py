@@ -148,7 +148,7 @@ def switches(rounds: int) -> Iterator[Figure]:
 
 
 def swaps(rounds: int) -> Iterator[Figure]:
-    base = block()
+    base = nn.Sequential(*(block()[0] for _ in range(8)))
     bank = bank_on(base, 1, NAMES[:2])
     compiled = torch.compile(bank.model, fullgraph=True, backend="eager")
     x, turn = torch.randn(1, 1, 1024), iter(range(2**62))
@@ -158,13 +158,13 @@ def swaps(rounds: int) -> Iterator[Figure]:
         bank.prefetch(NAMES[next(turn) % 2])
 
     row = bank._arena.row_bytes
-    source, to = torch.randint(9, (2, row), dtype=torch.uint8)
+    *sources, to = torch.randint(9, (3, row), dtype=torch.uint8)
     theirs = with_peft(base, ["default"])
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         theirs.save_pretrained(folder)
         timers = {
             "bank": timer(cold),
-            "memcpy": timer(lambda: to.copy_(source)),
+            "memcpy": timer(lambda: to.copy_(sources[next(turn) % 2])),
             "peft": timer(lambda: hotswap_adapter(theirs, folder, "default")),
         }
         times = interleave(timers, rounds)

@@ -1,5 +1,7 @@
 """peftlite: parameter-efficient fine-tuning that attaches to any torch module."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from peftlite import kernels as kernels
 from peftlite.algebra import combine as combine
 from peftlite.algebra import extract as extract
@@ -8,7 +10,6 @@ from peftlite.algebra import resize_rank as resize_rank
 from peftlite.attach import attach as attach
 from peftlite.attach import deltas as deltas
 from peftlite.attach import detach as detach
-from peftlite.bank import DeltaBank as DeltaBank
 from peftlite.delta import Delta as Delta
 from peftlite.errors import BaseMismatchError as BaseMismatchError
 from peftlite.errors import FileError as FileError
@@ -60,17 +61,41 @@ from peftlite.patch import Patch as Patch
 from peftlite.plan import Plan as Plan
 from peftlite.plan import plan as plan
 from peftlite.site import Site as Site
-from peftlite.train import History as History
-from peftlite.train import TensorBoard as TensorBoard
-from peftlite.train import Trainer as Trainer
-from peftlite.train import WandB as WandB
-from peftlite.train import data as data
-from peftlite.train import losses as losses
-from peftlite.train.continual import Forgetting as Forgetting
-from peftlite.train.continual import forgetting as forgetting
-from peftlite.train.search import Trials as Trials
-from peftlite.train.search import search as search
 from peftlite.use import use as use
 from peftlite.use import using as using
 from peftlite.use import view as view
 from peftlite.version import __version__ as __version__
+
+if _TYPE_CHECKING:
+    from peftlite.bank import DeltaBank as DeltaBank
+    from peftlite.train import Forgetting as Forgetting
+    from peftlite.train import History as History
+    from peftlite.train import TensorBoard as TensorBoard
+    from peftlite.train import Trainer as Trainer
+    from peftlite.train import Trials as Trials
+    from peftlite.train import WandB as WandB
+    from peftlite.train import data as data
+    from peftlite.train import forgetting as forgetting
+    from peftlite.train import losses as losses
+    from peftlite.train import search as search
+
+_OF_TRAIN = {
+    "Forgetting", "History", "TensorBoard", "Trainer", "Trials", "WandB", "data", "forgetting",
+    "losses", "search", "train",
+}  # fmt: skip
+_OF_BANK = {"DeltaBank", "bank"}
+
+
+def __getattr__(name: str) -> object:
+    # who neither trains nor serves with them imports neither the trainer nor the bank
+    if name in _OF_TRAIN:
+        import peftlite.train as home
+    elif name in _OF_BANK:
+        import peftlite.bank as home
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return home if home.__name__.endswith(f".{name}") else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_TRAIN, *_OF_BANK})

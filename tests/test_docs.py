@@ -61,7 +61,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", sorted(n for n in vars(pl) if not n.startswith("_")))
+@pytest.mark.parametrize("name", sorted(n for n in dir(pl) if not n.startswith("_")))
 def test_public_names_have_docstrings(name: str) -> None:
     value = getattr(pl, name)
     if callable(value):

@@ -31,6 +31,7 @@ HOOKS = {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"}
 ALLOWED = {
     ("attach.py", "__getstate__"): "copying a model, by copy or by its user's own pickle",
     ("attach.py", "__setstate__"): "the same",
+    ("__init__.py", "globals"): "the names that dir() shows",
     ("bank/mixed.py", "__reduce_ex__"): "refusing to be copied or pickled",
     ("train/trainer.py", "compile"): "a setting's name",
     ("train/trainer.py", "torch.compile"): "the user's own model, asked for by that setting",

@@ -66,17 +66,17 @@ def tuned(model: nn.Module, name: str, rank: int = RANK) -> pl.Delta:
     return delta
 
 
-def bank_on(base: nn.Module, slots: int, names: list[str]) -> DeltaBank:
+def bank_on(base: nn.Module, slots: int, names: list[str], rank: int = RANK) -> DeltaBank:
     """A bank on a copy of a base, `bank.model`."""
-    bank = DeltaBank(copy.deepcopy(base), slots, RANK, METHOD)
+    bank = DeltaBank(copy.deepcopy(base), slots, rank, METHOD)
     for name in names:
-        bank.load(name, tuned(base, name), check_base="off")
+        bank.load(name, tuned(base, name, rank), check_base="off")
     return bank
 
 
-def with_peft(model: nn.Module, names: list[str]) -> peft.PeftModel:
+def with_peft(model: nn.Module, names: list[str], rank: int = RANK) -> peft.PeftModel:
     maps = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = partial(peft.LoraConfig, r=RANK, target_modules=maps, init_lora_weights=False)
+    config = partial(peft.LoraConfig, r=rank, target_modules=maps, init_lora_weights=False)
     made = peft.get_peft_model(copy.deepcopy(model), config(), adapter_name=names[0])
     for name in names[1:]:
         made.add_adapter(name, config())
@@ -149,7 +149,7 @@ def switches(rounds: int) -> Iterator[Figure]:
 
 def swaps(rounds: int) -> Iterator[Figure]:
     base = nn.Sequential(*(block()[0] for _ in range(8)))
-    bank = bank_on(base, 1, NAMES[:2])
+    bank = bank_on(base, 1, NAMES[:2], rank=64)  # 35 MB a delta
     compiled = torch.compile(bank.model, fullgraph=True, backend="eager")
     x, turn = torch.randn(1, 1, 1024), iter(range(2**62))
     counters.clear()
@@ -159,7 +159,7 @@ def swaps(rounds: int) -> Iterator[Figure]:
 
     row = bank._arena.row_bytes
     *sources, to = torch.randint(9, (3, row), dtype=torch.uint8)
-    theirs = with_peft(base, ["default"])
+    theirs = with_peft(base, ["default"], rank=64)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         theirs.save_pretrained(folder)
         timers = {

@@ -21,6 +21,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
+def brief(value: Any) -> str:
+    """A value as a table's cell shows it."""
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def size(count: int) -> str:
     """A number of bytes as a person reads it: `1536` is `1.5 KiB`."""
     scaled, unit = float(count), "B"

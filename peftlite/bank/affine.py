@@ -28,11 +28,11 @@ def one_of(site: Site, dim: int, unlike: TargetError) -> nn.Module | None:
 
 def _holds(site: Site, dim: int, unit: float | None) -> bool:
     """Whether the equation holds, in training and in evaluation, for random vectors and inputs."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     w = site.whole
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float64).to(w.device)
+        return torch.randn(shape, generator=random, dtype=torch.float64, device="cpu").to(w.device)
 
     o = len(w)
     x = draw(2, 3, o) if dim == -1 else draw(2, o, 3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.gather import dtype_of
-from peftlite.bank.mixed import Mixed, fold, per_row
+from peftlite.bank.mixed import Held, Mixed, fold, per_row
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError
 from peftlite.methods.bottleneck import BottleneckPatch
@@ -43,21 +43,19 @@ class MixedBottleneck(Mixed):
             "size": Field((), torch.int32),
         }
 
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Any]) -> Held:
         (patch,), size = patches, len(patches[0].down_bias)
         if size > self.r:
             raise PeftliteError(
                 f"{self.address}: an adapter {size} wide is above the room for {self.r} that the "
                 "bank's methods make: give them a larger bottleneck_size"
             )
-        with torch.no_grad():
-            down, up = _matrices(patch)
+        down, up = _matrices(patch)
         return {
-            **{"down": down, "down_bias": patch.down_bias.detach()},
-            **{"up": up, "up_bias": patch.up_bias.detach()},
-            "scale": torch.tensor(patch.scale, dtype=torch.float64),
-            "function": torch.tensor(_FUNCTIONS.index(patch.act)),
-            "size": torch.tensor(size),
+            **{"down": down, "down_bias": patch.down_bias, "up": up, "up_bias": patch.up_bias},
+            "scale": patch.scale,
+            "function": _FUNCTIONS.index(patch.act),
+            "size": size,
         }
 
     def trains(self, patches: Sequence[Patch]) -> bool:
@@ -67,12 +65,6 @@ class MixedBottleneck(Mixed):
         r = int(held["size"])
         cut = {"down": held["down"][:r], "down_bias": held["down_bias"][:r]}
         return cut | {"up": held["up"][:, :r], "up_bias": held["up_bias"]}
-
-    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
-        if not self.trains(patches):
-            return super().restore(patches, held)
-        for name, value in self.used(held).items():
-            getattr(patches[0], name).data.copy_(value)
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         return change_first(inner(*args, **kwargs), lambda y: self._add(rows, tables, y, y))
@@ -132,7 +124,7 @@ def _matrices(patch: Any) -> tuple[Tensor, Tensor]:
     """D (r, i) and U (o, r)."""
     if not isinstance(patch, CompacterPatch):
         return patch.down, patch.up
-    ones = (torch.eye(n).to(patch.a) for n in (patch.i, len(patch.down_bias)))
+    ones = (patch.a.new_ones(n).diag() for n in (patch.i, len(patch.down_bias)))
     factors = (patch.down_u, patch.down_v), (patch.up_u, patch.up_v)
     down, up = (kronecker(x, patch.a, u, v).mT for x, (u, v) in zip(ones, factors, strict=True))
     return down, up

@@ -5,7 +5,7 @@ A head that is trained in full, LoHa, LoKr, OFT, and whatever a user's own metho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.gather import change_of, dtype_of
-from peftlite.bank.mixed import Mixed, called_as_map, fold, per_row
+from peftlite.bank.mixed import Held, Mixed, called_as_map, fold, per_row
 from peftlite.bank.route import Rows, Tables
 from peftlite.maps import Map
 from peftlite.methods.full import AddPatch
@@ -35,23 +35,15 @@ class MixedDense(Mixed):
     def fields(self) -> dict[str, Field]:
         return {"d": Field(tuple(self.site.shape), self.dtype)}
 
-    def read(self, patches: Sequence[Patch]) -> dict[str, Tensor]:
-        own = self._own(patches)
-        return {"d": change_of(patches, self.site.tensor) if own is None else own.detach()}
+    def read(self, patches: Sequence[Any]) -> Held:
+        own = self.trains(patches)
+        return {"d": patches[0].difference if own else change_of(patches, self.site.tensor)}
 
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        return self._own(patches) is not None
+    def trains(self, patches: Sequence[Any]) -> bool:
+        return type(patches[0]) is AddPatch and patches[0].index is None
 
-    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
-        own = self._own(patches)
-        if own is None:
-            return super().restore(patches, held)
-        own.data.copy_(held["d"])
-
-    def _own(self, patches: Sequence[Any]) -> Tensor | None:
-        """D, where it is a parameter."""
-        whole = type(patches[0]) is AddPatch and patches[0].index is None
-        return patches[0].difference if whole else None
+    def parameter(self, patch: Any, name: str) -> Tensor:
+        return patch.difference
 
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.gather import along
+from peftlite.bank.gather import rescaled
 from peftlite.bank.low_rank import MixedLowRank
-from peftlite.bank.mixed import Mixed
+from peftlite.bank.mixed import Held
 from peftlite.bank.route import Rows, Tables
 from peftlite.maps import Map, narrow
 from peftlite.methods.dora import DoRAPatch
@@ -32,8 +32,7 @@ class MixedDoRA(MixedLowRank):
     def fields(self) -> dict[str, Field]:
         return {**super().fields(), "change": Field((self.o,), wide(self.site.whole))}
 
-    @torch.no_grad()
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Any]) -> Held:
         if any(patch.call is None for patch in patches):
             raise self.cannot("be mixed by rows where it changes some of the inputs", patches[0])
         change = torch.stack([self._change(patch) for patch in patches]).sum(0)
@@ -50,12 +49,8 @@ class MixedDoRA(MixedLowRank):
     def trains(self, patches: Sequence[Patch]) -> bool:
         return False
 
-    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
-        return Mixed.restore(self, patches, held)
-
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         y = super().mix(rows, tables, inner, input, *args, **kwargs)
-        change = along(tables["change"], rows, y, -1).to(y.dtype)
-        return torch.addcmul(y, y if inner.bias is None else y - inner.bias, change)
+        return rescaled(y, inner.bias, tables["change"], rows)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peftlite.bank.mixed import slots_of
 from peftlite.bank.route import Rows
-from peftlite.patch import Patch, apply
+from peftlite.merge import applied
+from peftlite.patch import Patch
 from peftlite.site import Site
 
 
@@ -23,18 +24,16 @@ def along(table: Tensor, rows: Rows, y: Tensor, dim: int) -> Tensor:
     return table.index_select(0, slots_of(rows, len(y))).view(shape)
 
 
-@torch.no_grad()
+def rescaled(y: Tensor, bias: Tensor | None, table: Tensor, rows: Rows) -> Tensor:
+    """y + change ⊙ (y − b), the change of each row from a table (S, o)."""
+    change = along(table, rows, y, -1).to(y.dtype)
+    return torch.addcmul(y, y if bias is None else y - bias, change)
+
+
 def change_of(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """W' − W in fp64, as in evaluation."""
-    training = [patch for patch in patches if patch.training]
+    """W' − W in fp64, as at inference."""
     w = w.detach().double()
-    try:
-        for patch in training:
-            patch.eval()
-        return apply(patches, w) - w
-    finally:
-        for patch in training:
-            patch.train()
+    return applied(patches, w) - w
 
 
 def dtype_of(site: Site, patch: Any) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.gather import dtype_of
-from peftlite.bank.mixed import Mixed, fold, per_row, slots_of
+from peftlite.bank.mixed import Held, Mixed, fold, per_row, slots_of
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError
 from peftlite.methods.features import by_name, change_first
@@ -39,8 +39,7 @@ class MixedLoReFT(Mixed):
         vector = Field((self.r,), self.dtype)
         return {"r": matrix, "inward": matrix, "b": vector, "first": number, "last": number}
 
-    @torch.no_grad()
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Any]) -> Held:
         (patch,) = patches
         if len(patch.w) > self.r:
             raise PeftliteError(
@@ -56,7 +55,7 @@ class MixedLoReFT(Mixed):
         first, last = (2**62, 0) if patch.everywhere else patch.method.ends
         return {
             **{"r": rotation, "inward": patch.w - rotation.to(patch.w.dtype), "b": patch.b},
-            **{"first": torch.tensor(first), "last": torch.tensor(last)},
+            **{"first": first, "last": last},
         }
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:

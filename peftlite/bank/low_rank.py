@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.mixed import Mixed, called_as_map, fold
+from peftlite.bank.mixed import Held, Mixed, called_as_map, fold
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError
 from peftlite.kernels.rows import Factors, groups_low_rank, rows_low_rank, runs_low_rank
@@ -46,7 +46,7 @@ class MixedLowRank(Mixed):
             "rank": Field((), torch.int32),
         }
 
-    def read(self, patches: Sequence[Patch]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Patch]) -> Held:
         pairs = [self._factors(patch) for patch in patches]
         scale = pairs[0][2]
         a = torch.cat([a for a, _, _ in pairs])
@@ -56,8 +56,7 @@ class MixedLowRank(Mixed):
             raise PeftliteError(
                 f"{self.address}: rank {len(a)} is above the bank's max_rank {self.max_rank}"
             )
-        rank = torch.tensor(len(a), dtype=torch.int32)
-        return {"a": a, "b": b, "scale": torch.tensor(scale, dtype=torch.float64), "rank": rank}
+        return {"a": a, "b": b, "scale": scale, "rank": len(a)}
 
     def _factors(self, patch: Any) -> tuple[Tensor, Tensor, float]:
         """A (r, i), B (o, r) and s of a patch, as of all of the tensor."""
@@ -65,21 +64,16 @@ class MixedLowRank(Mixed):
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         left, right = widen(left, right, patch.index, self.shape)
         a, b = (left.mT, right.mT) if self.transposed else (right, left)
-        return a.detach(), b.detach(), patch.scale
+        return a, b, patch.scale
 
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        plain = [isinstance(p, LoRAPatch) and not p.fixed and not p.dropout for p in patches]
-        return plain == [True] and patches[0].index is None and not patches[0].method.freeze_a
+    def trains(self, patches: Sequence[Any]) -> bool:
+        patch, *more = patches
+        plain = isinstance(patch, LoRAPatch) and not patch.fixed and not patch.dropout
+        return plain and not more and patch.index is None and not patch.method.freeze_a
 
     def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r = int(held["rank"])
         return {"a": held["a"][:r], "b": held["b"][:, :r]}
-
-    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
-        if not self.trains(patches):
-            return super().restore(patches, held)
-        for name, value in self.used(held).items():
-            getattr(patches[0], name).data.copy_(value)
 
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
@@ -96,11 +90,10 @@ class MixedLowRank(Mixed):
     def _grouped(self, rows: Rows) -> tuple[Any, ...]:
         """The factors of each group, as wide as the widest of them, and the rows."""
         slots, picked, first = rows.groups
-        of, turns, r = self._widest
-        if of is not rows or turns != sum(self.arena.turns):
-            turns = sum(self.arena.turns)
+        (of, turns, r), now = self._widest, sum(self.arena.turns)
+        if of is not rows or turns != now:
             r = max(self.of_slot(slot)["rank"] for slot, _, _ in rows.runs or ())
-            self._widest = rows, turns, r  # replaced whole, for other threads
+            self._widest = rows, now, r  # replaced whole, for other threads
         a, b, scale = (self.tables[name][slots] for name in ("a", "b", "scale"))
         return a[:, :r], b[..., :r], scale, picked, first
 

@@ -14,6 +14,9 @@ from peftlite.errors import PeftliteError, TargetError
 from peftlite.patch import Patch
 from peftlite.site import CALL, Site
 
+Held = dict[str, Tensor | float]
+"""What a slot holds at a site, by the names of its fields."""
+
 
 class Mixed(Patch):
     """The deltas of a bank at one site, for one family of methods.
@@ -50,11 +53,11 @@ class Mixed(Patch):
         """How much room it makes; of two alike at one site the larger one is planted."""
         return sum(field.num_bytes for field in self.fields().values())
 
-    def read(self, patches: Sequence[Patch]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Patch]) -> Held:
         """What a slot holds for the patches that a delta has here, nearly always one.
 
-        A tensor smaller than its field fills the first entries. Raises PeftliteError if a patch
-        can't be held.
+        A tensor smaller than its field fills the first entries. It is called without gradients.
+        Raises PeftliteError if a patch can't be held.
         """
         raise NotImplementedError
 
@@ -62,13 +65,20 @@ class Mixed(Patch):
         """The call, with the rows of its first argument changed each by its slot."""
         raise NotImplementedError
 
-    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
+    def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
         """Gives patches the values that a slot holds: the way back from `read`."""
-        raise self.cannot("be read back out of a bank", patches[0])
+        if not self.trains(patches):
+            raise self.cannot("be read back out of a bank", patches[0])
+        for name, value in self.used(held).items():
+            self.parameter(patches[0], name).data.copy_(value)
 
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        """Whether the learned tables, as `read` cut them, are the parameters of these patches."""
+    def trains(self, patches: Sequence[Any]) -> bool:
+        """Whether the learned tables, as `used` cuts them, are the parameters of these patches."""
         return False
+
+    def parameter(self, patch: Any, name: str) -> Tensor:
+        """What is learned of a patch, by the name of its table."""
+        return getattr(patch, name)
 
     def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is learned of a slot's tensors, as `read` cut them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.gather import dtype_of
-from peftlite.bank.mixed import Mixed, per_row
+from peftlite.bank.mixed import Held, Mixed, per_row
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError
 from peftlite.methods.attention import Prepend
@@ -31,8 +31,7 @@ class MixedPrefix(Mixed):
     def fields(self) -> dict[str, Field]:
         return {"prefix": Field(self.shape, self.dtype), "used": Field((), torch.int64)}
 
-    @torch.no_grad()
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Any]) -> Held:
         prefix = patches[0].current()
         room, (n, (_, h, most, d)) = prefix.shape, (prefix.shape[2], self.shape)
         if room != (2, h, n, d) or n > most:
@@ -40,18 +39,13 @@ class MixedPrefix(Mixed):
                 f"{self.address}: a prefix {tuple(room)} doesn't fit the room for {self.shape} "
                 "that the bank's methods make: give them a larger prefix_length"
             )
-        return {"prefix": prefix, "used": torch.tensor(n)}
+        return {"prefix": prefix, "used": n}
 
     def trains(self, patches: Sequence[Patch]) -> bool:
         return type(patches[0]) is PrefixPatch and patches[0].trunk is None
 
     def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prefix": held["prefix"][:, :, : int(held["used"])]}
-
-    def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
-        if not self.trains(patches):
-            return super().restore(patches, held)
-        patches[0].prefix.data.copy_(self.used(held)["prefix"])
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         prefix, used = per_row(tables["prefix"], rows), per_row(tables["used"], rows)

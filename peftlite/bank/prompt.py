@@ -9,6 +9,7 @@ All rows are made N longer, at the left, where a cache too begins with what is m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.gather import dtype_of
-from peftlite.bank.mixed import Mixed, slots_of
+from peftlite.bank.mixed import Held, Mixed, slots_of
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.methods.features import by_name
-from peftlite.methods.prompt import PromptPatch
-from peftlite.methods.virtual import cached, cut, cut_encoder
+from peftlite.methods.prompt import PromptPatch, look_up
+from peftlite.methods.virtual import cut, cut_encoder
 from peftlite.patch import Patch
 from peftlite.site import Site
 
@@ -40,8 +41,7 @@ class MixedPrompt(Mixed):
     def fields(self) -> dict[str, Field]:
         return {"rows": Field((self.n, self.d), self.dtype), "used": Field((), torch.int64)}
 
-    @torch.no_grad()
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Any]) -> Held:
         rows = patches[0].prompt()
         return {"rows": rows, "used": _used(self, rows.shape[0])}
 
@@ -51,26 +51,15 @@ class MixedPrompt(Mixed):
     def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"rows": held["rows"][: int(held["used"])]}
 
-    def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
-        if not self.trains(patches):
-            return super().restore(patches, held)
-        patches[0].rows.data.copy_(self.used(held)["rows"])
-
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        ids = next(iter((*args, *kwargs.values())))
-        if ids.shape[-1] <= self.n:
-            return inner(ids)  # no longer than the prompts alone: a step of decoding
-        code = self.first - ids
-        mine = (code >= 0) & (code < self.n)
-        y = inner(ids.masked_fill(mine, 0))
-        prompt = self.embeddings(rows, tables, code).to(y.dtype)
-        return torch.where(mine[..., None], prompt, y)
+        embed = partial(self.embeddings, rows, tables)
+        return look_up(self.first, self.n, embed, inner, *args, **kwargs)
 
-    def embeddings(self, rows: Rows, tables: Tables, code: Tensor) -> Tensor:
+    def embeddings(self, rows: Rows, tables: Tables, code: Tensor, dtype: torch.dtype) -> Tensor:
         """What stands for codes (b, t) from 0 up, whatever there is for the others (b, t, d)."""
         slots = slots_of(rows, len(code))[:, None]
         at = code - self.n + tables["used"][slots]
-        return tables["rows"][slots, at.clamp(0, self.n - 1)]
+        return tables["rows"][slots, at.clamp(0, self.n - 1)].to(dtype)
 
 
 class MixedStack(Mixed):
@@ -95,32 +84,28 @@ class MixedStack(Mixed):
     def fields(self) -> dict[str, Field]:
         return {"used": Field((), torch.int64)}
 
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Any]) -> Held:
         return {"used": _used(self, patches[0].n)}
 
     def trains(self, patches: Sequence[Patch]) -> bool:
         return True
 
-    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
-        """There is nothing in it."""
-
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        like: Any = self.__dict__["like"]
-        given = by_name(like.names, args, kwargs)
-        name = like.tokens(given)
-        tokens, past = given.pop(name), cached(given.get("past_key_values"))
+        before, beside = partial(self._before, rows), partial(self._beside, rows, tables)
+        return self.__dict__["like"].run(before, beside, inner, *args, **kwargs)
+
+    def _beside(
+        self, rows: Rows, tables: Tables, given: dict[str, Any], tokens: Tensor, past: int
+    ) -> dict[str, Any]:
+        """The arguments beside the tokens, with a mask and positions of every row's own."""
         (b, t), seen = tokens.shape[:2], max(past - self.n, 0)
         used = tables["used"].index_select(0, slots_of(rows, b))[:, None]
         mask, places = given.pop("attention_mask", None), given.pop("position_ids", None)
-        rest = {key: like.lengthen(key, x, tokens, past) for key, x in given.items()}
+        rest = self.__dict__["like"].lengthened(given, tokens, past)
         rest["attention_mask"] = self._mask(used, mask, seen + t)
         if self.placed:
             rest["position_ids"] = self._places(used, places, seen, t, past)
-        if past:  # the prompts are in the cache
-            return inner(**{name: tokens}, **rest)
-        longer = self._before(rows, tokens)
-        output = inner(**{name: longer}, **rest)
-        return cut(output, self.n, longer.shape[1]) if like.cut else output
+        return rest
 
     def _mask(self, used: Tensor, mask: Any, t: int) -> Tensor:
         """A mask (b, N + t): of the virtual tokens those that a row has, and what was given."""
@@ -155,7 +140,7 @@ class MixedStack(Mixed):
         mixed: MixedPrompt = prompt.mixed
         tables = mixed.tables if rows.tables is None else rows.tables(mixed)
         codes = torch.arange(self.n, device=tokens.device).expand(len(tokens), -1)
-        return torch.cat([mixed.embeddings(rows, tables, codes).to(tokens.dtype), tokens], 1)
+        return torch.cat([mixed.embeddings(rows, tables, codes, tokens.dtype), tokens], 1)
 
 
 class MixedAround(MixedStack):
@@ -184,11 +169,11 @@ class MixedLayers(MixedAround):
         return cut(inner(*args, **kwargs), self.n)
 
 
-def _used(mixed: Any, n: int) -> Tensor:
+def _used(mixed: Any, n: int) -> int:
     """How many of the N virtual tokens a delta has. Raises PeftliteError."""
     if n > mixed.n:
         raise PeftliteError(
             f"{mixed.address}: a prompt of {n} is above the room for {mixed.n} that the bank's "
             "methods make: give them a larger prompt_length"
         )
-    return torch.tensor(n)
+    return n

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peftlite.choice import Choice
 from peftlite.errors import PeftliteError
+from peftlite.kernels.ops import op
 from peftlite.patch import Patch
 
 Run = tuple[int, int, int]
@@ -49,12 +50,13 @@ class Groups(NamedTuple):
         m = max(map(len, rows.values()), default=0)
         first = [i * m + j for i, own in enumerate(rows.values()) for j in range(len(own))]
         with torch.inference_mode(False):
-            slots: Any = torch.tensor(list(rows))
+            slots: Any = torch.tensor(list(rows), device="cpu")
             if rows and max(rows) - min(rows) + 1 == len(rows):
                 slots = slice(min(rows), max(rows) + 1)
             filled = [row for own in rows.values() for row in own + own[-1:] * (m - len(own))]
             again = len(first) < len(filled)
-            return cls(slots, torch.tensor(filled), torch.tensor(first) if again else None)
+            there = torch.tensor(first, device="cpu") if again else None
+            return cls(slots, torch.tensor(filled, device="cpu"), there)
 
 
 class Rows:
@@ -157,12 +159,10 @@ def _check(x: Tensor, batch: int, entries: int | None) -> None:
         )
 
 
-# defined like this, it costs a third of what torch.library.custom_op makes of it
-_library = torch.library.Library("peftlite", "FRAGMENT")
-_library.define("rows(Tensor x, int router) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-
-
-@torch.library.impl(_library, "rows", "CompositeExplicitAutograd")
+@op(
+    "rows(Tensor x, int router) -> Tensor",
+    fake=lambda x, _: x.new_empty(len(x), dtype=torch.int64),
+)
 def _rows(x: Tensor, router: int) -> Tensor:
     """The slot of each entry of x, as it is when the graph runs."""
     rows, n = _routers[router].now(), len(x)
@@ -173,11 +173,6 @@ def _rows(x: Tensor, router: int) -> Tensor:
     _fits(rows, n)
     # a graph may write into what it was given, so never the rows' own
     return rows.on(x.device).slots.repeat_interleave(n // len(rows.slots), output_size=n)
-
-
-@torch.library.register_fake("peftlite::rows", lib=_library)
-def _(x: Tensor, router: int) -> Tensor:
-    return x.new_empty(len(x), dtype=torch.int64)
 
 
 def _fits(rows: Rows, n: int) -> None:

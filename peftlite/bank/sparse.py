@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.mixed import Mixed, called_as_map, fold, per_row
+from peftlite.bank.mixed import Held, Mixed, called_as_map, fold, per_row
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError
-from peftlite.kernels.sparse import warn_unheard as warn_unheard
+from peftlite.kernels.sparse import compressed
 from peftlite.maps import Map
 from peftlite.methods.low_rank import sizes
 from peftlite.methods.search import SearchPatch
@@ -41,21 +41,21 @@ class MixedSparse(Mixed):
             "used": Field((), torch.int64),
         }
 
-    def read(self, patches: Sequence[Patch]) -> dict[str, Tensor]:
+    def read(self, patches: Sequence[Patch]) -> Held:
         values, indices = map(torch.cat, zip(*map(self._entries, patches), strict=True))
         if len(values) > self.n:
             raise PeftliteError(
                 f"{self.address}: {len(values)} entries change, and a slot has room for {self.n}: "
                 "make room by a method that changes more, such as one with a larger fraction"
             )
-        return {"values": values, "indices": indices, "used": torch.tensor(len(values))}
+        return {"values": values, "indices": indices, "used": len(values)}
 
     def _entries(self, patch: Patch) -> tuple[Tensor, Tensor]:
         """The differences of a patch, and their indices into all of the tensor."""
         held = patch.saved()
         if "indices" not in held:
             raise self.cannot("be mixed by rows before it has found its entries", patch)
-        values, indices = held["values"].detach(), held["indices"]
+        values, indices = held["values"], held["indices"]
         if patch.index is None:
             return values, indices
         dim, start, stop = patch.index
@@ -72,11 +72,9 @@ class MixedSparse(Mixed):
         return {"values": held["values"][: int(held["used"])]}
 
     def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
-        if not self.trains(patches):
-            return super().restore(patches, held)
-        values = self.used(held)["values"]
-        patches[0].place(held["indices"][: len(values)])
-        patches[0].values.data.copy_(values)
+        if self.trains(patches):
+            patches[0].place(held["indices"][: int(held["used"])])
+        super().restore(patches, held)
 
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
@@ -104,12 +102,9 @@ class MixedSparse(Mixed):
             values = held["values"].to(wide(held["values"]))
             into, out_of = self._places(held["indices"][: len(values)].long())
             order = (into * self.i + out_of).argsort()
-            starts = torch.searchsorted(into[order], torch.arange(self.o + 1))
-            parts = starts, out_of[order], values[order]
-            warn_unheard()
-            held["matrix"] = torch.sparse_csr_tensor(
-                *parts, (self.o, self.i), check_invariants=False
-            )
+            firsts = torch.arange(self.o + 1, device=into.device)
+            parts = torch.searchsorted(into[order], firsts), out_of[order], values[order]
+            held["matrix"] = compressed(*parts, (self.o, self.i))
         return held["matrix"]
 
     def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:

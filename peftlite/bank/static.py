@@ -52,7 +52,9 @@ class Static:
             self.slots.zero_()
             raise
         self._held = claim.held
-        self.slots.copy_(torch.tensor(numbers_of(names, claim.held)), non_blocking=True)
+        self.slots.copy_(
+            torch.tensor(numbers_of(names, claim.held), device="cpu"), non_blocking=True
+        )
 
     def close(self) -> None:
         """Lets its deltas go; its rows are the base's."""

@@ -78,13 +78,17 @@ class Stock:
         for number, (_, mixed) in enumerate(self.items()):
             mixed.settle(self.arena, self.router, number)
 
+    @torch.no_grad()
     def row(self, delta: Delta) -> Row:
         """A delta as a slot holds it. Raises PeftliteError if there is no room for it."""
         row = self.arena.blank()
         for mixed, patches in self._at(delta.placed.values()):
             held = self.arena.of_row(row, mixed.number)
             for name, value in mixed.read(patches).items():
-                held[name][tuple(map(slice, value.shape))].copy_(value)
+                if isinstance(value, Tensor):
+                    held[name][tuple(map(slice, value.shape))].copy_(value)
+                else:
+                    held[name].fill_(value)
         return row
 
     @torch.no_grad()

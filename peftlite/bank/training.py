@@ -57,7 +57,7 @@ def _check(mixed: Mixed, patches: Sequence[Patch]) -> None:
 def training_rows(numbers: Sequence[int], leaves: Mapping[int, Leaves]) -> Rows:
     """Rows of these slots, whose tables are made of the leaves of each; 0 is the base."""
     distinct = list(dict.fromkeys(numbers))
-    back = torch.tensor([distinct.index(number) for number in numbers])
+    back = torch.tensor([distinct.index(number) for number in numbers], device="cpu")
 
     def tables(mixed: Any) -> Tables:
         return {name: stack(mixed, name, table) for name, table in mixed.tables.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from peftlite import maps
 from peftlite.bank.affine import one_of
 from peftlite.bank.arena import Field
-from peftlite.bank.gather import along, change_of
-from peftlite.bank.mixed import Mixed, called_as_map
+from peftlite.bank.gather import along, change_of, rescaled
+from peftlite.bank.mixed import Held, Mixed, called_as_map
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import TargetError
 from peftlite.maps import Map
@@ -20,7 +20,6 @@ from peftlite.methods.bitfit import AddedBiasPatch
 from peftlite.methods.features import is_called, of_layer
 from peftlite.methods.full import AddPatch
 from peftlite.methods.ia3 import ScalePatch
-from peftlite.patch import Patch
 from peftlite.site import Site
 
 
@@ -38,29 +37,23 @@ class MixedOutputs(Mixed):
     def fields(self) -> dict[str, Field]:
         return {"l": Field((self.width,), self.dtype, 1.0)}
 
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
-        l = torch.ones(self.width, dtype=torch.float64)  # noqa: E741
+    def read(self, patches: Sequence[Any]) -> Held:
+        l = torch.ones(self.width, dtype=torch.float64, device="cpu")  # noqa: E741
         for patch in patches:
             dim, start, stop = patch.index or (self.dim, 0, self.width)
             if dim != self.dim:
                 raise self.cannot("be mixed by rows on a part across what it scales", patch)
-            l[start:stop] = patch.l.detach()
+            l[start:stop] = patch.l
         return {"l": l}
 
-    def trains(self, patches: Sequence[Patch]) -> bool:
+    def trains(self, patches: Sequence[Any]) -> bool:
         return len(patches) == 1 and patches[0].index is None
-
-    def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
-        if not self.trains(patches):
-            return super().restore(patches, held)
-        patches[0].l.data.copy_(held["l"])
 
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         y = inner(input, *args, **kwargs)
-        change = along(tables["l"] - 1, rows, y, -1).to(y.dtype)
-        return torch.addcmul(y, y if inner.bias is None else y - inner.bias, change)
+        return rescaled(y, inner.bias, tables["l"] - 1, rows)
 
 
 class MixedInputs(MixedOutputs):
@@ -93,18 +86,17 @@ class MixedVector(Mixed):
     def fields(self) -> dict[str, Field]:
         return {"d": Field((self.width,), self.dtype)}
 
-    def read(self, patches: Sequence[Any]) -> dict[str, Tensor]:
-        own = _own(patches)
-        return {"d": change_of(patches, self.site.whole) if own is None else own.detach()}
+    def read(self, patches: Sequence[Any]) -> Held:
+        if self.trains(patches):
+            return {"d": self.parameter(patches[0], "d")}
+        return {"d": change_of(patches, self.site.whole)}
 
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        return _own(patches) is not None
+    def trains(self, patches: Sequence[Any]) -> bool:
+        adds = type(patches[0]) in (AddPatch, AddedBiasPatch)
+        return adds and len(patches) == 1 and patches[0].index is None
 
-    def restore(self, patches: Sequence[Patch], held: Mapping[str, Tensor]) -> None:
-        own = _own(patches)
-        if own is None:
-            return super().restore(patches, held)
-        own.data.copy_(held["d"])
+    def parameter(self, patch: Any, name: str) -> Tensor:
+        return patch.difference if isinstance(patch, AddPatch) else patch.d
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(*args, **kwargs)
@@ -112,13 +104,6 @@ class MixedVector(Mixed):
         if self.unit is not None:
             change = change * self.unit.forward(*args, **kwargs)  # the module's hooks have run
         return y + change.to(y.dtype)
-
-
-def _own(patches: Sequence[Any]) -> nn.Parameter | None:
-    """The parameter that is the change itself, where there is one."""
-    name = {AddPatch: "difference", AddedBiasPatch: "d"}.get(type(patches[0]))
-    whole = len(patches) == 1 and patches[0].index is None
-    return getattr(patches[0], name) if name and whole else None
 
 
 def _affine(site: Site) -> tuple[int, nn.Module | None]:

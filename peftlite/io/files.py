@@ -166,6 +166,15 @@ def write_tensors(
     file.write(_head(entries, metadata(digests)))
 
 
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors that are all at hand to a safetensors file, whole or not at all."""
+    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
+    with replacing(path) as file:
+        write_tensors(file, entries, tensors.__getitem__, lambda _: dict(metadata or {}))
+
+
 def _head(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
     """All of a safetensors file that comes before the tensors."""
     table: dict[str, Any] = {"__metadata__": metadata}

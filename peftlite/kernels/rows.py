@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftlite.kernels import dispatch
+from peftlite.kernels.ops import op
 
 Factors = tuple[Tensor, Tensor, float]
 """A (r, i), B (o, r) and s of one slot."""
@@ -33,28 +34,15 @@ def rows_low_rank(
     return y + torch.bmm(h, b.mT).to(y.dtype)
 
 
-_library = torch.library.Library("peftlite", "FRAGMENT")
-_library.define(
+@op(
     "add_rows(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor scale, Tensor ranks, "
     "Tensor slots) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
+    fake=lambda *_: None,
 )
-
-
-@torch.library.impl(_library, "add_rows", "CompositeExplicitAutograd")
-def _add(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, slots: Tensor
-) -> None:
+def _add_rows(*given: Tensor) -> None:
     from peftlite.kernels import triton_rows
 
-    triton_rows.rows_low_rank(y, x, a, b, scale, ranks, slots)
-
-
-@torch.library.register_fake("peftlite::add_rows", lib=_library)
-def _(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, slots: Tensor
-) -> None:
-    return None
+    triton_rows.rows_low_rank(*given)
 
 
 def runs_low_rank(y: Tensor, x: Tensor, runs: Iterable[tuple[Factors, int, int]]) -> Tensor:

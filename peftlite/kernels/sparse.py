@@ -152,17 +152,22 @@ def _blocks(w: Tensor, values: Tensor, indices: Tensor, dim: int) -> Iterator[tu
 
 def _sampled(crows: Tensor, columns: Tensor, sums: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """`sums`, and u vᵀ at the entries of a matrix with compressed rows."""
-    warn_unheard()
-    size = len(u), len(v)
-    entries = torch.sparse_csr_tensor(crows, columns, sums, size, check_invariants=False)
+    entries = compressed(crows, columns, sums, (len(u), len(v)))
     return torch.sparse.sampled_addmm(entries, u, v.t()).values()
 
 
+def compressed(crows: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A matrix with compressed rows."""
+    _warn_unheard()
+    on = values.device  # not the default one
+    return torch.sparse_csr_tensor(crows, columns, values, size, device=on, check_invariants=False)
+
+
 @functools.cache
-def warn_unheard() -> None:
+def _warn_unheard() -> None:
     """Lets torch say that its compressed matrices are new, which it does once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         one, at = torch.ones(1, 1, device="cpu"), torch.tensor([0, 1], device="cpu")
-        entries = torch.sparse_csr_tensor(at, at[:1], one[0], (1, 1), check_invariants=False)
+        entries = torch.sparse_csr_tensor(at, at[:1], one[0], (1, 1), device="cpu")
         torch.sparse.sampled_addmm(entries, one, one)

@@ -66,14 +66,28 @@ class PromptPatch(Patch):
         return torch.cat([front.expand(len(tokens), *front.shape), tokens], 1)
 
     def call(self, inner: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        ids = next(iter((*args, *kwargs.values())))
-        if ids.shape[-1] <= self.n:
-            return inner(ids)  # no longer than the prompt alone: a step of decoding
-        row = self.first - ids
-        mine = (row >= 0) & (row < self.n)
-        y = inner(ids.masked_fill(mine, 0))
-        rows = F.embedding(row.clamp(0, self.n - 1), self.prompt().to(y.dtype))
-        return torch.where(mine[..., None], rows, y)
+        def embed(code: Tensor, dtype: torch.dtype) -> Tensor:
+            return F.embedding(code.clamp(0, self.n - 1), self.prompt().to(dtype))
+
+        return look_up(self.first, self.n, embed, inner, *args, **kwargs)
+
+
+def look_up(
+    first: int,
+    n: int,
+    embed: Callable[[Tensor, torch.dtype], Tensor],
+    inner: Callable[..., Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """An embedding's call, with what `embed` gives for codes, as numbers from 0 to n − 1."""
+    ids = next(iter((*args, *kwargs.values())))
+    if ids.shape[-1] <= n:
+        return inner(ids)  # no longer than the prompt alone: a step of decoding
+    code = first - ids
+    mine = (code >= 0) & (code < n)
+    y = inner(ids.masked_fill(mine, 0))
+    return torch.where(mine[..., None], embed(code, y.dtype), y)
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,19 @@ class StackPatch(Patch):
         self.address, self.names = site.address, arguments(site.module)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.prompt.before, self.lengthened, inner, *args, **kwargs)
+
+    def run(
+        self, before: Callable, beside: Callable, inner: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The call with tokens as `before` makes them longer, and what goes `beside` them."""
         given = by_name(self.names, args, kwargs)
         name = self.tokens(given)
         tokens, past = given.pop(name), cached(given.get("past_key_values"))
-        rest = {key: self.lengthen(key, x, tokens, past) for key, x in given.items()}
+        rest = beside(given, tokens, past)
         if past:  # the prompt is in the cache
             return inner(**{name: tokens}, **rest)
-        longer = self.prompt.before(tokens)
+        longer = before(tokens)
         output = inner(**{name: longer}, **rest)
         return cut(output, self.n, longer.shape[1]) if self.cut else output
 
@@ -54,6 +60,10 @@ class StackPatch(Patch):
             f"{self.address} is called without token ids of shape (b, t) for its prompt to go "
             "before: name the call that takes them with targets="
         )
+
+    def lengthened(self, given: Mapping[str, Any], tokens: Tensor, past: int) -> dict[str, Any]:
+        """The arguments beside the tokens, made n longer too."""
+        return {name: self.lengthen(name, x, tokens, past) for name, x in given.items()}
 
     def lengthen(self, name: str, x: Any, tokens: Tensor, past: int) -> Any:
         """An argument, with what the virtual tokens have in it. Raises PeftliteError."""

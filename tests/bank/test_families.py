@@ -125,16 +125,20 @@ def delta(model: nn.Module, methods: Methods, name: str) -> pl.Delta:
     return made
 
 
+def bank_of(model: nn.Module, family: Family, made: Sequence[pl.Delta]) -> DeltaBank:
+    bank = DeltaBank(model, len(made), 8, family.room)
+    for each in made:
+        bank.load(each.name, each)
+    return bank
+
+
 def banked(
     family: Family, kind: Kind, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, DeltaBank, nn.Module]:
     """A model with a bank that has a family's deltas, and its twin that has them attached."""
     twin, model = kind.model(dtype), kind.model(dtype)
     made = [delta(twin, methods, f"d{i}") for i, methods in enumerate(family.deltas)]
-    bank = DeltaBank(model, len(made), 8, family.room)
-    for each in made:
-        bank.load(each.name, each)
-    return model, bank, twin
+    return model, bank_of(model, family, made), twin
 
 
 def names_of(family: Family) -> list[str | None]:
@@ -168,6 +172,21 @@ def test_a_mixed_batch_equals_each_row_alone(family: Family, kind: str) -> None:
         moved = not torch.allclose(mixed[row], plain[row], atol=1e-3)
         assert moved if name else not moved
         assert name or not family.exact or torch.equal(mixed[row], plain[row])
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((f, k) for f, k in ONE_OF_EACH if k != "hf_bert"), (EVERYTHING, "gpt")],
+    ids=str,
+)  # fmt: skip
+@torch.no_grad()
+def test_whatever_the_default_device(family: Family, kind: str) -> None:
+    twin, model, names = ZOO[kind].model(), ZOO[kind].model(), names_of(family)
+    made = [delta(twin, methods, f"d{i}") for i, methods in enumerate(family.deltas)]
+    batch = ZOO[kind].batch(len(names))
+    wanted = each_alone(ZOO[kind], twin, names, batch)
+    with torch.device("meta"), bank_of(model, family, made).rows(names):
+        mixed = ZOO[kind].run(model, batch)
+    assert_close(mixed, wanted)
 
 
 def compiled(family: Family, kind: str, backend: str) -> None:

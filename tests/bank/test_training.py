@@ -66,6 +66,23 @@ def test_gradients_accumulate() -> None:
             torch.testing.assert_close(mine.grad, want)
 
 
+def test_whatever_the_default_device() -> None:
+    own, x = Models("ab"), torch.randn(3, 2, WIDTH, dtype=torch.float64)
+    with own.bank.train(["a", None, "b"]):
+        wanted = torch.autograd.grad(own.model(x).sum(), [*own.bank.parameters("a")])
+    with torch.device("meta"):
+        with own.bank.train(["a", None, "b"]):
+            got = torch.autograd.grad(own.model(x).sum(), [*own.bank.parameters("a")])
+        own.bank.evict("a")
+        same(own.bank, "a", own.delta("a"))
+        rows = own.bank.static(3)
+        rows.set(["b", "a", None])
+    for mine, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, want)
+    with torch.no_grad(), rows:
+        torch.testing.assert_close(own.model(x), own.want(x, ["b", "a", None]))
+
+
 def test_the_base_gets_no_gradient() -> None:
     own = Models("a")
     with own.bank.train(["a", None]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftlite.assign import Placed
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
-from peftlite.io.files import Entry, is_finite, replacing, write_tensors
+from peftlite.io.files import is_finite, write_file
 from peftlite.io.peers.peer import ALPHA, RANKS, Peer
 from peftlite.methods.dora import DoRA, DoRAPatch
 from peftlite.methods.lora import LoRA
@@ -30,10 +30,7 @@ def write(peer: Peer, delta: Delta, path: Path, metadata: Mapping[str, Any]) -> 
             f"settings are a file's metadata in the format of {peer.name}, all of them text: not "
             f"{shown(metadata)}"
         )
-    tensors = _tensors(peer, delta)
-    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
-    with replacing(path) as file:
-        write_tensors(file, entries, tensors.__getitem__, lambda _: {"format": "pt", **metadata})
+    write_file(path, _tensors(peer, delta), {"format": "pt", **metadata})
 
 
 def _refuse(peer: Peer, item: Placed, why: str) -> PeftliteError:

@@ -20,13 +20,12 @@ from peftlite.assign import Placed
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.io.files import (
-    Entry,
     Tensors,
     as_json,
     as_path,
     is_finite,
     replacing,
-    write_tensors,
+    write_file,
 )
 from peftlite.io.folders import replacing_folder
 from peftlite.io.peft.forms import FORMS, At, Form
@@ -71,12 +70,10 @@ def write(delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -
         if not is_finite(tensor):
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
     with replacing_folder(path, _kept) as folder:
         if (readme := path / "README.md").exists():
             shutil.copy2(readme, folder)
-        with replacing(folder / MODEL) as file:
-            write_tensors(file, entries, tensors.__getitem__, lambda _: {"format": "pt"})
+        write_file(folder / MODEL, tensors, {"format": "pt"})
         with replacing(folder / CONFIG) as file:
             file.write(text.encode())
 

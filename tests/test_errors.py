@@ -35,7 +35,16 @@ from peftlite.io.convert import convert
 from peftlite.io.files import Entry, write_tensors
 from peftlite.site import sites
 from tests.digest import assert_same, bits, digest
-from tests.errors import bank, bank_families, fuse, kernels, train, train_data, train_more
+from tests.errors import (
+    bank,
+    bank_families,
+    fuse,
+    kernels,
+    train,
+    train_data,
+    train_more,
+    train_parallel,
+)
 from tests.errors.case import SMALL, ZOO, Case, attached, bare, linears, on, two
 from tests.zoo import seeded
 
@@ -1889,7 +1898,16 @@ CASES = [
     *(PEFT_FILES + OFFLINE + PEER_FILES),
     *(
         case
-        for part in (bank, bank_families, fuse, kernels, train, train_data, train_more)
+        for part in (
+            bank,
+            bank_families,
+            fuse,
+            kernels,
+            train,
+            train_data,
+            train_more,
+            train_parallel,
+        )
         for case in part.CASES
     ),
 ]

@@ -86,6 +86,18 @@ def save(
     check_given("pack", pack, (None, *packing.PACKINGS))
     check_given("base", base, KINDS)
     where = as_path(path)
+    write(delta, where, base, notes=notes, pack=pack)
+
+
+def write(
+    delta: Delta,
+    path: Path,
+    base: Fingerprint | dict[str, Any],
+    *,
+    notes: Mapping[str, Any] | None = None,
+    pack: packing.Packing | None = None,
+) -> None:
+    """`save`, also for a base that was fingerprinted before."""
     tensors = delta.saved()
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise PeftliteError(f"{empty[0]} is on the meta device and has no values to save")
@@ -99,7 +111,7 @@ def save(
         "library": __version__,
         "name": delta.name,
         "methods": _methods(delta),
-        "base": base_of(delta, base),
+        "base": base if isinstance(base, dict) else base_of(delta, base),
         "modules": {
             whole_address(address): standin.describe(placed.site)
             for address, placed in delta.placed.items()
@@ -114,7 +126,7 @@ def save(
         head = {**header, "tensors": tensors}
         return {KEY: _canonical({**head, "sha256": _digest(head)})}
 
-    with replacing(where) as file:
+    with replacing(path) as file:
         write_tensors(file, entries, stored.__getitem__, metadata)
 
 

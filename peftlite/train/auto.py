@@ -1,51 +1,113 @@
 """Learning rates for those who give none: from published recipes, by method and width.
 
-For low-rank deltas, the rule of Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025),
-with the exponent that was fitted to Llama models: the best rate of full fine-tuning falls with the
-hidden width, and LoRA's is 10 times that, whatever its rank:
+For LoRA, the rule of Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), which
+`hyperparam_utils.py` of their tinker-cookbook spells out: the best rate of full fine-tuning falls
+with the hidden width, LoRA's is 10 times that, and with s = 32/r it is the same for every rank r:
 
-    lr = 5e-5 · 10 · (2000 / width)^0.781
+    lr = 5e-5 · 10 · (2000 / width)^0.781 · √(32 / (s·r))
 
-Others are multiples of LoRA's, from the rates that their papers print beside the rule's for their
-models; those marked * from the rates tuned in benchmarks/results/quality_runs.csv.
+The exponent is the one fitted to Llama models. The root is ours, for other scales s: a step of
+AdamW moves s·BA by about s·r·lr while only B has left its start, and by s·r·lr² later.
+
+Other methods are multiples of the rule's rate for s = 32/r: × is a published rate over the rule's
+for the same model. Where none holds for AdamW, or none suits short runs as well, the multiple is
+from the rates tuned on three small models (benchmarks/results/quality_runs.csv), and marked *.
+A method that isn't listed has 1, such as adapters: microsoft/LoRA, examples/NLU, trains them at
+LoRA's rate.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from peftlite.attach import base_parameters
 from peftlite.delta import Delta
+from peftlite.methods import FullTuning, Gated, LoRA
+from peftlite.patch import Method
 
 OF_LORA: Mapping[str, float] = {
     "FullTuning": 0.1,
-    "VeRA": 10,  # 4e-3 to 1e-2 for RoBERTa-base: Kopiczko et al., arXiv:2310.11454
-    "IA3": 6,  # 3e-3 for T0-3B: Liu et al., arXiv:2205.05638
-    "Compacter": 3,  # 3e-3 for T5-base: Karimi Mahabadi et al., arXiv:2106.04647
-    "LoReFT": 3,  # 9e-4 for LLaMA-7B: Wu et al., arXiv:2404.03592
-    "PrefixTuning": 10,  # 5e-3 to 1e-2 for BERT-large: Liu et al., arXiv:2110.07602
-    "PromptTuning": 30,  # 0.3 with Adafactor: Lester et al., arXiv:2104.08691; a tenth for AdamW *
-    "FourierFT": 30,  # 3e-2 and more for RoBERTa-base: Gao et al., arXiv:2405.03003
-    "LoHa": 4, "LoKr": 4, "VBLoRA": 4, "HRA": 4, "NormTuning": 4,  # *
-    "OFT": 0.5,  # *
+    # 1e-3 for Llama-3.2-3B (×3), 2e-2 for RoBERTa-base (×19): huggingface/peft,
+    # method_comparison/MetaMathQA and examples/sequence_classification
+    "VeRA": 10,
+    # 3e-3 for T0-3B (×6): r-three/t-few, configs/ia3.json; 5e-3 for Llama-3.2-3B (×14): peft, there
+    "IA3": 10,
+    # 3e-3 for T5-base (×3): rabeehk/compacter, seq2seq/configs/compacter.json
+    "Compacter": 3,
+    # 9e-4 for LLaMA-7B (×3): stanfordnlp/pyreft, examples/loreft/README.md
+    "LoReFT": 3,
+    # 5e-3 to 1e-2 for BERT- and RoBERTa-large (×6 to 12): THUDM/P-tuning-v2, run_script
+    "PrefixTuning": 10,
+    # 3e-2 for BLOOMZ-560M (×36): peft, examples/causal_language_modeling; the authors' 0.3 is for
+    # Adafactor, whose steps are in proportion to the parameters
+    "PromptTuning": 30,
+    # 6e-5 for Stable Diffusion, 0.6 of LoRA's there: Zeju1997/oft, oft-db/train_dreambooth_*.sh
+    "OFT": 0.5,
+    # 8e-4 to 3e-3 for DeBERTaV3-base (×1 to 3): DaShenZi721/HRA, nlu/experiments/glue
+    "HRA": 2,
+    # 3e-3 for Llama-3.2-3B (×8): peft, method_comparison/MetaMathQA
+    "LoKr": 8,
+    # * 1e-3 for vectors, 1e-2 for logits of RoBERTa-base (×1, ×9): leo-yangli/VB-LoRA, NLU/NLU
+    "VBLoRA": 4,
+    # * 5e-4 to 2.2e-3 for DeBERTaV3-base (×1), in thousands of steps: QingruZhang/AdaLoRA, NLU
+    "AdaLoRA": 3,
+    # * 1e-3 for BERT-base (×1): benzakenelad/BitFit, README.md
+    "BitFit": 3,
+    "LoHa": 4, "NormTuning": 4, "SparseMask": 2,  # *
 }  # fmt: skip
 
+FIXED: Mapping[str, float] = {
+    # 0.05 for Llama-2-7B, 0.05 to 0.12 for RoBERTa-base: Chaos96/fourierft, experiments
+    "FourierFT": 0.03,  # *
+}
+"""Rates that are the same for every width."""
 
-def learning_rate(model: nn.Module, deltas: Iterable[Delta]) -> float:
-    """The rate for deltas in a model; of several methods, the one that needs the lowest decides."""
-    names = {type(method).__name__ for delta in deltas for method in delta.methods}
-    times = min(OF_LORA.get(name, 1) for name in names)
-    return float(f"{5e-5 * 10 * times * (2000 / width(model, deltas)) ** 0.781:.2g}")
+
+def learning_rate(model: nn.Module, deltas: Sequence[Delta], b_ratio: float = 1.0) -> float:
+    """The rate for deltas in a model; of several methods, the one that needs the lowest decides.
+
+    `FullTuning` of less than the other methods train, a new head for one, goes along at their rate.
+    With LoRA+ the rates of A and B have this one as their geometric mean.
+    """
+    wide = 5e-4 * (2000 / width(model, deltas)) ** 0.781
+    rate = min(_rate(method, wide) for delta in deltas for method in _deciding(delta))
+    return float(f"{rate / math.sqrt(b_ratio):.2g}")
 
 
-def width(model: nn.Module, deltas: Iterable[Delta]) -> int:
+def _rate(method: Method, of_lora: float) -> float:
+    if isinstance(method, Gated):
+        return _rate(method.method, of_lora)
+    if isinstance(method, LoRA):
+        return of_lora * _of_scale(method)
+    name = type(method).__name__
+    return FIXED.get(name) or of_lora * OF_LORA.get(name, 1)
+
+
+def _of_scale(method: LoRA) -> float:
+    """√(32 / (s·r)); and a half * where both factors are of full size from the beginning."""
+    if method.init in ("pissa", "olora", "lora_ga", "corda"):
+        return 0.5
+    return math.sqrt(32 / (method.scale * method.rank))
+
+
+def _deciding(delta: Delta) -> list[Method]:
+    """The methods that the rate has to suit."""
+    entire = [p for p in delta.placed.values() if isinstance(p.method, FullTuning)]
+    count = sum(parameter.numel() for p in entire for parameter in p.patch.parameters())
+    goes_along = 2 * count < delta.num_parameters
+    return [m for m in delta.methods if not (goes_along and isinstance(m, FullTuning))]
+
+
+def width(model: nn.Module, deltas: Sequence[Delta]) -> int:
     """A transformer's hidden size, or the most common input width of a model's matrices."""
     config: Any = getattr(model, "config", None)
-    if isinstance(hidden := getattr(config, "hidden_size", None), int):
-        return hidden
+    for each in (config, getattr(config, "text_config", None)):
+        if isinstance(hidden := getattr(each, "hidden_size", None), int):
+            return hidden
     widths = Counter(p.shape[1] for _, p in base_parameters(model, deltas) if p.dim() > 1)
     return widths.most_common(1)[0][0] if widths else 2000

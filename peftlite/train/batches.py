@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftlite.errors import PeftliteError
-from peftlite.io.files import Entry, replacing, write_tensors
+from peftlite.io.files import write_file
 from peftlite.table import shown
 
 Collate = Callable[[list[Any]], Any]
@@ -33,23 +33,31 @@ class Batches:
         collate: Collate,
         device: torch.device,
         seed: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.data, self.size, self.collate, self.device = data, size, collate, device
+        self.share = share  # which of how many processes this is
         self.seed = seed  # None: in the order of the data
         self.per_epoch = math.ceil(len(data) / size)
         self._epoch, self._order = -1, range(0)
 
     def of(self, step: int, parts: int = 1) -> Iterator[tuple[Any, int]]:
-        """A step's batch in parts of nearly one size, each with its number of examples."""
+        """A step's batch in parts of nearly one size, each with its number of examples.
+
+        Every process gets as many parts. Where examples don't suffice, a part is a stand-in: an
+        example that counts for nothing, 0 of them.
+        """
         epoch, position = divmod(step, self.per_epoch)
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._ordered(epoch)
         indices = self._order[position * self.size : (position + 1) * self.size]
-        for part in np.array_split(indices, min(parts, len(indices))):
-            examples = [self.data[int(index)] for index in part]
-            yield self._moved(self.collate(examples)), len(examples)
+        rank, processes = self.share
+        rounds = min(parts, math.ceil(len(indices) / processes))
+        for part in np.array_split(indices, rounds * processes)[rank::processes]:
+            examples = [self.data[int(index)] for index in (part if len(part) else indices[:1])]
+            yield self._moved(self.collate(examples)), len(part)
 
     def all(self) -> Iterator[tuple[Any, int]]:
         """Every batch of the first epoch."""
@@ -96,7 +104,5 @@ def write_batch(path: Path, batch: Any) -> None:
     plain = pytree.tree_map(lambda leaf: dict(leaf) if isinstance(leaf, Mapping) else leaf, batch)
     leaves = pytree.tree_flatten_with_path(plain)[0]
     tensors = {pytree.keystr(at): leaf for at, leaf in leaves if isinstance(leaf, Tensor)}
-    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        write_tensors(file, entries, tensors.__getitem__, lambda digests: {})
+    write_file(path, tensors)

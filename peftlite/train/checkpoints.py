@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,35 @@ from torch import Tensor, nn
 
 from peftlite.delta import Delta
 from peftlite.errors import BaseMismatchError, FileError
-from peftlite.io import native, save
+from peftlite.io import native
 from peftlite.io.files import (
-    Entry,
     Tensors,
     as_path,
     flush_folder,
     reason,
     replacing,
-    write_tensors,
+    write_file,
 )
 from peftlite.table import few
 from peftlite.train.state import Tree, pack, unpack
 
 FORMAT = 1
+Bases = Mapping[str, Any]
+"""What each delta was made for, by its name, as `native.base_of` has it."""
+
 NAME = re.compile(r"step-(\d{8,})(-epoch-\d+)?")
 MANIFEST, STATE = "manifest.json", "training.state"
 
 
 class Checkpoints:
-    """The checkpoints in a folder; `keep` of those at the end of an epoch, and of those between."""
+    """The checkpoints in a folder; `keep` of those at the end of an epoch, and of those between.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    The bases were looked at before training: once they are spread over processes, that takes all
+    of these, and one alone writes.
+    """
+
+    def __init__(self, folder: Path, keep: int, bases: Bases | None = None) -> None:
+        self.folder, self.keep, self.bases = folder, keep, bases or {}
 
     def there(self) -> list[Path]:
         """All that may be checkpoints, the oldest first, unfinished ones among them."""
@@ -67,14 +73,13 @@ class Checkpoints:
         unsaved = {}
         place = {key: state["place"][key] for key in ("step", "epoch")}
         for delta in deltas:
-            save(delta, path / f"{delta.name}.safetensors", notes=place)
+            base = self.bases[delta.name]
+            native.write(delta, path / f"{delta.name}.safetensors", base, notes=place)
             kept = delta.saved()
             own = state["deltas"][delta.name]
             unsaved[delta.name] = {key: t for key, t in own.items() if key not in kept}
         plain = pack({**state, "deltas": unsaved}, tensors)
-        with replacing(path / f"{STATE}.safetensors") as file:
-            entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
-            write_tensors(file, entries, tensors.__getitem__, lambda digests: {})
+        write_file(path / f"{STATE}.safetensors", tensors)
         _write(path / f"{STATE}.json", json.dumps({"format": FORMAT, **plain}, indent=1))
         _write(path / MANIFEST, _manifest(path))
         flush_folder(self.folder)
@@ -93,6 +98,12 @@ class Checkpoints:
         self, given: Any, model: nn.Module, deltas: Sequence[Delta], settings: dict[str, Any]
     ) -> dict[str, Tree] | None:
         """The state to go on from, as `fit(resume=given)` says; None to begin. Raises FileError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(
+                f"{str(self.folder)!r} can't hold checkpoints: {reason(error)}"
+            ) from error
         if not given:
             if self.finished():
                 raise FileError(
@@ -103,7 +114,7 @@ class Checkpoints:
         path = self.newest() if given is True else as_path(given)
         if path is None:
             return None
-        state = read(path, model, deltas)
+        state = read(path, model, deltas, self.bases)
         if others := [k for k, v in settings.items() if state["settings"].get(k) != v]:
             told = few(f"{k}={state['settings'].get(k)!r}, not {settings[k]!r}" for k in others)
             raise FileError(
@@ -119,7 +130,7 @@ class Checkpoints:
             if (damage := _damage(path)) is None:
                 for name, why in damaged.items():
                     told = f"checkpoint {name!r} is not whole: {why}; going on from {path.name!r}"
-                    warnings.warn(told, stacklevel=4)
+                    warnings.warn(told, stacklevel=7)
                 return path
             damaged[path.name] = damage
         if self.finished():
@@ -130,7 +141,7 @@ class Checkpoints:
         return None
 
 
-def read(path: Path, model: nn.Module, deltas: Iterable[Delta]) -> dict[str, Tree]:
+def read(path: Path, model: nn.Module, deltas: Iterable[Delta], bases: Bases) -> dict[str, Tree]:
     """The state in a checkpoint, for deltas of a model. Raises FileError."""
     if (damage := _damage(path)) is not None:
         raise FileError(f"checkpoint {str(path)!r} is not whole: {damage}")
@@ -145,9 +156,9 @@ def read(path: Path, model: nn.Module, deltas: Iterable[Delta]) -> dict[str, Tre
             f"checkpoint {str(path)!r} is of {few(map(repr, state['deltas']))}; in training here "
             f"is {few(map(repr, names))}: attach what was attached then"
         )
-    for name, delta in names.items():
+    for name in names:
         content = native.read(model, path / f"{name}.safetensors")
-        if content.base != native.base_of(delta, "sha256"):
+        if content.base != bases[name]:
             raise BaseMismatchError(
                 f"checkpoint {str(path)!r} was made on other base weights: go on with the model "
                 "it was begun with"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftlite.table import table
+from peftlite.table import brief, table
 
 Event = dict[str, Any]
 
@@ -90,12 +90,8 @@ class History:
             if name not in hidden and any(row.get(name) is not None for row in rows)
         ]  # fmt: skip
         titles = [name.replace("full_valid", "valid").replace("_", " ") for name in shown]
-        return table(titles, [[_short(row.get(name)) for name in shown] for row in rows])
+        return table(titles, [[brief(row.get(name)) for name in shown] for row in rows])
 
 
 def _columns(events: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys([*FIELDS, *(name for event in events for name in event)]))
-
-
-def _short(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from peftlite.train.batches import Batches, write_batch
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Log
 from peftlite.train.measure import Judge, Tally, falls, memory, tokens
+from peftlite.train.parallel import Processes
 from peftlite.train.schedule import adamw, groups, pace
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Run:
         model: the trainer's own, or what wraps it.
         log: of which the history is a part.
         store: of checkpoints; None keeps none.
+        processes: those that do it together, of which this is one.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Run:
         deltas: list[Delta],
         log: Log,
         store: Checkpoints | None,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.trainer, self.model, self.deltas = trainer, model, deltas
         self.log, self.history, self.store = log, log.history, store
         self.parameters = [p for d in deltas for p in d.parameters() if p.requires_grad]
@@ -54,11 +59,16 @@ class Run:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=trainer.autocast == "fp16")
         seed = trainer.seed if trainer.shuffle else None
-        self.batches = Batches(trainer.train, trainer.size, trainer.collate, self.device, seed)
+        among = trainer.collate, self.device
+        share = processes.rank, processes.size
+        self.batches = Batches(trainer.train, trainer.size, *among, seed, share)
         val = None
         if trainer.val is not None:
-            val = Batches(trainer.val, trainer.part, trainer.collate, self.device)
-        self.judge = Judge(trainer.model, model, self.loss, val, trainer.probes, self.device)
+            size = math.ceil(trainer.size / trainer.accumulate)
+            val = Batches(trainer.val, size, *among, None, share)
+        self.judge = Judge(
+            trainer.model, model, self.loss, val, trainer.probes, self.device, processes
+        )
 
         self.step, self.saved = 0, -1
         self.best: dict[str, Any] = {"value": None, "epoch": 0, "name": ""}
@@ -66,6 +76,7 @@ class Run:
         self.unseen: list[Tensor] = []  # whether the steps since the last look were sound
         self.sound_state: state.Tree = None  # at that look, where looks are more than a step apart
         self.tokens, self.since = 0, perf_counter()
+        self.stopping = False
 
     # -- the loop
 
@@ -93,25 +104,29 @@ class Run:
 
     def backward(self) -> tuple[Tally, list[Any]]:
         """Fills the gradients of a step's mean loss, Σ countₖ·lossₖ / Σ countₖ over its parts."""
-        losses, parts, counts = Tally(), [], []
+        losses, parts, scale = Tally(), [], None
+        whole = self.trainer.accumulate == self.processes.size == 1
         for batch, rows in self.batches.of(self.step, self.trainer.accumulate):
             loss, count = losses.add(self.loss(self.model, batch), rows)
             for delta in self.regularized:
                 loss = loss + delta.regularizer().to(loss.device)
-            counts.append(count)
-            if self.trainer.accumulate > 1:
-                # by a scale of the mean's order, since fp16 overflows with a sum's
-                loss = loss * (count / counts[0].clamp(min=1))
+            if not whole:
+                if scale is None:  # of the mean's order, since fp16 overflows with a sum's
+                    self.processes.add([scale := count.clone()])
+                    scale.clamp_(min=1)
+                loss = loss * (count / scale)
             self.scaler.scale(loss).backward()
             parts.append(batch)
             self.tokens += tokens(batch, rows)
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-        if self.trainer.accumulate > 1:
-            scale = counts[0].clamp(min=1) / torch.stack(counts).sum().clamp(min=1e-12)
+        losses.over(self.processes)
+        if scale is not None:
+            scale = scale / losses.count.clamp(min=1e-12)
             for device in {p.device for p in self.parameters}:
                 grads = [p.grad for p in self.parameters if p.device == device]
                 torch._foreach_mul_([g for g in grads if g is not None], scale.to(device))  # type: ignore
+            self.processes.add_gradients(self.parameters)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         return losses, parts
 
     def update(self) -> float:
@@ -144,7 +159,8 @@ class Run:
 
     def settle(self) -> None:
         """Tells what was measured, compares, writes what is due, and keeps the state it is in."""
-        speed = self.tokens / (perf_counter() - self.since) if self.tokens else None
+        (tokens,) = self.processes.counted([self.tokens])
+        speed = tokens / (perf_counter() - self.since) if tokens else None
         self.log.flush(tokens_per_second=speed, memory=memory(self.device))
         if self.step != self.saved:  # unless it has just been resumed
             if self.ends_epoch or self.step == 0:
@@ -153,6 +169,11 @@ class Run:
                 self.save()
         self.sound_state = state.copied(self.state()) if self.check_every > 1 else None
         self.tokens, self.since = 0, perf_counter()
+        self.heed()
+
+    def heed(self) -> None:
+        """Whether any process was asked to stop."""
+        self.stopping = self.processes.counted([self.trainer.stopping]) != [0]
 
     def compare(self) -> None:
         """Whether this epoch is the best so far."""
@@ -187,8 +208,9 @@ class Run:
 
     def rests(self, step: int) -> bool:
         """Whether the host waits for the device after a step, to look, to tell and to keep."""
+        self.heed()
         ends = not step % self.check_every or not step % self.batches.per_epoch
-        return ends or self.due(step) or self.trainer.stopping
+        return ends or self.due(step) or self.stopping
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is, within an epoch."""
@@ -202,14 +224,14 @@ class Run:
             self.history.stopped = "early"
         elif self.step >= self.trainer.total_steps:
             self.history.stopped = "done"
-        elif self.trainer.stopping and not self.unseen:
+        elif self.stopping and not self.unseen:
             self.history.stopped = "asked"
         return self.history.stopped != ""
 
     # -- what is kept
 
     def state(self) -> dict[str, state.Tree]:
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on, as this process has it."""
         return {
             "place": self.place,
             "settings": self.trainer.settings(),
@@ -237,9 +259,15 @@ class Run:
         state.set_random_state(tree["random"], self.device)
 
     def save(self) -> None:
-        """Writes a checkpoint: the one place where a process of several would do it for all."""
-        self.log.sync()
-        self.store.write(self.name, self.deltas, self.state(), self.best["name"])
+        """Writes a checkpoint, the first process for all."""
+        tree = self.state()
+        tree["random"] = self.processes.gathered(tree["random"])
+
+        def write() -> None:
+            self.log.sync()
+            self.store.write(self.name, self.deltas, tree, self.best["name"])
+
+        self.processes.once(write)
         self.saved = self.step
 
     def sound(self, losses: Tally, norm: Tensor, looks: bool) -> bool:
@@ -263,7 +291,8 @@ class Run:
             return
         where = ""
         if self.store is not None:
-            path = self.store.folder / f"not-finite-{self.step + 1:08d}.safetensors"
+            share = f"-of-{self.processes.rank}" if self.processes.size > 1 else ""
+            path = self.store.folder / f"not-finite-{self.step + 1:08d}{share}.safetensors"
             write_batch(path, parts)
             where = f"; its batch is in {str(path)!r}"
         raise PeftliteError(

@@ -14,6 +14,7 @@ from peftlite.errors import PeftliteError
 from peftlite.table import shown
 from peftlite.train.batches import Batches
 from peftlite.train.modes import evaluating
+from peftlite.train.parallel import Processes
 from peftlite.train.state import random_kept
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -34,6 +35,8 @@ class Tally:
     def add(self, said: Any, rows: int) -> tuple[Tensor, Tensor]:
         """Takes up a batch of `rows` examples; gives its loss, and what that is the mean over."""
         given = dict(said) if isinstance(said, Mapping) else {"loss": said}
+        if not rows:  # a stand-in
+            given |= dict.fromkeys({"count", "correct"} & given.keys(), 0)
         loss = given.pop("loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise PeftliteError(
@@ -56,6 +59,18 @@ class Tally:
         self.names = list(sums)
         self.parts.append(torch.stack(list(sums.values())))
         return loss, count
+
+    def over(self, processes: Processes) -> Tally:
+        """Adds what the other processes counted."""
+        if processes.size > 1:
+            self.parts = [torch.stack(self.parts).sum(0)]
+            processes.add(self.parts)
+        return self
+
+    @property
+    def count(self) -> Tensor:
+        """What the mean loss is over, on the device."""
+        return torch.stack(self.parts)[:, 0].sum()
 
     @property
     def loss(self) -> Tensor:
@@ -92,9 +107,11 @@ class Judge:
         val: Batches | None,
         probes: Mapping[str, Callable[[nn.Module], float]],
         device: torch.device,
+        processes: Processes,
     ) -> None:
         self.model, self.wrapped, self.loss = model, wrapped, loss
         self.val, self.probes, self.device = val, probes, device
+        self.processes = processes
         self.before: dict[str, float] = {}  # what the probes said before training
 
     def whole(self) -> dict[str, float]:
@@ -125,11 +142,13 @@ class Judge:
         with torch.no_grad(), random_kept(self.device), evaluating(self.wrapped):
             for batch, rows in batches:
                 found.add(self.loss(self.wrapped, batch), rows)
-        return found
+        return found.over(self.processes)
 
 
 def tokens(batch: Any, rows: int) -> int:
     """The tokens of a batch, padding among them; its examples where there are no `input_ids`."""
+    if not rows:
+        return 0
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return ids.numel() if isinstance(ids, Tensor) else rows
 

@@ -67,8 +67,8 @@ def alone(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None
 def checkpointing(model: nn.Module) -> Iterator[None]:
     """The blocks keep no activations: the backward pass computes them again.
 
-    By the model's own `gradient_checkpointing_enable`, as transformers' have it, or else for every
-    module in an `nn.ModuleList`. Raises PeftliteError if there is neither.
+    By the model's own `gradient_checkpointing_enable`, as transformers' have it, or else by
+    `blocks`. Raises PeftliteError if there is neither.
     """
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is not None:
@@ -80,20 +80,27 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
             if not was:
                 model.gradient_checkpointing_disable()
         return
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = {id(block): block for each in lists for block in each}.values()
-    if not blocks:
+    found = blocks(model)
+    if not found:
         raise PeftliteError(
             "gradient_checkpointing goes by the blocks of an nn.ModuleList, and this model has "
             "none: use torch.utils.checkpoint in its forward"
         )
-    for block in blocks:
+    for block in found:
         block.forward = functools.partial(_again, block.forward)
     try:
         yield
     finally:
-        for block in blocks:
+        for block in found:
             del block.forward
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What the `nn.ModuleList`s of a model hold, each once; not those within another's block."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    held = dict.fromkeys(block for each in lists for block in each if block not in lists)
+    inner = {module for block in held for module in block.modules() if module is not block}
+    return [block for block in held if block not in inner]
 
 
 def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,10 +15,11 @@ import torch
 from peftlite.attach import detach
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
-from peftlite.table import few, shown, table
+from peftlite.table import brief, few, shown, table
 from peftlite.train.data.checks import check_whole
 from peftlite.train.events import Event, History
 from peftlite.train.measure import falls
+from peftlite.train.parallel import together
 from peftlite.train.space import (
     Choice,
     How,
@@ -91,7 +92,7 @@ class Trials:
 
     def __str__(self) -> str:
         header, *rows = self._cells()
-        return table(header, [[_short(cell) for cell in row] for row in rows])
+        return table(header, [[brief(cell) for cell in row] for row in rows])
 
     def _cells(self) -> list[list[Any]]:
         rows = list(self.rows())
@@ -143,19 +144,26 @@ def search(
     check_whole(trials=trials)
     count = trials or grid_size(space)
     count = min(count, grid_size(space)) if how == "grid" else count
-    study = Study(file, {"how": how, "seed": seed, "prune": prune, "space": plain(dict(space))})
-    with study.opened() as lines:
-        found = [
-            Trial(**{**line, "choice": restored(space, line["choice"])}) for line in lines[:count]
-        ]
-        while len(found) < count:
-            trial = Trial(len(found) + 1, _choose(space, how, found, seed))
-            _run(build, trial, found if prune else [], seed)
-            found.append(trial)
-            study.add(vars(trial))
-            if progress:
-                print(_line(trial, count))
+    about = {"how": how, "seed": seed, "prune": prune, "space": plain(dict(space))}
+    with together("auto") as processes:
+        study = Study(file if processes.first else None, about)
+        with study.opened() as own:
+            lines = processes.told(own)[:count]
+            found = [Trial(**{**line, "choice": restored(space, line["choice"])}) for line in lines]
+            while len(found) < count:
+                trial = Trial(len(found) + 1, _choose(space, how, found, seed))
+                _run(build, trial, found if prune else [], seed)
+                vars(trial).update(processes.told(_result(trial)))  # callbacks run in the first
+                found.append(trial)
+                study.add(vars(trial))
+                if progress and processes.first:
+                    print(_line(trial, count))
     return Trials(found)
+
+
+def _result(trial: Trial) -> dict[str, Any]:
+    """What came of it."""
+    return {name: value for name, value in vars(trial).items() if name != "choice"}
 
 
 def best_of(metric: str) -> Any:
@@ -240,10 +248,6 @@ class _Watch:
 
 
 def _line(trial: Trial, count: int) -> str:
-    choice = ", ".join(f"{name}={_short(each)}" for name, each in plain(trial.choice).items())
-    told = trial.error or f"{trial.metric} {_short(trial.value)}"
+    choice = ", ".join(f"{name}={brief(each)}" for name, each in plain(trial.choice).items())
+    told = trial.error or f"{trial.metric} {brief(trial.value)}"
     return f"trial {trial.number} of {count}: {choice}: {told}, {trial.state}"
-
-
-def _short(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,8 +17,9 @@ from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_fields, number, one_of, positive, set_number, whole
 from peftlite.io.files import as_path
+from peftlite.io.native import base_of
 from peftlite.table import few, shown, table
-from peftlite.train import data, modes
+from peftlite.train import data, modes, parallel
 from peftlite.train.auto import learning_rate
 from peftlite.train.batches import Collate, check_data
 from peftlite.train.checkpoints import Checkpoints
@@ -26,6 +27,7 @@ from peftlite.train.events import Callback, Log, Progress
 from peftlite.train.history import History
 from peftlite.train.loop import Run
 from peftlite.train.measure import Loss
+from peftlite.train.parallel import Parallel, Processes
 from peftlite.train.schedule import Schedule
 from peftlite.train.state import random_kept
 
@@ -79,6 +81,10 @@ class Trainer:
         warmup: the share of the steps over which the rate rises.
         clip: the largest norm of the gradients; `math.inf` leaves them as they are.
         autocast: "bf16" or "fp16" (whose losses are scaled) for the forward pass.
+        parallel: in the processes that torchrun started, each of which takes a share of every
+            batch: "ddp" has the whole model in each, "fsdp" spreads the base over them, and "auto"
+            is "ddp", or "fsdp" where that takes more than half of a device's memory. None: every
+            process trains for itself.
         gradient_checkpointing: compute the blocks' activations again instead of keeping them.
         compile: train `torch.compile(model)`.
         collate: a batch of examples; `pl.data.collate` pads, and stacks what isn't text.
@@ -122,6 +128,7 @@ class Trainer:
     warmup: float = number(0.03, float, lambda x: 0 <= x < 1, "in [0, 1)")
     clip: float = number(1.0, float, lambda x: x > 0, "above 0")
     autocast: Literal["bf16", "fp16"] | None = one_of(None, Literal["bf16", "fp16"])
+    parallel: Parallel = one_of("auto", Parallel)
     gradient_checkpointing: bool = False
     compile: bool = False
     collate: Collate = data.collate
@@ -152,8 +159,10 @@ class Trainer:
         usual = data.estimate(len(self.train))
         self.passes = usual.epochs if self.epochs == "auto" else self.epochs
         self.size = usual.batch_size if self.batch_size == "auto" else self.batch_size
-        self.rate = learning_rate(self.model, self.deltas) if self.lr == "auto" else self.lr
-        self.part = math.ceil(self.size / self.accumulate)
+        usual = learning_rate(self.model, self.deltas, self.b_ratio)
+        self.rate = usual if self.lr == "auto" else self.lr
+        self.processes = parallel.started(self.parallel)
+        self.part = math.ceil(self.size / self.accumulate / self.processes)
 
     @property
     def deltas(self) -> list[Delta]:
@@ -176,10 +185,19 @@ class Trainer:
     def total_steps(self) -> int:
         return self.passes * math.ceil(len(self.train) / self.size)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the base is spread over the processes."""
+        if self.parallel == "auto":
+            return parallel.is_large(self.model)
+        return self.parallel == "fsdp"
+
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON holds it."""
         numbers = {"epochs": self.passes, "batch_size": self.size, "lr": self.rate}
-        counts = {"examples": len(self.train), "steps": self.total_steps}
+        counts = {
+            "examples": len(self.train), "steps": self.total_steps, "processes": self.processes
+        }  # fmt: skip
         return numbers | {name: getattr(self, name) for name in SETTINGS} | counts
 
     def __str__(self) -> str:
@@ -207,40 +225,58 @@ class Trainer:
             PeftliteError: as the class says. The deltas are then as after the last good step.
         """
         self.stopping = False
+        with parallel.together(self.parallel) as processes:
+            return processes.told(self._fit(resume, processes))
+
+    def _fit(self, resume: bool | str | os.PathLike[str], processes: Processes) -> History:
+        """What each of the processes does."""
         deltas, store, state = self.deltas, None, None
+        parallel.check_whole(deltas)
+        processes.check_same("the settings", self.settings(), "give all processes the same")
         if self.folder is not None:
-            store = Checkpoints(as_path(self.folder), self.keep)
-            state = store.resume(resume, self.model, deltas, self.settings())
+            bases = {delta.name: base_of(delta, "sha256") for delta in deltas}
+            store = Checkpoints(as_path(self.folder), self.keep, bases)
+            given = (resume, self.model, deltas, self.settings())
+            state = processes.once(lambda: store.resume(*given))
         elif resume:
             raise PeftliteError("resume goes by checkpoints: give the Trainer a folder")
-        callbacks = [*([Progress()] if self.progress else []), *self.callbacks]
+        processes.share(self.model, deltas, next(deltas[0].parameters()).device)
         parameters = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
-        device = parameters[0].device
-        log = Log(store and store.folder / "events.jsonl", callbacks, device)
-        if self.progress:
-            print(self)
         with (
-            random_kept(device, self.seed),
             modes.alone(self.model, parameters),
             modes.training(self.model),
-            self._wrapped() as model,
+            self._wrapped(deltas) as model,
+            random_kept(device := parameters[0].device, processes.seed(self.seed)),
             self._advised(),
         ):
-            run = Run(self, model, deltas, log, store)
+            log = self._log(store, device, processes)
+            run = Run(self, model, deltas, log, store, processes)
             if state is not None:
-                run.restore(state)
+                run.restore({**state, "random": state["random"][processes.rank]})
             with log.told(self, run.step):
                 run.train()
                 if store is not None and run.best["name"]:
                     log.history.best = store.folder / run.best["name"]
         return log.history
 
+    def _log(self, store: Checkpoints | None, device: torch.device, processes: Processes) -> Log:
+        """Where events go: from the first process alone."""
+        if not processes.first:
+            return Log(None, (), device)
+        if self.progress:
+            print(self)
+        callbacks = [*([Progress()] if self.progress else []), *self.callbacks]
+        return Log(store and store.folder / "events.jsonl", callbacks, device)
+
     @contextmanager
-    def _wrapped(self) -> Iterator[nn.Module]:
+    def _wrapped(self, deltas: list[Delta]) -> Iterator[nn.Module]:
         """The model as it runs: the one place where something is put around it."""
         with ExitStack() as stack:
             if self.gradient_checkpointing:
                 stack.enter_context(modes.checkpointing(self.model))
+            if self.processes > 1 and self.sharded:
+                parallel.shard(self.model, deltas)
+                stack.callback(self.model.reshard)  # a forward pass leaves the root as it was
             yield torch.compile(self.model) if self.compile else self.model  # type: ignore
 
     @contextmanager

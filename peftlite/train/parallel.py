@@ -1,0 +1,238 @@
+"""Processes: what those that train one model together tell one another.
+
+Each has the whole of the delta and a share of every batch. A delta is small, so its gradients are
+summed once, after the backward pass: nothing is put around the model, any parameter may be left out
+of a step, and the numbers are those of one process that takes its batch in as many parts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from peftlite.delta import Delta
+from peftlite.errors import PeftliteError
+from peftlite.io.fingerprint import fingerprint
+from peftlite.table import few
+from peftlite.train.modes import blocks
+
+Parallel = Literal["auto", "ddp", "fsdp", None]
+Result = TypeVar("Result")
+
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun, and others as it does, put into the environment."""
+
+
+def started(parallel: Parallel) -> int:
+    """How many processes train together. Raises PeftliteError if more were meant than there are."""
+    if parallel is not None and dist.is_available():
+        if dist.is_initialized():
+            return dist.get_world_size()
+        if all(name in os.environ for name in LAUNCH):
+            return int(os.environ["WORLD_SIZE"])
+    if parallel in (None, "auto"):
+        return 1
+    raise PeftliteError(
+        f"parallel={parallel!r} is for several processes, and this one was started alone: "
+        "torchrun --nproc-per-node=N script.py starts N"
+    )
+
+
+def local_device() -> torch.device:
+    """The device of this process where it has one of its own: by its number on the machine."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    found = torch.accelerator.current_accelerator()
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def together(parallel: Parallel) -> Iterator[Processes]:
+    """The processes for as long as they train; where one ends early, the others don't wait."""
+    if started(parallel) == 1:
+        yield Processes(0, 1)
+        return
+    if not dist.is_initialized():
+        dist.init_process_group()
+        atexit.register(_leave)
+    group = dist.new_group(backend="gloo")  # what the hosts say doesn't wait for a device
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Processes:
+    """Those that train together, as one of them sees them; all have to ask alike, in one order."""
+
+    def __init__(self, rank: int, size: int, hosts: Any = None) -> None:
+        self.rank, self.size, self.hosts = rank, size, hosts
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def seed(self, seed: int) -> int:
+        """One for each process, so that dropout differs; the first has the seed itself."""
+        if self.first:
+            return seed
+        mixed = np.random.SeedSequence((seed, 0, self.rank)).generate_state(1, np.uint64)
+        return int(mixed[0] >> 1)
+
+    # -- what the hosts say
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of each process."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.hosts)
+        return found
+
+    def told(self, value: Any) -> Any:
+        """The value of the first process."""
+        found = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(found, group=self.hosts)
+        return found[0]
+
+    def once(self, act: Callable[[], Result]) -> Result:
+        """What comes of an act of the first process: in all of them its result, or its error."""
+        value, error = None, None
+        if self.first:
+            try:
+                value = act()
+            except Exception as raised:
+                error = raised
+        value, error = self.told((value, error))
+        if error is not None:
+            raise error
+        return value
+
+    def counted(self, numbers: Sequence[int]) -> list[int]:
+        """Each number summed over the processes."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers)
+        dist.all_reduce(sums, group=self.hosts)
+        return sums.tolist()
+
+    def check_same(self, what: str, own: Mapping[str, Any], advice: str) -> None:
+        """Raises PeftliteError, in all processes, unless each has the same."""
+        first, *others = self.gathered(dict(own))
+        for rank, other in enumerate(others, 1):
+            keys = dict.fromkeys((*first, *other))
+            if differing := [key for key in keys if first.get(key) != other.get(key)]:
+                told = few(f"{k} is {first.get(k)}, and {other.get(k)}" for k in differing)
+                raise PeftliteError(
+                    f"{what} of process 0 and of process {rank} differ: {told}: {advice}"
+                )
+
+    # -- what the devices add up
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Sums tensors over the processes, in place: those of a device and dtype at a time."""
+        if self.size == 1:
+            return
+        alike: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for each in alike.values():
+            sums = torch.cat([tensor.reshape(-1) for tensor in each])
+            dist.all_reduce(sums)
+            for tensor, part in zip(each, sums.split([t.numel() for t in each]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sums gradients; a parameter has one if it has one anywhere, as in one process."""
+        if self.size == 1:
+            return
+        for parameter, count in zip(
+            parameters, self.counted([p.grad is not None for p in parameters]), strict=True
+        ):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.add(p.grad for p in parameters if p.grad is not None)
+
+    # -- the model
+
+    def share(self, model: nn.Module, deltas: Sequence[Delta], device: torch.device) -> None:
+        """Gives all processes the first one's deltas.
+
+        Raises PeftliteError if the bases differ, or two processes are on one device.
+        """
+        if self.size == 1:
+            return
+        places = self.gathered((socket.gethostname(), device))
+        if device.type != "cpu" and len({*places}) < self.size:
+            raise PeftliteError(
+                f"several processes train on {device} of {places[self.rank][0]}: begin the script "
+                f"with torch.{device.type}.set_device(int(os.environ['LOCAL_RANK']))"
+            )
+        for delta in deltas:
+            own = {key: tensor.cpu() for key, tensor in delta.state_dict().items()}
+            delta.load_state_dict(self.told(own))
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.check_same(
+            "the models",
+            {k: fingerprint(t, "sampled") for k, t in tensors.items() if not _is_sharded(t)},
+            "load the same weights in each, or call torch.manual_seed before making the model",
+        )
+
+
+def shard(model: nn.Module, deltas: Sequence[Delta]) -> None:
+    """Spreads all but the deltas over the processes, by FSDP2; it stays so.
+
+    A block of an `nn.ModuleList` is whole only while it computes. A model on the CPU comes to each
+    process's own device, if it has one, a shard of a block at a time.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(model, FSDPModule):
+        return
+    device = local_device()
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
+    whole = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
+    whole["ignored_params"] = {p for delta in deltas for p in delta.parameters()}
+    for module in [*blocks(model), model]:
+        fully_shard(module, **whole)
+    for parameter in whole["ignored_params"]:
+        parameter.data = parameter.data.to(device)
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a model takes more than half of a device's memory, where that can be asked."""
+    device = local_device()
+    if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
+        return False
+    _, total = torch.get_device_module(device).mem_get_info(device)
+    return sum(p.nbytes for p in model.parameters()) > total / 2
+
+
+def check_whole(deltas: Iterable[Delta]) -> None:
+    """Raises PeftliteError for a delta that is itself spread over processes."""
+    for delta in deltas:
+        if any(_is_sharded(parameter) for parameter in delta.parameters()):
+            raise PeftliteError(
+                f"the parameters of {delta.name!r} are sharded: leave fully_shard to "
+                "Trainer(parallel='fsdp'), or give it ignored_params=set(delta.parameters())"
+            )
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")

@@ -260,11 +260,17 @@ COMMANDS = {
                 "help": "epochs without a better validation loss after which to stop",
             },
             "--autocast": {"choices": ("bf16", "fp16"), "help": "for the forward pass"},
+            "--parallel": {
+                "choices": ("auto", "ddp", "fsdp"),
+                "default": "auto",
+                "help": "in the processes of `torchrun -m peftlite train`: ddp, the whole model in "
+                "each; fsdp, the base spread over them (default: ddp if it fits)",
+            },
             "--gradient-checkpointing": {
                 "action": "store_true",
                 "help": "compute activations again instead of keeping them",
             },
-            "--device": {"help": "(default: cuda if there is one, else cpu)"},
+            "--device": {"help": "(default: an accelerator if there is one, else cpu)"},
             "--seed": {"type": int, "default": 0, "help": "of all chance (default: 0)"},
             "--resume": {
                 "action": "store_true",
@@ -320,7 +326,3 @@ def _parser() -> argparse.ArgumentParser:
             subparser.add_argument("--json", action="store_true", help="print JSON")
         subparser.set_defaults(run=command.run)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

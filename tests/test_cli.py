@@ -230,6 +230,6 @@ def test_help_reads_well(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_runs_as_a_program(desk: Desk) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "peftlite.cli", "verify", "lost"], capture_output=True, text=True
+        [sys.executable, "-m", "peftlite", "verify", "lost"], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (2, "peftlite: there is no file 'lost'\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -18,7 +19,6 @@ from peftlite.attach import attach
 from peftlite.commands.local import local_config, local_encoder, local_model, local_tokenizer
 from peftlite.commands.outcome import Outcome
 from peftlite.errors import FileError, PeftliteError
-from peftlite.io import save
 from peftlite.io.files import replacing
 from peftlite.patch import Method
 from peftlite.plan import plan
@@ -27,6 +27,7 @@ from peftlite.train import History, Trainer, data, losses
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.data.jsonl import scan
 from peftlite.train.events import Progress
+from peftlite.train.parallel import local_device, spreads
 from peftlite.train.state import random_kept
 
 LossName = Literal["causal_lm", "contrastive"]
@@ -34,11 +35,11 @@ LossName = Literal["causal_lm", "contrastive"]
 PIECE = 512  # tokens of a text, where none are given
 SETTINGS = (
     "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "patience", "autocast",
-    "gradient_checkpointing", "seed",
+    "parallel", "gradient_checkpointing", "seed",
 )  # fmt: skip
 
 
-def run_train(args: argparse.Namespace) -> Outcome:
+def run_train(args: argparse.Namespace) -> Outcome | int:
     method, out = _method(args), Path(args.out)
     if not args.resume and Checkpoints(out, keep=1).finished():
         raise FileError(
@@ -47,6 +48,8 @@ def run_train(args: argparse.Namespace) -> Outcome:
         )
     trainer = _trainer(args, method, out)
     history = trainer.fit(resume=args.resume)
+    if not _is_first():
+        return 0
     history.to_csv(out / "history.csv")
     return _outcome(trainer, history, out)
 
@@ -91,7 +94,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
     """What trains a new delta of the model; what it is going to do is told."""
-    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args.device or local_device())
     tokenizer, config = local_tokenizer(args.model), local_config(args.model)
     most = getattr(config, "max_position_embeddings", None)
     paired = args.loss == "contrastive"
@@ -99,7 +102,9 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
         _pairs if paired else _examples, tokenizer=tokenizer, length=args.max_length, most=most
     )
     train, val = _parts(args, read)
-    model = (local_encoder if paired else local_model)(args.model).to(device)
+    model = (local_encoder if paired else local_model)(args.model)
+    if not spreads(args.parallel, model):  # or each process takes its shard
+        model = model.to(device)
     shown = plan(model, method)
     with random_kept(device, args.seed):
         attach(model, method, args.name or out.resolve().name)
@@ -116,15 +121,21 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
         progress=False,
         **{name: value for name, value in given.items() if value is not None},
     )
-    print(shown, trainer, sep="\n\n", file=sys.stderr)
+    if _is_first():
+        print(shown, trainer, sep="\n\n", file=sys.stderr)
     return trainer
 
 
-def _device(name: str) -> torch.device:
+def _is_first() -> bool:
+    """Of the processes that torchrun started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _device(name: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise PeftliteError(f"there is no device {name!r} here: {error}") from error
+        raise PeftliteError(f"there is no device {str(name)!r} here: {error}") from error
 
 
 def _parts(
@@ -187,11 +198,9 @@ def _outcome(trainer: Trainer, history: History, out: Path) -> Outcome:
     """Leaves the delta as after the best epoch, or the last where none is known to be the best."""
     (delta,) = trainer.deltas
     path = out / f"{delta.name}.safetensors"
-    if history.best is None:
-        save(delta, path)
-    else:
-        with replacing(path) as file:
-            file.write((history.best / path.name).read_bytes())
+    last = out / Checkpoints(out, keep=1).finished()[-1]
+    with replacing(path) as file:
+        file.write(((history.best or last) / path.name).read_bytes())
     best = None if history.best is None else history.best.name
     kept = "as after the last step" if best is None else f"as in {best}, the best"
     told = f"written to {path}: {size(path.stat().st_size)}, {kept}"

@@ -215,8 +215,15 @@ def shard(model: nn.Module, deltas: Sequence[Delta]) -> None:
         parameter.data = parameter.data.to(device)
 
 
-def is_large(model: nn.Module) -> bool:
-    """Whether a model takes more than half of a device's memory, where that can be asked."""
+def spreads(parallel: Parallel, model: nn.Module) -> bool:
+    """Whether there are several processes, and the base is to be spread over them."""
+    if started(parallel) == 1:
+        return False
+    return parallel == "fsdp" or (parallel == "auto" and _is_large(model))
+
+
+def _is_large(model: nn.Module) -> bool:
+    """Whether it takes more than half of a device's memory, where that can be asked."""
     device = local_device()
     if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
         return False

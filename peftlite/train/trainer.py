@@ -185,13 +185,6 @@ class Trainer:
     def total_steps(self) -> int:
         return self.passes * math.ceil(len(self.train) / self.size)
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the base is spread over the processes."""
-        if self.parallel == "auto":
-            return parallel.is_large(self.model)
-        return self.parallel == "fsdp"
-
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON holds it."""
         numbers = {"epochs": self.passes, "batch_size": self.size, "lr": self.rate}
@@ -274,7 +267,7 @@ class Trainer:
         with ExitStack() as stack:
             if self.gradient_checkpointing:
                 stack.enter_context(modes.checkpointing(self.model))
-            if self.processes > 1 and self.sharded:
+            if parallel.spreads(self.parallel, self.model):
                 parallel.shard(self.model, deltas)
                 stack.callback(self.model.reshard)  # a forward pass leaves the root as it was
             yield torch.compile(self.model) if self.compile else self.model  # type: ignore

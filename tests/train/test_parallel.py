@@ -1,5 +1,6 @@
 """Several processes train as one does: the same losses, and the same delta."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import peftlite as pl
 from tests.train import together
+from tests.train.chats import hf_tokenizer, llama, rows, write
 from tests.train.test_trainer import same
 from tests.train.tiny import gpt, timeless, trainer, values
 from tests.train.together import CASES, DRY, EQUAL, EVEN, fitted
@@ -18,17 +21,26 @@ from tests.train.together import CASES, DRY, EQUAL, EVEN, fitted
 KINDS = ("ddp", "fsdp")
 
 
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+]  # fmt: skip
+
+
+def launched(command: list[str], by: list[str] = TORCHRUN) -> str:
+    """What processes print, all of which come to a good end."""
+    path = {"PYTHONPATH": str(Path(pl.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*by, *command], capture_output=True, text=True, env={**os.environ, **path}
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left what came of everything in `together`."""
     folder = tmp_path_factory.mktemp("together")
-    root = str(Path(pl.__file__).parents[1])
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [sys.executable, *launch, together.__file__, str(folder)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
+    launched([together.__file__, str(folder)])
     return folder
 
 
@@ -164,3 +176,25 @@ def test_a_checkpoint_of_two_is_not_gone_on_with_by_one(ran: Path, tmp_path: Pat
     run = trainer(gpt(DRY, torch.float64), tmp_path, **EVEN)
     with pytest.raises(pl.FileError, match="processes=2"):
         run.fit(resume=ran / "uneven-ddp" / "step-00000009-epoch-3")
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file, one report, and what one process leaves."""
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("model")
+    hf_tokenizer(pl.data.CHATML).save_pretrained("model")
+    write(Path("chats.jsonl"), rows()[:24])
+    command = [
+        "-m", "peftlite", "train", "--model", "model", "--data", "chats.jsonl", "--max-length",
+        "48", "--epochs", "1", "--batch-size", "8", "--set", "dropout=0", "--json", "--out",
+    ]  # fmt: skip
+    alone = launched([*command, "one"], [sys.executable])
+    for kind in KINDS:
+        told = json.loads(launched([*command, kind, "--parallel", kind, "--name", "one"]))
+        assert told["settings"] == {**json.loads(alone)["settings"], "processes": 2}
+        found, expected = (load_file(f"{folder}/one.safetensors") for folder in (kind, "one"))
+        assert {path.name for path in Path(kind).iterdir()} == {
+            path.name for path in Path("one").iterdir()
+        }
+        # AdamW makes much of the least gradients: in fp32 their last bits show
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,8 @@ class Run:
         store: Checkpoints | None,
         processes: Processes,
     ) -> None:
-        self.processes = processes
         self.trainer, self.model, self.deltas = trainer, model, deltas
+        self.processes = processes
         self.log, self.history, self.store = log, log.history, store
         self.parameters = [p for d in deltas for p in d.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -58,14 +59,12 @@ class Run:
         self.optimizer = (trainer.optimizer or adamw)(own)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=trainer.autocast == "fp16")
-        seed = trainer.seed if trainer.shuffle else None
-        among = trainer.collate, self.device
         share = processes.rank, processes.size
-        self.batches = Batches(trainer.train, trainer.size, *among, seed, share)
-        val = None
-        if trainer.val is not None:
-            size = math.ceil(trainer.size / trainer.accumulate)
-            val = Batches(trainer.val, size, *among, None, share)
+        batches = partial(Batches, collate=trainer.collate, device=self.device, share=share)
+        seed = trainer.seed if trainer.shuffle else None
+        self.batches = batches(trainer.train, trainer.size, seed=seed)
+        part = math.ceil(trainer.size / trainer.accumulate)
+        val = None if trainer.val is None else batches(trainer.val, part)
         self.judge = Judge(
             trainer.model, model, self.loss, val, trainer.probes, self.device, processes
         )

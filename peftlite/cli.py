@@ -238,7 +238,7 @@ COMMANDS = {
                 "help": "any other option of the method",
             },
             "--loss": {
-                "choices": get_args(commands.LossName),
+                "choices": ("causal_lm", "contrastive"),
                 "default": "causal_lm",
                 "help": "contrastive: by pairs, to tell which two texts belong together "
                 "(default: causal_lm)",

@@ -31,6 +31,7 @@ def test_imports_what_is_used() -> None:
     new = imported()
     assert "peftlite" in new and not {"peftlite.train", "peftlite.bank"} & new
     assert "peftlite.train" in imported("from peftlite import Trainer")
+    assert "peftlite.train" not in imported("import peftlite.cli")
     assert "peftlite.bank" in imported("peftlite.DeltaBank; assert 'DeltaBank' in dir(peftlite)")
 
 

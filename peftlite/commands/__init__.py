@@ -1,7 +1,7 @@
 """Commands: what the command line does, each in a function of its arguments."""
 
-from peftlite.commands.compare import run_compare as run_compare
-from peftlite.commands.data import run_validate_data as run_validate_data
+from argparse import Namespace
+
 from peftlite.commands.files import run_combine as run_combine
 from peftlite.commands.files import run_convert as run_convert
 from peftlite.commands.files import run_diff as run_diff
@@ -10,5 +10,23 @@ from peftlite.commands.files import run_inspect as run_inspect
 from peftlite.commands.files import run_merge as run_merge
 from peftlite.commands.files import run_verify as run_verify
 from peftlite.commands.outcome import Outcome as Outcome
-from peftlite.commands.train import LossName as LossName
-from peftlite.commands.train import run_train as run_train
+
+# -- those that import the trainer, which no other waits for
+
+
+def run_compare(args: Namespace) -> Outcome:
+    from peftlite.commands import compare
+
+    return compare.run_compare(args)
+
+
+def run_train(args: Namespace) -> Outcome | int:
+    from peftlite.commands import train
+
+    return train.run_train(args)
+
+
+def run_validate_data(args: Namespace) -> Outcome:
+    from peftlite.commands import data
+
+    return data.run_validate_data(args)

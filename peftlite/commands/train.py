@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from peftlite.train.data.jsonl import scan
 from peftlite.train.events import Progress
 from peftlite.train.parallel import local_device, spreads
 from peftlite.train.state import random_kept
-
-LossName = Literal["causal_lm", "contrastive"]
 
 PIECE = 512  # tokens of a text, where none are given
 SETTINGS = (

@@ -89,8 +89,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Write, flush to the disk, rename, flush the folder: at no moment is there half a file.
     """
-    try:
-        path = Path(os.path.realpath(path))  # what a link stands for is replaced, not the link
+    with writing_to(path) as path:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise FileError(f"can't write {str(path)!r}: it is {kind}")
@@ -108,6 +107,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                     os.unlink(file.name)
                 raise
         flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[Path]:
+    """What is to be written to: what a link stands for, not the link. Raises FileError."""
+    try:
+        path = Path(os.path.realpath(path))
+        yield path
     except (OSError, ValueError) as error:
         folder = str(path.parent)
         why = reason(error) if os.path.isdir(folder) else f"there is no folder {folder!r}"

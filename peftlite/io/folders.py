@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftlite.errors import FileError
-from peftlite.io.files import flush_folder, reason
+from peftlite.io.files import flush_folder, writing_to
 
 
 @contextlib.contextmanager
@@ -23,8 +22,7 @@ def replacing_folder(path: Path, check: Callable[[set[str]], str | None]) -> Ite
     Args:
         check: why what stands at `path`, with these names in it, may not be replaced; None if so.
     """
-    try:
-        path = Path(os.path.realpath(path))  # what a link stands for is replaced, not the link
+    with writing_to(path) as path:
         if path.exists() and (why := check({child.name for child in path.iterdir()})):
             raise FileError(f"can't write {str(path)!r}: {why}")
         start = f".{path.name}.{secrets.token_hex(8)}"
@@ -44,7 +42,3 @@ def replacing_folder(path: Path, check: Callable[[set[str]], str | None]) -> Ite
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
         flush_folder(path.parent)
-    except (OSError, ValueError) as error:
-        folder = str(path.parent)
-        why = reason(error) if os.path.isdir(folder) else f"there is no folder {folder!r}"
-        raise FileError(f"can't write {str(path)!r}: {why}") from error

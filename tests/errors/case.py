@@ -39,6 +39,14 @@ def two() -> nn.Module:
     return model
 
 
+def delta(model: nn.Module) -> pl.Delta:
+    return pl.deltas(model)["sql"]
+
+
+def saving(model: nn.Module, path: Path) -> None:
+    pl.save(delta(model), path)
+
+
 def on(kind: str) -> Callable[[], nn.Module]:
     return ZOO[kind].model
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ CASES = [
          "one number, or a dict with it as 'loss': not 3.0"),
     Case(calling(losses.regression, (X, X[0])), "regression compares outputs of shape (2, 3) with "
          "labels of shape (3,): make them alike"),
+    Case(calling(losses.classification, (X, IDS)), "logits of shape (2, 3) are for labels of shape "
+         "(2,), not (8,)"),
+    Case(calling(partial(losses.distillation, teacher=nn.Linear(3, 4)), (X, X[:, 0].long())),
+         "the model gives logits of shape (2, 3), and its teacher (2, 4): both need the same "
+         "vocabulary"),
     Case(calling(losses.contrastive, X), "contrastive takes batches (queries, keys), not a Tensor"),
     Case(calling(losses.contrastive, (X[0], X[0])), "contrastive needs a vector for each example, "
          "not tensor([1., 1., 1.])"),
@@ -117,6 +123,9 @@ CASES = [
          "a tuple that ends with them: not one with input_ids"),
     Case(calling(losses.classification, ({"x": X}, X)), "the model gives a dict, neither a tensor "
          "nor one with .logits: write the loss as a function of (model, batch)"),
+    Case(lambda model, _: losses.causal_lm(model, {"input_ids": IDS + 999, "labels": IDS}),
+         "the model has no embedding for some of the input_ids, which go up to …, or for some of "
+         "… places: give data the model's own tokenizer, and a max_length"),
     # what goes wrong on the way
     Case(losing(lambda model, batch: model(batch["input_ids"]).mean() * float("nan")),
          "at step 1 the loss is nan and the norm of its gradients nan: 'chat' stays as after step "

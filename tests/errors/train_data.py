@@ -65,12 +65,13 @@ CASES = [
     # tokenizers
     on(lambda: data.as_tokenizer(8), "a tokenizer is one of transformers', a function from a text "
        "to ids, or None for bytes: not 8"),
-    on(lambda: chat(None), "this tokenizer has no chat template: set tokenizer.chat_template, for "
-       "one to pl.data.CHATML"),
-    on(lambda: chat("{{ raise_exception('no') }}"), "the chat template refuses these messages: no"),
-    on(lambda: chat(FORGETFUL), "the chat template writes the beginning of a chat otherwise when "
-       "it goes on, so which ids of message 2 are the assistant's can't be told: put "
-       "{% generation %} … {% endgeneration %} around them in tokenizer.chat_template, or give "
+    on(lambda: chat(None), "row 0: this tokenizer has no chat template: set "
+       "tokenizer.chat_template, for one to pl.data.CHATML"),
+    on(lambda: chat("{{ raise_exception('no') }}"), "row 0: the chat template refuses these "
+       "messages: no"),
+    on(lambda: chat(FORGETFUL), "row 0: the chat template writes the beginning of a chat "
+       "otherwise when it goes on, so which ids of message 2 are the assistant's can't be told: "
+       "put {% generation %} … {% endgeneration %} around them in tokenizer.chat_template, or give "
        "assistant_only=False"),
     # parts, orders, blocks
     *(on(lambda shares=shares: NUMBERED.split(*shares), "give the shares to take out, such as 0.1, "
@@ -101,6 +102,12 @@ CASES = [
     Case(lambda _, path: list(_questions(str(path))), "'…' can't be read as text: …", pl.FileError,
          linears, lambda path: path.write_bytes(b"\xff")),
     # weights and augmentations
+    on(lambda: data.collate([{"x": torch.ones(1)}, {"x": torch.ones(2)}]), "what has no input_ids "
+       "is stacked as it is, and here …: give a collate"),
+    on(lambda: data.collate([{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}]), "the "
+       "examples of a batch have the same fields, not input_ids, labels and input_ids"),
+    on(lambda: data.class_weights([0, 1, -1]), "labels are whole numbers from 0 up, or -100: not "
+       "[0, 1, -1]"),
     on(lambda: data.class_weights([0, 1], how="log"),  # type: ignore
        "how must be one of 'inverse', 'effective', not 'log'"),
     on(lambda: data.class_weights([0, 1], beta=1.0), "beta must be in [0, 1), not 1.0"),

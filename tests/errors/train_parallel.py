@@ -31,13 +31,14 @@ def on_one_device(model: nn.Module, _: Path) -> None:
     beside(lambda place: place).share(model, [], torch.device("cuda:0"))
 
 
-def failing_at(error: Exception) -> Callable[[Any, Path], Any]:
-    """What the first process did, and all raise."""
+def told(error: Exception) -> Callable[[Any, Path], Any]:
+    """In the second process, of what the first one met."""
 
-    def act() -> Any:
-        raise error
+    class Told(Processes):
+        def told(self, value: Any) -> Any:
+            return None, error
 
-    return lambda *_: Processes(0, 1).once(act)
+    return lambda *_: Told(1, 2).once(lambda: None)
 
 
 def sharded(model: nn.Module, _: Path) -> None:
@@ -66,7 +67,7 @@ CASES = [
     Case(on_one_device,
          "several processes train on cuda:0 of …: begin the script with "
          "torch.cuda.set_device(int(os.environ['LOCAL_RANK']))"),
-    Case(failing_at(pl.FileError("no room")), "no room", pl.FileError),
+    Case(told(pl.FileError("no room")), "no room", pl.FileError),
     Case(sharded,
          "the parameters of 'sql' are sharded: leave fully_shard to Trainer(parallel='fsdp'), or "
          "give it ignored_params=set(delta.parameters())"),

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Peer
-from peftlite.io.peft.forms import FORMS, At, Config
+from peftlite.io.peft.config import Config
+from peftlite.io.peft.form import At
+from peftlite.io.peft.forms import FORMS
 from peftlite.methods.lokr import LoKr
 from peftlite.patch import Method
 from peftlite.site import Site, sites, slice_of

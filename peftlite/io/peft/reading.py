@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
-from peftlite.io.peft.forms import FORMS, At, Config, Form, ends, fit
+from peftlite.io.peft.config import Config, ends
+from peftlite.io.peft.form import At, Form, fit
+from peftlite.io.peft.forms import FORMS
 from peftlite.methods.bitfit import BitFit
 from peftlite.methods.full import FullTuning
 from peftlite.methods.norm import NormTuning

@@ -28,7 +28,8 @@ from peftlite.io.files import (
     write_file,
 )
 from peftlite.io.folders import replacing_folder
-from peftlite.io.peft.forms import FORMS, At, Form
+from peftlite.io.peft.form import At, Form
+from peftlite.io.peft.forms import FORMS
 from peftlite.io.peft.reading import (
     CONFIG,
     LAYER,

@@ -1,0 +1,146 @@
+"""Form: what a method of ours is in PEFT: its name there, its settings, its tensors at a module.
+
+It translates both ways. Its functions of tensors are run without values first, for the shapes that
+come of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from peftlite import maps
+from peftlite.errors import PeftliteError
+from peftlite.io.peft.config import Config
+from peftlite.maps import kind_of
+from peftlite.patch import Method
+from peftlite.site import Site
+from peftlite.table import shown
+
+Tensors = dict[str, Tensor]
+Parts = list[tuple[Method, dict[str, Tensor | None]]]
+
+_PATTERNS = {
+    "r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern",
+    "n_frequency": "n_frequency_pattern",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class At:
+    """One module of an adapter, by its path, and the site that it changes there.
+
+    `site` is None without a model, or where the model has no such module.
+    """
+
+    path: str
+    site: Any = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it's a parameter that peft takes by its own name, not by its layer's."""
+        site = self.site
+        if site is None or isinstance(site.module, nn.MultiheadAttention):
+            return site is not None and site.slot != "in_proj_weight"
+        return site.slot != "weight" or kind_of(site.module) is None
+
+    @property
+    def inner(self) -> bool:
+        """Whether it's the last map of an attention, which peft changes with the first."""
+        its = nn.modules.linear.NonDynamicallyQuantizableLinear
+        return self.site is not None and isinstance(self.site.module, its)
+
+    @property
+    def name(self) -> str:
+        """What peft's settings call it."""
+        if self.inner:
+            return self.path.rpartition(".")[0]
+        return f"{self.path}.{self.site.slot}" if self.stacked else self.path
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The size of a convolution's kernel."""
+        return self.site.module.kernel_size if kind_of(self.site.module) is maps.Conv else ()
+
+    @property
+    def ones(self) -> list[int]:
+        return [1] * len(self.taps)
+
+
+def fit(tensor: Tensor, *shape: int) -> Tensor:
+    """A tensor of this very shape, -1 for any size. Raises ValueError."""
+    if len(shape) != tensor.dim() or any(
+        n not in (-1, m) for n, m in zip(shape, tensor.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if n == -1 else str(n) for n in shape)
+        raise ValueError(f"one is {tuple(tensor.shape)}, not ({wanted})")
+    return tensor
+
+
+class Form:
+    """A method in peft; by default its tensors are ours under other names."""
+
+    kinds: ClassVar[tuple[type[Method], ...]]
+    names: ClassVar[tuple[tuple[str, str], ...]]
+    """peft's names of the tensors at a module, with ours."""
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear,)
+    convs: ClassVar[tuple[int, ...]] = ()
+    """The layers that peft takes, and of how many dimensions convolutions may be."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """The tensors that are for all modules."""
+    bias: ClassVar[str | None] = None
+    """What `bias=` says where the biases of its modules are trained."""
+
+    def method(self, config: Config, at: At, t: Tensors) -> Any:
+        """Ours, from the settings and the shapes of peft's tensors; None if it changes nothing."""
+        raise NotImplementedError
+
+    def settings(self, method: Any, patch: Any) -> dict[str, Any]:
+        """peft's settings, from a method and a patch."""
+        raise NotImplementedError
+
+    def joined(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """One table of settings from those of modules by name. Raises PeftliteError."""
+        first = next(iter(settings.values()))
+        found = dict(first)
+        for name in first:
+            own = {at: its[name] for at, its in settings.items() if its[name] != first[name]}
+            if own and name in _PATTERNS:
+                found[_PATTERNS[name]] = {f"^{re.escape(at)}": x for at, x in own.items()}
+            elif own and name != "lora_dropout":  # which is for training
+                raise PeftliteError(
+                    f"peft has one {name} for all modules, and this delta has {shown(first[name])} "
+                    f"and {shown(next(iter(own.values())))}: attach what differs as another delta"
+                )
+        return found
+
+    def ours(self, t: Tensors, at: At) -> Tensors:
+        """Our tensors from peft's, which are taken out of `t`."""
+        return {own: t.pop(name) for name, own in self.names if name in t}
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        own = patch.saved()
+        return {name: own[key] for name, key in self.names if key in own}
+
+    def parts(self, method: Any, t: Tensors, at: At) -> Parts:
+        """Our tensors as `slot:name`, and what they are of; None for one that another site has."""
+        own = self.ours(t, at)
+        return [(method, {f"{at.site.slot}:{name}": x for name, x in own.items()})]
+
+    def taken(self, site: Site) -> bool:
+        """Whether peft takes a site."""
+        kind = kind_of(site.module)
+        dims = site.whole.dim() - 2 if kind is maps.Conv else 0
+        return site.slot == "weight" and (kind in self.layers or dims in self.convs)
+
+    def write_shared(self, patches: Sequence[Any]) -> list[Tensor]:
+        """The tensors for all modules."""
+        return []
+
+    def read_shared(self, method: Any, sites: Sequence[Site], t: Sequence[Tensor]) -> Tensors:
+        """Ours of them, as the first site has them. Raises ValueError if they can't be."""
+        return {}

@@ -1,0 +1,186 @@
+"""LoRA, DoRA and AdaLoRA in PEFT: products of two factors, in the layout of each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftlite import maps
+from peftlite.errors import FileError, PeftliteError
+from peftlite.io.peft.config import Config
+from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
+from peftlite.io.peft.forms.vectors import added_bias
+from peftlite.maps import kind_of
+from peftlite.methods.adalora import AdaLoRA
+from peftlite.methods.dora import DoRA, DoRAPatch
+from peftlite.methods.lora import LoRA
+from peftlite.site import Site
+
+
+class LoRAForm(Form):
+    kinds = (LoRA, DoRA)
+    names = (
+        ("lora_A.weight", "a"), ("lora_embedding_A", "a"), ("lora_B.weight", "b"),
+        ("lora_embedding_B", "b"), ("lora_magnitude_vector", "m"), ("lora_B.bias", ""),
+    )  # fmt: skip
+    layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
+    convs = (1, 2, 3)
+    bias = "lora_only"
+
+    def method(self, config: Config, at: At, t: Tensors) -> LoRA:
+        a = t["lora_embedding_A" if "lora_embedding_A" in t else "lora_A.weight"]
+        init = config.take("init_lora_weights", True, bool, str)
+        if init not in (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"):
+            raise FileError(
+                f"{config.at!r} has 'init_lora_weights' as {init!r}, whose base isn't the model's "
+                "own: save it with path_initial_model_for_weight_conversion= in peft"
+            )
+        rank = config.patterned("rank_pattern", at.path, config.number("r", 8))
+        kind = DoRA if config.flag("use_dora") else LoRA
+        config.flag("lora_bias")  # whose tensors say so
+        return kind(
+            rank=int(rank) if at.stacked else len(a),
+            alpha=config.patterned("alpha_pattern", at.path, config.number("lora_alpha", 8)),
+            dropout=config.number("lora_dropout", 0.0),
+            scaling="rslora" if config.flag("use_rslora") else "alpha/r",
+            init=init if init in ("pissa", "olora") else "kaiming",
+        )
+
+    def settings(self, method: LoRA, patch: Any) -> dict[str, Any]:
+        r = patch.factors()[0].shape[-2]
+        rslora = method.scaling == "rslora"
+        alpha = method.scale * (math.sqrt(r) if rslora else r)
+        # what is a whole number but for the rounding of a root is one
+        alpha = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+        return {
+            "r": r, "lora_alpha": alpha, "lora_dropout": method.dropout,
+            "use_rslora": rslora, "use_dora": isinstance(method, DoRA),
+        }  # fmt: skip
+
+    def _keys(self, at: At) -> tuple[str, str]:
+        embeds = kind_of(at.site.module) is maps.Embedding
+        kind = "lora_embedding_{}" if embeds else "lora_{}.weight"
+        return kind.format("A"), kind.format("B")
+
+    def ours(self, t: Tensors, at: At) -> Tensors:
+        a, b = (t.pop(key) for key in self._keys(at))
+        whole, ones = at.site.whole, at.ones
+        if ones:
+            a, b = fit(a, -1, *whole.shape[1:]).flatten(1), fit(b, -1, -1, *ones).flatten(1)
+        elif at.stacked and whole.dim() == 3:
+            e = len(whole)
+            a, b = a.unflatten(0, (e, -1)), b.unflatten(1, (-1, e)).permute(2, 0, 1)
+            if getattr(at.site.module, "is_transposed", False):
+                a, b = b.mT, a.mT
+        found = {"a": a, "b": b}
+        if "lora_magnitude_vector" in t:
+            m = t.pop("lora_magnitude_vector")
+            found["m"] = fit(m, 1, -1, *ones).flatten() if ones else m
+        return found
+
+    def parts(self, method: LoRA, t: Tensors, at: At) -> Parts:
+        bias = t.pop("lora_B.bias", None)
+        on_meta = all(x.is_meta for x in t.values())
+        found = super().parts(method, t, at)
+        if method.init != "kaiming":
+            found[0][1].update(self._start(method, at.site, on_meta))
+        if bias is not None:
+            found.append(added_bias(at.site.module, method.scale * bias))
+        return found
+
+    @torch.no_grad()
+    def _start(self, method: LoRA, site: Site, on_meta: bool) -> Tensors:
+        """B₀A₀, which peft takes out of the base: what the base's own weights give."""
+        patch = method.build(replace(site, on="meta" if on_meta else None))
+        if not on_meta:
+            patch.reset(site.tensor)
+        return {f"{site.slot}:{name}": getattr(patch, name) for name in ("a0", "b0")}
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        a, b = (x.detach() for x in patch.factors())
+        module, ones = at.site.module, at.ones
+        if ones:
+            a, b = a.reshape(-1, *at.site.shape[1:]), b.reshape(*b.shape, *ones)
+        elif a.dim() == 3:
+            if getattr(module, "is_transposed", False):
+                a, b = b.mT, a.mT
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+        found = dict(zip(self._keys(at), (a, b), strict=True))
+        if isinstance(patch, DoRAPatch):
+            m = patch.m.detach()
+            found["lora_magnitude_vector"] = m.reshape(1, -1, *ones) if ones else m
+        return found
+
+    def taken(self, site: Site) -> bool:
+        module, inner = site.module, nn.modules.linear.NonDynamicallyQuantizableLinear
+        if isinstance(module, nn.modules.conv._ConvNd):
+            # in peft the change of a grouped one sees the inputs of all groups
+            return super().taken(site) and module.groups == 1
+        if isinstance(module, nn.MultiheadAttention | inner):
+            return site.slot in ("in_proj_weight", "weight")
+        return super().taken(site) or site.tensor.dim() in (2, 3)
+
+
+class AdaLoRAForm(Form):
+    kinds = (AdaLoRA,)
+    names = (("lora_A", "q"), ("lora_B", "p"), ("lora_E", "lam"))
+    layers = (maps.Linear, maps.TransposedLinear)
+    bias = "lora_only"
+
+    def method(self, config: Config, at: At, t: Tensors) -> AdaLoRA | None:
+        rank, first = len(t["lora_A"]), config.number("init_r", 12)
+        config.number("lora_alpha", 8)
+        if not rank:  # all of it was cut
+            return None
+        warmup, last = (int(config.number(name, 0)) for name in ("tinit", "tfinal"))
+        steps = int(config.number("total_step", 0))
+        return AdaLoRA(
+            total_steps=max(steps, warmup + last + 1),
+            init_rank=rank,
+            target_rank=min(rank, int(config.number("target_r", 8))),
+            t_init=warmup,
+            t_final=last,
+            delta_t=int(config.number("deltaT", 1)),
+            beta1=config.number("beta1", 0.85),
+            beta2=config.number("beta2", 0.85),
+            orth_reg_weight=config.number("orth_reg_weight", 0.5),
+            # peft divides by the rank at first, and a little more
+            alpha=config.number("lora_alpha", 8) / (first + 1e-5) * rank,
+            dropout=config.number("lora_dropout", 0.0),
+        )
+
+    def settings(self, method: AdaLoRA, patch: Any) -> dict[str, Any]:
+        r = method.init_rank
+        return {
+            "r": r, "init_r": r, "target_r": method.target_rank, "tinit": method.t_init,
+            "tfinal": method.t_final, "deltaT": method.delta_t, "beta1": method.beta1,
+            "beta2": method.beta2, "orth_reg_weight": method.orth_reg_weight,
+            "total_step": method.total_steps, "lora_alpha": float(f"{method.scale:.12g}"),
+            "lora_dropout": method.dropout,
+        }  # fmt: skip
+
+    def joined(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        # of smaller ranks are modules that were cut: peft still divides by the rank at first
+        ranks = {at: its["r"] for at, its in settings.items()}
+        r = max(ranks.values())
+        same = {"r": r, "init_r": r, "target_r": min(its["target_r"] for its in settings.values())}
+        found = super().joined({at: {**its, **same} for at, its in settings.items()})
+        cut = {f"{at}.lora_E": [k < n for k in range(r)] for at, n in ranks.items() if n < r}
+        found["rank_pattern"] = cut or None
+        del found["r"]
+        if "alpha_pattern" in found:
+            raise PeftliteError("peft has one lora_alpha for all modules of an AdaLoRA")
+        return {**found, "lora_alpha": found["lora_alpha"] * (r + 1e-5)}
+
+    def ours(self, t: Tensors, at: At) -> Tensors:
+        found = super().ours(t, at)
+        return {**found, "lam": fit(found["lam"], -1, 1)[:, 0]}
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        found = super().theirs(patch, at)
+        return {**found, "lora_E": found["lora_E"][:, None]}

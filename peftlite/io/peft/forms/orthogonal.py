@@ -1,0 +1,112 @@
+"""OFT, BOFT and HRA in PEFT: rotations and reflections of a weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from peftlite.errors import FileError, PeftliteError
+from peftlite.io.peft.config import Config
+from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
+from peftlite.methods.boft import BOFT
+from peftlite.methods.hra import HRA
+from peftlite.methods.oft import OFT, skew
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+
+
+class OFTForm(Form):
+    kinds = (OFT,)
+    names = (("oft_R.weight", "q"),)
+    convs = (2,)
+    bias = "oft_only"
+
+    def method(self, config: Config, at: At, t: Tensors) -> OFT:
+        terms = config.number("num_cayley_neumann_terms", 5)
+        neumann = config.flag("use_cayley_neumann", True)
+        if neumann and terms < 3:
+            raise FileError(f"{config.at!r} has 'num_cayley_neumann_terms' as {terms}: below 3")
+        if neumann and _release(config.take("peft_version", "", str)) < (0, 18):
+            raise FileError(
+                f"{config.at!r} is of a peft before 0.18, whose 'use_cayley_neumann' was another "
+                "series: train it anew"
+            )
+        eps = config.number("eps", 6e-5)
+        return OFT(
+            block_size=(1 + math.isqrt(1 + 8 * t["oft_R.weight"].shape[-1])) // 2,
+            neumann_terms=max(int(terms), 4) - 2 if neumann else None,
+            eps=eps if config.flag("coft") else None,
+        )
+
+    def settings(self, method: OFT, patch: Any) -> dict[str, Any]:
+        neumann = method.neumann_terms
+        if neumann == 1:
+            raise PeftliteError("peft has no OFT with neumann_terms=1, but from 2 up, and exact")
+        return {
+            "r": 0, "oft_block_size": patch.block, "use_cayley_neumann": neumann is not None,
+            **({"num_cayley_neumann_terms": neumann + 2} if neumann else {}),
+            **({"coft": True, "eps": method.eps} if method.eps else {}),
+        }  # fmt: skip
+
+    def parts(self, method: OFT, t: Tensors, at: At) -> Parts:
+        # peft's series turns the other way than its exact map
+        q = t.pop("oft_R.weight")
+        return [(method, {"weight:q": q if method.neumann_terms is None else -q})]
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        q = patch.q.detach()
+        return {"oft_R.weight": q if patch.terms is None else -q}
+
+
+class BOFTForm(Form):
+    kinds = (BOFT,)
+    names = (("boft_R", "q"), ("boft_s", "s"))
+    convs = (2,)
+    bias = "boft_only"
+
+    def method(self, config: Config, at: At, t: Tensors) -> BOFT:
+        m, _, block, _ = t["boft_R"].shape
+        return BOFT(block_size=block, m=m)
+
+    def settings(self, method: BOFT, patch: Any) -> dict[str, Any]:
+        return {
+            "boft_block_size": patch.block, "boft_block_num": 0,
+            "boft_n_butterfly_factor": method.m,
+        }  # fmt: skip
+
+    def ours(self, t: Tensors, at: At) -> Tensors:
+        whole, s = t.pop("boft_R"), t.pop("boft_s")
+        s = fit(s, *((1, -1) if at.ones else (-1, 1))).flatten()
+        row, column = torch.triu_indices(whole.shape[-2], whole.shape[-1], 1).to(whole.device)
+        # peft learns a whole matrix for each skew one
+        return {"q": ((whole - whole.mT) / 2)[..., row, column], "s": s}
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        s = patch.s.detach()
+        return {
+            "boft_R": skew(patch.q.detach(), patch.block),
+            "boft_s": s[None] if at.ones else s[:, None],
+        }
+
+
+class HRAForm(Form):
+    kinds = (HRA,)
+    names = (("hra_u", "u"),)
+    convs = (2,)
+    bias = "hra_only"
+
+    def method(self, config: Config, at: At, t: Tensors) -> HRA:
+        return HRA(rank=t["hra_u"].shape[-1])
+
+    def settings(self, method: HRA, patch: Any) -> dict[str, Any]:
+        return {"r": method.rank}
+
+    def ours(self, t: Tensors, at: At) -> Tensors:
+        return {"u": t.pop("hra_u").mT}
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        return {"hra_u": patch.u.detach().mT}

@@ -1,0 +1,72 @@
+"""(IA)³ and BEFT in PEFT: vectors that scale a layer's outputs or inputs, or shift them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlite import maps
+from peftlite.errors import FileError
+from peftlite.io.peft.config import Config, ends
+from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
+from peftlite.methods.bitfit import BitFit
+from peftlite.methods.ia3 import IA3
+from peftlite.patch import Method
+
+
+class IA3Form(Form):
+    kinds = (IA3,)
+    names = (("ia3_l", "l"),)
+    layers = (maps.Linear, maps.TransposedLinear)
+    convs = (2, 3)
+
+    def method(self, config: Config, at: At, t: Tensors) -> IA3:
+        shape, named = t["ia3_l"].shape, config.take("feedforward_modules", [], list, str)
+        if isinstance(named, str) and len(shape) > 2:
+            raise FileError(
+                f"{config.at!r} has a regex for 'feedforward_modules': write out the modules' paths"
+            )
+        inputs = any(ends(at.path, name) for name in config.names("feedforward_modules")) if (
+            isinstance(named, list)
+        ) else shape[0] == 1  # fmt: skip
+        return IA3(feedforward=inputs)
+
+    def settings(self, method: IA3, patch: Any) -> dict[str, Any]:
+        return {"feedforward": method.feedforward}
+
+    def joined(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        inputs = sorted(at for at, its in settings.items() if its["feedforward"])
+        return {"feedforward_modules": inputs}
+
+    def parts(self, method: IA3, t: Tensors, at: At) -> Parts:
+        scale, inputs, ones = t.pop("ia3_l"), method.feedforward, at.ones
+        shape = (1, -1, *ones) if ones or inputs else (-1, 1)
+        found: dict[str, Tensor | None] = {"weight:l": fit(scale, *shape).flatten()}
+        if not inputs and at.site.module.bias is not None:
+            found["bias:l"] = None
+        return [(method, found)]
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        scale, ones = patch.l.detach(), at.ones
+        return {"ia3_l": scale.reshape(1, -1, *ones) if ones or patch.inputs else scale[:, None]}
+
+
+class BEFTForm(Form):
+    kinds = ()
+    names = (("beft_bias", "difference"),)
+
+    def method(self, config: Config, at: At, t: Tensors) -> BitFit:
+        return BitFit()
+
+    def parts(self, method: BitFit, t: Tensors, at: At) -> Parts:
+        d = t.pop("beft_bias")
+        return [added_bias(at.site.module, fit(d, 1, -1)[0])]
+
+
+def added_bias(module: nn.Module, d: Tensor) -> tuple[Method, dict[str, Tensor | None]]:
+    """A change of a layer's bias, or the bias that it lacks."""
+    if getattr(module, "bias", None) is not None:
+        return BitFit(), {"bias:difference": d}
+    return BitFit(add_missing=True), {"():d": d}

@@ -12,8 +12,7 @@ AdamW moves s·BA by about s·r·lr while only B has left its start, and by s·r
 Other methods are multiples of the rule's rate for s = 32/r: × is a published rate over the rule's
 for the same model. Where none holds for AdamW, or none suits short runs as well, the multiple is
 from the rates tuned on three small models (benchmarks/results/quality_runs.csv), and marked *.
-A method that isn't listed has 1, such as adapters: microsoft/LoRA, examples/NLU, trains them at
-LoRA's rate.
+A method that isn't listed has 1.
 """
 
 from __future__ import annotations
@@ -56,6 +55,8 @@ OF_LORA: Mapping[str, float] = {
     "VBLoRA": 4,
     # * 5e-4 to 2.2e-3 for DeBERTaV3-base (×1), in thousands of steps: QingruZhang/AdaLoRA, NLU
     "AdaLoRA": 3,
+    # * 3e-4 for RoBERTa-large, as LoRA (×0.4): microsoft/LoRA, examples/NLU
+    "BottleneckAdapter": 2,
     # * 1e-3 for BERT-base (×1): benzakenelad/BitFit, README.md
     "BitFit": 3,
     "LoHa": 4, "NormTuning": 4, "SparseMask": 2,  # *

@@ -111,6 +111,11 @@ def distillation(
     with torch.no_grad(), choice, evaluating(teacher if other else model) as judge:
         theirs = _output(judge, inputs)
     ours = _output(model, inputs)
+    if ours.shape != theirs.shape:
+        raise PeftliteError(
+            f"the model gives logits of shape {tuple(ours.shape)}, and its teacher "
+            f"{tuple(theirs.shape)}: both need the same vocabulary"
+        )
     if causal:
         ours, theirs, labels = ours[:, :-1], theirs[:, :-1], labels[:, 1:]
     result = _cross_entropy(ours, labels)
@@ -124,6 +129,11 @@ def distillation(
 def _cross_entropy(
     logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weight: Tensor | None = None
 ) -> dict[str, Tensor]:
+    if logits.shape[:-1] != labels.shape:
+        raise PeftliteError(
+            f"logits of shape {tuple(logits.shape)} are for labels of shape "
+            f"{tuple(logits.shape[:-1])}, not {tuple(labels.shape)}"
+        )
     logits = logits.to(wide(logits))
     weight = None if weight is None else weight.to(logits)
     total = F.cross_entropy(
@@ -163,7 +173,16 @@ def _run(model: nn.Module, inputs: Any) -> Any:
         del rest["attention_mask"]
     # the first argument of every model of text, whatever it is called
     ids = (rest.pop("input_ids"),) if "input_ids" in rest else ()
-    return model(*ids, **rest)
+    try:
+        return model(*ids, **rest)
+    except IndexError as error:
+        if not ids or "out of range in self" not in str(error):
+            raise
+        raise PeftliteError(
+            f"the model has no embedding for some of the input_ids, which go up to {ids[0].max()}, "
+            f"or for some of {ids[0].shape[-1]} places: give data the model's own tokenizer, and a "
+            "max_length"
+        ) from error
 
 
 def _takes(model: nn.Module, name: str) -> bool:

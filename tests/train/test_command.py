@@ -20,7 +20,7 @@ from tests.train.chats import hf_tokenizer, llama, rows, write
 from tests.zoo import seeded
 
 Run = Callable[..., str]
-SHORT = ["--max-length", "48", "--epochs", "2", "--batch-size", "8"]
+SHORT = ["--max-length", "64", "--epochs", "2", "--batch-size", "8"]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_is_the_trainers_own_run(run: Run) -> None:
         "dropout=0.1", "--validation", "0.25", "--lr-multiplier", "2", "--seed", "3",
     )  # fmt: skip
     model, tokenizer = local_model("model"), local_tokenizer("model")
-    train, val = data.chat("chats.jsonl", tokenizer, max_length=48).split(0.25, seed=3)
+    train, val = data.chat("chats.jsonl", tokenizer, max_length=64).split(0.25, seed=3)
     with random_kept(torch.device("cpu"), 3):
         delta = pl.attach(model, pl.LoRA(rank=4, dropout=0.1, targets=["q_proj", "v_proj"]), "sql")
     trainer = Trainer(
@@ -127,9 +127,9 @@ def test_reads_other_files(kind: str, run: Run) -> None:
     told = found(run, "--out", "run", "--validation", str(path), "--seed", "1", source=str(path))
     tokenizer = hf_tokenizer()
     want = {
-        "text": lambda: data.text(texts, tokenizer, length=48),
-        "plain": lambda: data.text(["\n\n".join(texts)], tokenizer, length=48),
-        "pairs": lambda: data.pairs([("Why?", t) for t in texts], tokenizer, max_length=48),
+        "text": lambda: data.text(texts, tokenizer, length=64),
+        "plain": lambda: data.text(["\n\n".join(texts)], tokenizer, length=64),
+        "pairs": lambda: data.pairs([("Why?", t) for t in texts], tokenizer, max_length=64),
     }[kind]()
     assert told["settings"]["examples"] == len(want)
     losses_by_epoch = [epoch["full_valid_loss"] for epoch in told["epochs"]]

@@ -250,3 +250,10 @@ def test_pairs_and_texts_out_of_files(tmp_path: Path) -> None:
     texts = data.text(write(tmp_path / "texts.jsonl", [{"text": "abcde"}]), length=4)
     assert [e["input_ids"].tolist() for e in texts] == [[97, 98, 99, 100], [101, 257]]
     assert len(data.text(["abcde", "f"])) == 2
+
+
+def test_a_length_that_leaves_nothing_to_learn_is_warned_of() -> None:
+    examples = data.chat([good()], max_length=24)
+    with pytest.warns(UserWarning, match="max_length=8 leaves some examples without a token"):
+        lost = data.chat([good()], max_length=8)
+    assert (lost[0]["labels"] == -100).all() and (examples[0]["labels"] != -100).any()

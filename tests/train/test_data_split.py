@@ -193,6 +193,10 @@ def test_class_weights(labels: list[int]) -> None:
         torch.testing.assert_close(got, (weights * 4 / weights.sum()).float())
 
 
+def test_labels_that_losses_leave_out_have_no_weight() -> None:
+    assert torch.equal(data.class_weights([0, 1, -100, 0]), data.class_weights([0, 1, 0]))
+
+
 def test_class_weights_of_many_examples_are_exact() -> None:
     labels = [0] * 3 + [1] * 1_000_000
     got = data.class_weights(labels, how="effective", beta=1 - 1e-9)

@@ -1,14 +1,19 @@
 """Tokenizers: bytes there and back, transformers' templates, and which tokens are learned."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers, processors
 
 import peftlite as pl
 import peftlite.train.data as data
 from tests.train.chats import hf_tokenizer, llama, rows
+
+ASKS = {"role": "user", "content": "Why?"}
+SAYS = {"role": "assistant", "content": "So."}
 
 # as the models of these names have them: who speaks, and what surrounds it
 LLAMA2 = (
@@ -82,6 +87,48 @@ def test_templates_learn_what_the_assistant_says(template: str, after: str) -> N
         assert [run.lstrip() for run in learned(tokenizer, row["messages"])] == said
 
 
+# markers with the space around them that jinja takes away, or is told to
+LAID_OUT = (
+    "{{ bos_token }}\n{% for m in messages %}\n"
+    "  {% if m['role'] == 'assistant' %}\n"
+    "    [INST]\n    {% generation %}\n  {{ m['content'] }}\n  {%- endgeneration -%}  \n [/INST]\n"
+    "  {%- else %}{{ m['content'] }} {% endif %}\n"
+    "{% endfor %}\n"
+)
+
+
+@pytest.mark.parametrize("template", [data.CHATML, LAID_OUT], ids=["chatml", "laid out"])
+def test_markers_are_read_as_transformers_reads_them(template: str) -> None:
+    tokenizer = hf_tokenizer(template)
+    for row in rows():
+        theirs = tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ours = data.as_tokenizer(tokenizer).render_with_mask(row["messages"])
+        assert ours == (theirs["input_ids"], theirs["assistant_masks"])
+
+
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ '[INST]' + m['content'] + '[/INST]' }}{% endif %}{% endfor %}"
+)
+
+
+def test_markers_hold_where_transformers_lets_go_of_them() -> None:
+    """At the first token, and at space that is dropped: huggingface/transformers#47325."""
+    tokenizer = hf_tokenizer(MARKED)
+    assert learned(tokenizer, [SAYS | {"content": "a"}, ASKS, SAYS]) == ["a", "So."]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
+    assert learned(tokenizer, [ASKS, SAYS | {"content": "So.\n"}, ASKS, SAYS]) == ["So.", "So."]
+
+
+def test_without_offsets_a_marked_template_goes_by_what_messages_add() -> None:
+    tokenizer = hf_tokenizer(data.CHATML)
+    with mock.patch.object(type(tokenizer), "is_fast", False):
+        assert learned(tokenizer, [ASKS, SAYS]) == ["So.<|im_end|>\n"]
+
+
 def test_a_chat_is_what_its_template_writes() -> None:
     tokenizer = hf_tokenizer(LLAMA2)
     messages = rows()[0]["messages"]
@@ -121,8 +168,10 @@ def test_whatever_a_function_returns(returned: Any) -> None:
 
 def test_tokenizers_without_templates_have_encode() -> None:
     tokenizer = hf_tokenizer()
-    ids = data.as_tokenizer(tokenizer.backend_tokenizer).encode("What is if?")
-    assert ids == tokenizer.encode("What is if?")
+    backend, ids = tokenizer.backend_tokenizer, tokenizer.encode("What is if?")
+    assert data.as_tokenizer(backend).encode("What is if?") == ids
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    assert data.as_tokenizer(backend).encode("What is if?") == ids
 
 
 def test_pairs_end_where_texts_end() -> None:

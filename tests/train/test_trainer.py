@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import peftlite as pl
-from peftlite.train import auto, losses
+from peftlite.train import losses
 from peftlite.train.batches import Batches
 from peftlite.train.data import collate
 from peftlite.train.events import Log
@@ -331,20 +331,6 @@ def test_looking_seldom_changes_nothing() -> None:
 # -- what is left to it
 
 
-@pytest.mark.parametrize(
-    ("method", "of_lora"),
-    [(pl.LoRA(rank=2), 1), (pl.FullTuning(), 0.1), ([pl.LoRA(rank=2), pl.IA3(targets="up")], 1)],
-)
-def test_rates_go_by_method_and_width(method: Any, of_lora: float) -> None:
-    model = gpt(method)
-    expected = 5e-4 * of_lora * (2000 / 16) ** 0.781
-    assert trainer(model, lr="auto").rate == pytest.approx(expected, rel=0.05)
-
-
-def test_every_method_with_a_rate_of_its_own_is_known() -> None:
-    assert set(auto.OF_LORA) <= set(pl.Method.known)
-
-
 def test_numbers_go_by_the_size_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     given = trainer(epochs="auto", batch_size="auto", progress=True)
     assert (given.passes, given.size, given.total_steps) == (9, 1, 108)
@@ -370,28 +356,6 @@ def test_packed_chats_are_the_same_chats() -> None:
         torch.testing.assert_close(found[1][0][key], value, rtol=1e-3, atol=1e-4)
     for name in ("full_valid_loss", "train_mean_token_accuracy"):
         assert found[0][1][name] == pytest.approx(found[1][1][name], rel=1e-4)
-
-
-def test_transformers_trainer_needs_nothing_special(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    model = llama()
-    pl.attach(model, pl.LoRA(rank=4), "sql")
-    pl.detach(model, "sql")
-    fresh = {key: t.clone() for key, t in model.state_dict().items()}
-    pl.attach(model, pl.LoRA(rank=4), "sql")
-    arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=20, learning_rate=0.05, report_to=[], use_cpu=True,
-        disable_tqdm=True, save_strategy="no", logging_strategy="no", seed=0,
-    )  # fmt: skip
-    theirs = Trainer(model, arguments, train_dataset=texts(), data_collator=collate)
-    before = losses.causal_lm(model.eval(), collate(texts()))["loss"].item()
-    theirs.train()
-    after = losses.causal_lm(model.eval(), collate(texts()))["loss"].item()
-    assert after < before - 0.1
-    theirs.save_model(str(tmp_path / "last"))
-    pl.detach(model, "sql")
-    assert same(fresh, model.state_dict())
 
 
 class Asked(TorchDispatchMode):

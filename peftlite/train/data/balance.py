@@ -11,6 +11,8 @@ from torch import Tensor
 
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
+from peftlite.table import shown
+from peftlite.train.data.packing import IGNORED
 
 How = Literal["inverse", "effective"]
 
@@ -27,7 +29,7 @@ def class_weights(
     `nn.functional.cross_entropy(logits, labels, weight=class_weights(train_labels))`
 
     Args:
-        labels: of all examples, from 0.
+        labels: of all examples, from 0; −100, which losses leave out, has no weight.
         classes: c; by default the largest label and one.
         how: "inverse", by frequency: over the examples the weights average 1. "effective", by the
             effective number of samples (Cui et al. 2019, arXiv:1901.05555, eq. 2): over the classes
@@ -39,7 +41,13 @@ def class_weights(
     check_given("how", how, get_args(How))
     if not 0 <= beta < 1:
         raise PeftliteError(f"beta must be in [0, 1), not {beta!r}")
-    counts = torch.bincount(torch.as_tensor(labels).flatten().long(), minlength=classes or 0)
+    given = torch.as_tensor(labels).flatten()
+    given = given[given != IGNORED]
+    if given.is_floating_point() or (given < 0).any():
+        raise PeftliteError(
+            f"labels are whole numbers from 0 up, or {IGNORED}: not {shown(labels)}"
+        )
+    counts = torch.bincount(given, minlength=classes or 0)
     if classes is not None and len(counts) > classes:
         raise PeftliteError(f"there are labels up to {len(counts) - 1}, and {classes} classes")
     if missing := (counts == 0).nonzero().flatten().tolist():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
 from peftlite.train.data.checks import check_whole
 from peftlite.train.data.packing import IGNORED, block_mask
@@ -33,8 +34,11 @@ def collate(
     token sees those before it.
     What has no `input_ids` goes to torch's `default_collate`.
 
+    Raises PeftliteError if examples don't fit together.
+
     Args:
-        pad: the id to fill up with; labels are filled up with −100, all else with 0.
+        pad: the id to fill up with; labels are filled up with −100, all else with 0. Some models go
+            by theirs, as transformers' classifiers of sequences do to find the last token.
         side: where to.
         multiple: of tokens, to which the length is rounded up.
         mask: False leaves the mask of packed blocks out, for a model that goes by `position_ids`
@@ -43,7 +47,17 @@ def collate(
     check_given("side", side, get_args(Side))
     check_whole(multiple=multiple)
     if not isinstance(examples[0], Mapping) or "input_ids" not in examples[0]:
-        return default_collate(list(examples))
+        try:
+            return default_collate(list(examples))
+        except RuntimeError as error:
+            raise PeftliteError(
+                f"what has no input_ids is stacked as it is, and here {error}: give a collate"
+            ) from error
+    if odd := next((e for e in examples if e.keys() != examples[0].keys()), None):
+        raise PeftliteError(
+            f"the examples of a batch have the same fields, not {', '.join(examples[0])} and "
+            f"{', '.join(odd)}"
+        )
     packed = "position_ids" in examples[0]
     if not packed:
         examples = [{"attention_mask": [1] * len(e["input_ids"]), **e} for e in examples]

@@ -74,10 +74,16 @@ class Data(Sequence[Any]):
             return replace(self, _picks=self.picks[i])
         pick = self.picks[i]
         if self._augmentations:
-            return self.make(self._augmented(pick))
+            return self._made(pick, self._augmented(pick))
         if pick not in self._memo:
-            return self._memo.keep(pick, self.make(self.rows[pick]))
+            return self._memo.keep(pick, self._made(pick, self.rows[pick]))
         return self._memo[pick]
+
+    def _made(self, pick: int, row: Any) -> Any:
+        try:
+            return self.make(row)
+        except PeftliteError as error:
+            raise PeftliteError(f"row {pick}: {error}") from error
 
     def __repr__(self) -> str:
         return f"Data({len(self)} examples)"
@@ -159,7 +165,8 @@ class Data(Sequence[Any]):
     def pack(self, length: int) -> Blocks:
         """Blocks of at most `length` tokens, of several examples each, which don't see one another.
 
-        Raises PeftliteError for an example that is longer.
+        They come shuffled, so a curriculum ends here. Raises PeftliteError for an example that is
+        longer.
         """
         if self._augmentations:
             raise PeftliteError(

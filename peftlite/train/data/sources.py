@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -37,13 +38,18 @@ def chat(
         tokenizer: one of transformers', whose chat template is used; a function from a text to ids;
             None for bytes. See `as_tokenizer`.
         assistant_only: learn the assistant's messages and their ends, and nothing else.
-        max_length: tokens after which an example is cut off.
+        max_length: tokens after which an example is cut off. A warning says if that leaves none to
+            learn.
 
-    Raises FileError, or PeftliteError for rows, if a row is no chat; `validate` tells them all.
+    Raises FileError, or PeftliteError for rows, if a row is no chat, of which `validate` tells all;
+    and PeftliteError if the tokenizer's template doesn't take the first one.
     """
     check_whole(max_length=max_length)
     make = partial(_chat, as_tokenizer(tokenizer), assistant_only, max_length)
-    return Data(_rows(source, check_chat), make)
+    chats = Data(_rows(source, check_chat), make)
+    if len(chats):
+        chats[0]  # a template that can't serve is an error here, not once training has begun
+    return chats
 
 
 def pairs(
@@ -111,6 +117,12 @@ def _piece(ids: Tensor) -> dict[str, Tensor]:
 def _example(ids: Sequence[int], mask: Sequence[int], max_length: int | None) -> dict[str, Tensor]:
     input_ids = torch.tensor(ids[:max_length])
     learned = torch.tensor(mask[:max_length]).bool()
+    if any(mask) and not learned.any():
+        warnings.warn(
+            f"max_length={max_length} leaves some examples without a token to learn: raise it, or "
+            "leave them out",
+            stacklevel=2,
+        )
     return {"input_ids": input_ids, "labels": input_ids.where(learned, IGNORED)}
 
 

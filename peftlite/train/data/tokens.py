@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,10 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """ChatML as a template, for a tokenizer that has none: `tokenizer.chat_template = CHATML`."""
+
+# with the space that jinja takes away around a block: before it on its line, and one line's end
+MARKER = re.compile(r"(?m:^[ \t]+)?{%(-?)\+?\s*(end)?generation\s*\+?(-?)%}\n?")
+BEGIN, END = "\ufdd0", "\ufdd1"  # what no text has: Unicode sets them apart for use inside programs
 
 
 class Tokenizer:
@@ -122,6 +127,10 @@ class _Function(Tokenizer):
     def __init__(self, given: Any) -> None:
         self.given = given
         self._call: Callable[[str], Any] = getattr(given, "encode", given)
+        if hasattr(
+            given, "post_processor"
+        ):  # tokenizers.Tokenizer, which puts tokens around a text
+            self._call = partial(given.encode, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         return _ids(self._call(text))
@@ -145,15 +154,28 @@ class _Transformers(Tokenizer):
         return _ids(self._apply(messages, add_generation_prompt=prompt))
 
     def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        if not re.search(r"{%-?\s*generation\s*-?%}", self._template()):
+        """By the template's own markers where it has them, which take a fast tokenizer's offsets.
+
+        transformers' own mask is not used: after a marked text that ends in space which the
+        tokenizer drops, it takes all that follows for the assistant's.
+        """
+        marked = MARKER.sub(_shown_marker, self._template())
+        if marked == self._template() or not self.given.is_fast:
             return super().render_with_mask(messages)
-        found = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return _ids(found), list(found["assistant_masks"])
+        text, learned, inside = [], [], False
+        for letter in self._apply(messages, tokenize=False, chat_template=marked):
+            if letter in (BEGIN, END):
+                inside = letter == BEGIN
+            else:
+                text.append(letter)
+                learned.append(inside)
+        found = self.given("".join(text), add_special_tokens=False, return_offsets_mapping=True)
+        return _ids(found), [int(any(learned[a:b])) for a, b in found["offset_mapping"]]
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         self._template()
         try:
-            return self.given.apply_chat_template(list(messages), tokenize=True, **options)
+            return self.given.apply_chat_template(list(messages), **options)
         except Exception as error:  # whatever a template raises
             raise PeftliteError(f"the chat template refuses these messages: {error}") from error
 
@@ -166,6 +188,12 @@ class _Transformers(Tokenizer):
                 "pl.data.CHATML"
             )
         return template
+
+
+def _shown_marker(marker: re.Match[str]) -> str:
+    """A template's generation marker as an expression that writes it into the text."""
+    left, ends, right = marker.groups()
+    return f"{{{{{left} '{END if ends else BEGIN}' {right}}}}}"
 
 
 def as_tokenizer(given: Any = None) -> Tokenizer:

@@ -30,7 +30,6 @@ class MixedBottleneck(Mixed):
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.__dict__["like"] = patch  # no part of the model: it knows where features lie
         self.r, self.i, self.o = len(patch.down_bias), patch.i, patch.o
         self.dtype = dtype_of(site, patch)
 
@@ -70,9 +69,8 @@ class MixedBottleneck(Mixed):
         return change_first(inner(*args, **kwargs), lambda y: self._add(rows, tables, y, y))
 
     def _add(self, rows: Rows, tables: Tables, y: Any, z: Any) -> Tensor:
-        like: Any = self.__dict__["like"]
-        like.check(y, self.o)
-        like.check(z, self.i)
+        self.like.check(y, self.o)
+        self.like.check(z, self.i)
         in_runs = self.by_runs(rows, tables, y, z)
 
         def of(z: Tensor) -> Tensor:
@@ -80,7 +78,7 @@ class MixedBottleneck(Mixed):
             change = self._in_runs(rows, flat) if in_runs else self._per_row(rows, tables, flat)
             return change.view(*z.shape[:-1], self.o)
 
-        return y + like.along(of, z).to(y.dtype)
+        return y + self.like.along(of, z).to(y.dtype)
 
     def _per_row(self, rows: Rows, tables: Tables, z: Tensor) -> Tensor:
         """The change (b, t, o), for z (b, t, i)."""

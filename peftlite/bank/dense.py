@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.gather import change_of, dtype_of
-from peftlite.bank.mixed import Held, Mixed, called_as_map, fold, per_row
+from peftlite.bank.mixed import Held, Mixed, called_as_map, fold, is_whole, per_row
 from peftlite.bank.route import Rows, Tables
 from peftlite.maps import Map
 from peftlite.methods.full import AddPatch
@@ -40,7 +40,7 @@ class MixedDense(Mixed):
         return {"d": patches[0].difference if own else change_of(patches, self.site.tensor)}
 
     def trains(self, patches: Sequence[Any]) -> bool:
-        return type(patches[0]) is AddPatch and patches[0].index is None
+        return type(patches[0]) is AddPatch and is_whole(patches)
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference

@@ -26,7 +26,6 @@ class MixedLoReFT(Mixed):
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.__dict__["like"] = patch  # no part of the model: it knows positions and features
         self.r, self.d, self.everywhere = *patch.w.shape, patch.everywhere
         self.dtype = dtype_of(site, patch)
 
@@ -59,21 +58,20 @@ class MixedLoReFT(Mixed):
         }
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        given = by_name(self.__dict__["like"].names, args, kwargs)
+        given = by_name(self.like.names, args, kwargs)
         change = lambda h: self._intervene(rows, tables, h, given)  # noqa: E731
         return change_first(inner(*args, **kwargs), change)
 
     def _intervene(self, rows: Rows, tables: Tables, h: Any, given: Mapping[str, Any]) -> Tensor:
-        like: Any = self.__dict__["like"]
-        like.check(h, self.d)
+        self.like.check(h, self.d)
         r, inward, b = (per_row(tables[n], rows).to(h.dtype) for n in ("r", "inward", "b"))
 
         def of(h: Tensor) -> Tensor:
             return torch.bmm(torch.baddbmm(b[:, None], fold(h, rows), inward.mT), r).view(h.shape)
 
-        change = like.along(of, h)
+        change = self.like.along(of, h)
         if self.everywhere and given.get("reft_positions") is None:
             return h + change
         slots = slots_of(rows, len(h))
         ends = (tables[name].index_select(0, slots)[:, None] for name in ("first", "last"))
-        return h + change * like.positions(h, given, *ends)[..., None]
+        return h + change * self.like.positions(h, given, *ends)[..., None]

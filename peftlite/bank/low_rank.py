@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.mixed import Held, Mixed, called_as_map, fold
+from peftlite.bank.mixed import Held, Mixed, called_as_map, fold, is_whole
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError
 from peftlite.kernels.rows import Factors, groups_low_rank, rows_low_rank, runs_low_rank
@@ -67,9 +67,9 @@ class MixedLowRank(Mixed):
         return a, b, patch.scale
 
     def trains(self, patches: Sequence[Any]) -> bool:
-        patch, *more = patches
+        patch = patches[0]
         plain = isinstance(patch, LoRAPatch) and not patch.fixed and not patch.dropout
-        return plain and not more and patch.index is None and not patch.method.freeze_a
+        return plain and is_whole(patches) and not patch.method.freeze_a
 
     def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r = int(held["rank"])

@@ -34,10 +34,13 @@ class Mixed(Patch):
     """Whether it sits at the call of the module whose tensor it changes."""
     learned: ClassVar[tuple[str, ...]] = ()
     """The tables that `bank.train` trains."""
+    like: Any
+    """The patch that room was made by."""
 
     def __init__(self, site: Site, patch: Patch, max_rank: int):
         super().__init__()
         self.slot, self.address = CALL if self.at_call else site.slot, site.address
+        self.__dict__["like"] = patch  # no part of the model
         self.router: Router
         self.arena: Arena
         self.number = -1  # among the sites of the arena
@@ -131,6 +134,11 @@ def _no_copy() -> PeftliteError:
         "a model with a bank can't be copied, pickled or viewed, for the bank's memory is one: "
         "bank.close() first, or copy the model before"
     )
+
+
+def is_whole(patches: Sequence[Any]) -> bool:
+    """Whether patches are one, on all of a tensor."""
+    return len(patches) == 1 and patches[0].index is None
 
 
 def fold(x: Tensor, rows: Rows) -> Tensor:

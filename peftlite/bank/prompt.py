@@ -67,7 +67,6 @@ class MixedStack(Mixed):
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.__dict__["like"] = patch  # no part of the model: it knows the arguments
         self.n, taken = patch.n, patch.names
         relative = hasattr(getattr(site.module, "config", None), "relative_attention_num_buckets")
         self.placed = "position_ids" in taken
@@ -92,7 +91,7 @@ class MixedStack(Mixed):
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         before, beside = partial(self._before, rows), partial(self._beside, rows, tables)
-        return self.__dict__["like"].run(before, beside, inner, *args, **kwargs)
+        return self.like.run(before, beside, inner, *args, **kwargs)
 
     def _beside(
         self, rows: Rows, tables: Tables, given: dict[str, Any], tokens: Tensor, past: int
@@ -101,7 +100,7 @@ class MixedStack(Mixed):
         (b, t), seen = tokens.shape[:2], max(past - self.n, 0)
         used = tables["used"].index_select(0, slots_of(rows, b))[:, None]
         mask, places = given.pop("attention_mask", None), given.pop("position_ids", None)
-        rest = self.__dict__["like"].lengthened(given, tokens, past)
+        rest = self.like.lengthened(given, tokens, past)
         rest["attention_mask"] = self._mask(used, mask, seen + t)
         if self.placed:
             rest["position_ids"] = self._places(used, places, seen, t, past)
@@ -134,7 +133,7 @@ class MixedStack(Mixed):
 
     def _before(self, rows: Rows, tokens: Tensor) -> Tensor:
         """Ids after the codes, or embeddings after the prompts'."""
-        prompt: Any = self.__dict__["like"].prompt
+        prompt = self.like.prompt
         if not tokens.is_floating_point():
             return prompt.before(tokens)
         mixed: MixedPrompt = prompt.mixed
@@ -148,11 +147,10 @@ class MixedAround(MixedStack):
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         Mixed.__init__(self, site, patch, max_rank)
-        self.__dict__["like"] = patch
         self.n = patch.n
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        given = by_name(self.__dict__["like"].names, args, kwargs)
+        given = by_name(self.like.names, args, kwargs)
         known = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         first = next((x for x in known if x is not None), None)
         if first is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.mixed import Held, Mixed, called_as_map, fold, per_row
+from peftlite.bank.mixed import Held, Mixed, called_as_map, fold, is_whole, per_row
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import PeftliteError
 from peftlite.kernels.sparse import compressed
@@ -66,7 +66,7 @@ class MixedSparse(Mixed):
         return values, at[0] * self.shape[1] + at[1]
 
     def trains(self, patches: Sequence[Patch]) -> bool:
-        return len(patches) == 1 and type(patches[0]) is SparsePatch and patches[0].index is None
+        return type(patches[0]) is SparsePatch and is_whole(patches)
 
     def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"values": held["values"][: int(held["used"])]}

@@ -12,7 +12,7 @@ from peftlite import maps
 from peftlite.bank.affine import one_of
 from peftlite.bank.arena import Field
 from peftlite.bank.gather import along, change_of, rescaled
-from peftlite.bank.mixed import Held, Mixed, called_as_map
+from peftlite.bank.mixed import Held, Mixed, called_as_map, is_whole
 from peftlite.bank.route import Rows, Tables
 from peftlite.errors import TargetError
 from peftlite.maps import Map
@@ -47,7 +47,7 @@ class MixedOutputs(Mixed):
         return {"l": l}
 
     def trains(self, patches: Sequence[Any]) -> bool:
-        return len(patches) == 1 and patches[0].index is None
+        return is_whole(patches)
 
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
@@ -92,8 +92,7 @@ class MixedVector(Mixed):
         return {"d": change_of(patches, self.site.whole)}
 
     def trains(self, patches: Sequence[Any]) -> bool:
-        adds = type(patches[0]) in (AddPatch, AddedBiasPatch)
-        return adds and len(patches) == 1 and patches[0].index is None
+        return type(patches[0]) in (AddPatch, AddedBiasPatch) and is_whole(patches)
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference if isinstance(patch, AddPatch) else patch.d

@@ -1,5 +1,6 @@
 """A local folder of transformers: its model and its tokenizer, with nothing fetched or run."""
 
+from pathlib import Path
 from typing import Any
 
 from peftlite.errors import FileError, PeftliteError
@@ -30,9 +31,11 @@ def _from(auto: str, folder: str, **options: Any) -> Any:
         import transformers
     except ImportError as error:
         raise PeftliteError("this needs transformers: pip install transformers") from error
+    if not Path(folder).is_dir():
+        raise FileError(f"there is no folder {folder!r} of a model, as save_pretrained leaves one")
     try:
         return getattr(transformers, auto).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **options
+            str(Path(folder)), local_files_only=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]

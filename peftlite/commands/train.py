@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def _method(args: argparse.Namespace) -> Method:
     known = {name.lower(): kind for name, kind in Method.known.items()}
     kind = known.get(args.method.lower())
     if kind is None:
-        raise PeftliteError(f"no method is called {args.method!r}: {few(Method.known, 99)}")
+        near = get_close_matches(args.method.lower(), known) or sorted(known)
+        named = few((known[name].__name__ for name in near), 99)
+        raise PeftliteError(f"no method is called {args.method!r}; there are {named}")
     named = {name: getattr(args, name) for name in ("rank", "alpha", "targets", "exclude")}
     options = {name: value for name, value in named.items() if value is not None}
     options |= dict(map(_option, args.set))

@@ -33,7 +33,7 @@ OF_LORA: Mapping[str, float] = {
     "FullTuning": 0.1,
     # 1e-3 for Llama-3.2-3B (×3), 2e-2 for RoBERTa-base (×19): huggingface/peft,
     # method_comparison/MetaMathQA and examples/sequence_classification
-    "VeRA": 10,
+    "VeRA": 15,
     # 3e-3 for T0-3B (×6): r-three/t-few, configs/ia3.json; 5e-3 for Llama-3.2-3B (×14): peft, there
     "IA3": 10,
     # 3e-3 for T5-base (×3): rabeehk/compacter, seq2seq/configs/compacter.json

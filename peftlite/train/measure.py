@@ -124,7 +124,7 @@ class Judge:
                 found["full_valid_perplexity"] = math.exp(min(found["full_valid_loss"], 700))
         with torch.no_grad(), random_kept(self.device), evaluating(self.model):
             for name, probe in self.probes.items():
-                found[name] = float(probe(self.model))
+                found[name] = _score(name, probe(self.model))
                 self.before.setdefault(name, found[name])
                 found[f"{name} forgotten"] = self.before[name] - found[name]
         return found
@@ -143,6 +143,13 @@ class Judge:
             for batch, rows in batches:
                 found.add(self.loss(self.wrapped, batch), rows)
         return found.over(self.processes)
+
+
+def _score(name: str, said: Any) -> float:
+    try:
+        return float(said)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PeftliteError(f"probe {name!r} is to give a number, not {shown(said)}") from error
 
 
 def tokens(batch: Any, rows: int) -> int:

@@ -103,6 +103,8 @@ CASES = [
          "'chat': pl.use(model, name), and pl.deltas(model)[name].requires_grad_()", model=frozen),
     Case(fitting(delta="sql"), "to train 'sql', it has to be chosen and trainable; chosen are "
          "'chat' of 'sql'; 'chat': …"),
+    Case(fitting(probes={"old": lambda _: torch.ones(2)}),
+         "probe 'old' is to give a number, not …"),
     Case(fitting(gradient_checkpointing=True), "gradient_checkpointing goes by the blocks of an "
          "nn.ModuleList, and this model has none: use torch.utils.checkpoint in its forward",
          model=attached(linears(), pl.LoRA(rank=1))),

@@ -95,7 +95,9 @@ CASES = [
     on(lambda: data.collate([{"input_ids": [1]}], side="start"),  # type: ignore
        "side must be one of 'right', 'left', not 'start'"),
     # the commands
-    Case(lambda _, path: local_model(str(path)), "'…' can't be read by transformers: …",
+    Case(lambda _, path: local_model(str(path)),
+         "there is no folder '…' of a model, as save_pretrained leaves one", pl.FileError, linears),
+    Case(lambda _, path: local_model(str(path.parent)), "'…' can't be read by transformers: …",
          pl.FileError, linears),
     on(mock.patch.dict(sys.modules, transformers=None)(lambda: local_tokenizer("base")),
        "this needs transformers: pip install transformers"),

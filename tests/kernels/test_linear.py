@@ -1,13 +1,16 @@
 """lora_linear in torch: the reference's values and gradients, under everything torch does to it."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -61,6 +64,42 @@ def test_a_mask_made_in_parts_is_one_mask(monkeypatch: pytest.MonkeyPatch) -> No
     assert [len(part) for part in found] == [4] * 8 + [1]
     found = torch.cat(found)
     assert torch.equal(found.bool(), reference.keep(SEED, 33, 21, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_in_blocks_and_pieces(
+    dtype: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch_ops, "_ENTRIES", 200)
+    monkeypatch.setattr(torch_ops, "_PIECE", 8)
+    tensors = factors(33, i=24, o=32, rank=rank)
+    assert_close(run(lora_linear, tensors, dtype, factors=torch.float32), truth(tensors))
+
+
+def test_room_that_is_kept_is_of_use_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_ops, "_kept", threading.local())
+    tensors = factors(64, i=48, o=40, rank=4)
+
+    def call(*_: object) -> dict[str, Tensor | None]:
+        return run(lora_linear, tensors, torch.bfloat16, factors=torch.float32)
+
+    def shrink() -> Tensor:
+        return torch_ops.shrink(torch.ones(64, 48).bfloat16(), torch.ones(16, 48), 1.0, 0.0, None)
+
+    with FakeTensorMode():
+        assert isinstance(shrink(), FakeTensor)
+    assert not vars(torch_ops._kept)
+    with torch.inference_mode():
+        shrink()
+    assert not torch_ops._kept.room.is_inference()
+    with FakeTensorMode():
+        assert isinstance(shrink(), FakeTensor)
+    alone = call()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(call, range(32)):
+            assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_masks_look_like_chance() -> None:

@@ -26,7 +26,7 @@ PUBLISHED = [
     (pl.FullTuning(), 2000, 5e-5, 5e-5),
     (pl.LoRA(rank=8, alpha=16, targets="0"), 768, 5e-4, 1.5e-3),  # RoBERTa-base: 5e-4
     (pl.IA3(targets="0"), 2048, 3e-3, 5e-3),  # T0-3B: 3e-3
-    (pl.VeRA(rank=4, targets="0"), 3072, 1e-3, 5e-3),  # Llama-3.2-3B: 1e-3
+    (pl.VeRA(rank=4, targets="0"), 3072, 1e-3, 6e-3),  # Llama-3.2-3B: 1e-3
     (pl.VeRA(rank=4, targets="0"), 768, 1e-2, 2e-2),  # RoBERTa-base: 2e-2
     (pl.FourierFT(targets="0"), 4096, 0.02, 0.05),  # Llama-2-7B: 0.05
     (pl.HRA(rank=2, targets="0"), 768, 8e-4, 3e-3),  # DeBERTaV3-base: 8e-4 to 3e-3

@@ -65,7 +65,7 @@ def test_validate_data(run: Run) -> None:
     assert {**found, "tokenizer": ""} == {**json.loads(json.dumps(want)), "tokenizer": ""}
     assert [p["kind"] for p in found["validation"]["problems"]] == ["leakage", "JSON"]
     assert "can't be read" in run("validate-data", "lost.jsonl", code=2)
-    assert "'lost' can't be read by transformers" in run(
+    assert "there is no folder 'lost'" in run(
         "validate-data", "train.jsonl", "--tokenizer", "lost", code=2
     )
     assert "from 1 up" in run("validate-data", "train.jsonl", "--max-length", "0", code=2)
@@ -125,5 +125,5 @@ def test_compare_tells_what_it_lacks(run: Run) -> None:
     Path("good.txt").write_text("Why?")
     assert "there is no 'prompt'" in refused("model", "sql.safetensors", "bad.jsonl")
     assert "'model' can't be read as text" in refused("model", "sql.safetensors", "model")
-    assert "'lost' can't be read by transformers" in refused("lost", "sql.safetensors", "good.txt")
+    assert "there is no folder 'lost'" in refused("lost", "sql.safetensors", "good.txt")
     assert "there is no file 'lost'" in refused("model", "lost", "good.txt")

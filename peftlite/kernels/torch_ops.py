@@ -1,13 +1,15 @@
 """The operations of the low-rank path in torch: the fast ones on a CPU, and on any device.
 
 All take matrices. Factors, h and dh are in one dtype c: that of x and dY, or wider, into which
-these are then converted. Conversions and masks are made a few rows at a time and used while they
-are in the cache, so that nothing of the size of x is formed in the wider dtype.
+these are then converted. Conversions and masks are made some rows at a time, in room that is kept
+for the next ones, so that nothing of the size of x is formed in the wider dtype.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -15,7 +17,11 @@ from torch.compiler import is_compiling
 
 from peftlite.kernels.reference import FIRST, HALF, SECOND, STEP, kept, threshold
 
-_ENTRIES = 2**18  # of x or y, that a thread converts and masks at once
+_ENTRIES = 2**19  # of x or y, that a thread converts and masks at once
+_PIECE = 128  # columns, that a thread sums over the tokens at once
+_FEW = 16  # rows of A, that are slow as columns of a result
+
+_kept = threading.local()
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
@@ -31,7 +37,7 @@ def grad_ab(
     dh, db, factor = [], None, _factor(scale, dropout)
     for rows, part in _parts(dy, h.dtype, 0.0, None):
         dh.append(_low(b.t(), part, factor))
-        db = _summed(db, h[rows].t() @ part)
+        db = _summed(db, _across(h[rows], part))
     return _joined(dh), db.t().to(h.dtype)
 
 
@@ -39,7 +45,7 @@ def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor
     """dA = dhᵀ drop(x) in c, for a dh that is scaled."""
     da = None
     for rows, part in _parts(x, dh.dtype, dropout, seed):
-        da = _summed(da, dh[rows].t() @ part)
+        da = _summed(da, _across(dh[rows], part))
     return da.to(dh.dtype)
 
 
@@ -51,8 +57,7 @@ def _summed(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """(t, r) of parts (r, some of t)."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).t()
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def product(
@@ -74,15 +79,12 @@ def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -
     """y += h U, or drop(h U) for an h that is scaled, in place."""
     if h.dtype is y.dtype and not dropout:
         return y.addmm_(h, up)
-    buffer = _buffer(y, h.dtype)
-    for rows, mask in _masks(y, dropout, seed):
-        to = y[rows]
-        part = buffer[: len(to)]
+    for rows, to, room, mask in _blocks(y, h.dtype, dropout, seed):
         if mask is None:
-            part.copy_(to).addmm_(h[rows], up)
+            room.copy_(to).addmm_(h[rows], up)
         else:
-            torch.mm(h[rows], up, out=part).mul_(mask).add_(to)
-        to.copy_(part)
+            torch.mm(h[rows], up, out=room).mul_(mask).add_(to)
+        to.copy_(room)
     return y
 
 
@@ -104,8 +106,19 @@ def _factor(scale: float, dropout: float) -> float:
 
 
 def _low(a: Tensor, x: Tensor, factor: float) -> Tensor:
-    """factor·A xᵀ, rounded once. Not x Aᵀ: few rows are up to twice as fast as few columns."""
-    return a.new_empty(len(a), len(x)).addmm_(a, x.t(), beta=0, alpha=factor)
+    """factor·x Aᵀ, rounded once: by rows where threads can share them, or A xᵀ, turned."""
+    if a.shape[0] < _FEW or a.dtype.itemsize < 4:
+        return a.new_empty(a.shape[0], x.shape[0]).addmm_(a, x.t(), beta=0, alpha=factor).t()
+    return a.new_empty(x.shape[0], a.shape[0]).addmm_(x, a.t(), beta=0, alpha=factor)
+
+
+def _across(h: Tensor, x: Tensor) -> Tensor:
+    """hᵀ x, a piece of the columns at a time: BLAS spreads its few rows badly over threads."""
+    alone = not x.is_cpu or is_compiling() or torch.get_num_threads() == 1
+    if alone or x.dtype.itemsize < 4 or x.shape[1] % _PIECE:
+        return h.t() @ x
+    split = x.unflatten(1, (-1, _PIECE)).transpose(0, 1)
+    return torch.bmm(h.t().expand(len(split), -1, -1), split).transpose(0, 1).flatten(1)
 
 
 def _parts(
@@ -115,40 +128,58 @@ def _parts(
     if x.dtype is dtype and not dropout:
         yield slice(None), x
         return
-    buffer = _buffer(x, dtype)
-    for rows, mask in _masks(x, dropout, seed):
-        part = x[rows]
-        part = buffer[: len(part)].copy_(part)
-        yield rows, part if mask is None else part.mul_(mask)
+    for rows, part, room, mask in _blocks(x, dtype, dropout, seed):
+        room.copy_(part)
+        yield rows, room if mask is None else room.mul_(mask)
 
 
-def _rows(x: Tensor) -> list[slice]:
-    """The rows of x, some at a time; all at once where that is left to a compiler or a GPU."""
-    if not x.is_cpu or is_compiling():
-        return [slice(None)]
-    entries = _ENTRIES * min(torch.get_num_threads(), 4)
-    step = max(1, entries // max(1, x.shape[1]))
-    return [slice(i, i + step) for i in range(0, max(1, len(x)), step)]
+def _blocks(
+    x: Tensor, dtype: torch.dtype, dropout: float, seed: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Some rows of x at a time: which, they, room for them in a dtype, and a 1 for what is kept.
 
-
-def _buffer(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x[_rows(x)[0]], dtype=dtype)
-
-
-def _masks(x: Tensor, dropout: float, seed: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
-    """Some rows of x at a time, and a 1 for what dropout keeps of them: as `reference.keep`."""
+    They are all of x where that is left to a compiler or a GPU, or x is a fake.
+    """
     tokens, columns = x.shape
-    if not dropout or seed is None:
-        yield from ((rows, None) for rows in _rows(x))
-        return
+    if type(x) is not Tensor or not x.is_cpu or is_compiling():
+        every, room = [slice(None)], torch.empty_like(x, dtype=dtype)
+    else:
+        # a mask needs as much again
+        entries = _ENTRIES // (2 if dropout else 1) * min(torch.get_num_threads(), 4)
+        step = max(1, min(tokens, entries // max(1, columns)))
+        room = _room(step * columns, dtype).view(step, columns)
+        every = [slice(i, i + step) for i in range(0, max(1, tokens), step)]
+    masks = _masks(x, every, dropout, seed) if dropout and seed is not None else repeat(None)
+    for rows, mask in zip(every, masks, strict=False):
+        part = x[rows]
+        yield rows, part, room[: part.shape[0]], mask
+
+
+def _room(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for some numbers, one user at a time: new pages cost as much as a product does.
+
+    The thread keeps it: 2¹⁹ numbers for each of up to 4 threads of torch, which are 8 MiB of fp32.
+    """
+    count, kept = count * dtype.itemsize, getattr(_kept, "room", None)
+    if kept is None or kept.shape[0] < count:
+        with torch.inference_mode(False):  # whose tensors are not for use outside of it
+            kept = torch.empty(count, dtype=torch.uint8, device="cpu")
+        if type(kept) is Tensor:  # and not a fake of one
+            _kept.room = kept
+    return kept[:count].view(dtype)
+
+
+def _masks(x: Tensor, every: list[slice], dropout: float, seed: Tensor) -> Iterator[Tensor]:
+    """For some rows of x at a time a 1 for what dropout keeps of them: as `reference.keep`."""
+    tokens, columns = x.shape
     row = torch.arange(tokens, device=x.device)[:, None]
     pair = torch.arange((columns + 1) // 2, device=x.device)
     row = _mix((row * STEP ^ seed).to(torch.int32))
     pair = _mix((pair * STEP ^ seed >> 32).to(torch.int32))
-    for rows in _rows(x):
+    for rows in every:
         word = torch.bitwise_xor(row[rows], pair, out=row.new_empty(len(row[rows]), len(pair)))
         halves = _mix(word).view(torch.int16)[:, :columns]
-        yield rows, halves.ge_(threshold(dropout) - 2**15)
+        yield halves.ge_(threshold(dropout) - 2**15)
 
 
 def _mix(word: Tensor) -> Tensor:

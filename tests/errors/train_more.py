@@ -130,7 +130,7 @@ CASES = [
     Case(training(), "'…' has checkpoints already: --resume goes on from them; to begin anew, give "
          "another folder", pl.FileError, file=begun),
     Case(training("--method", "QLoRA"), "no method is called 'QLoRA'; there are LoRA; VBLoRA; …"),
-    Case(training("--method", "zzz"), "no method is called 'zzz'; there are AdaLoRA; …; VeRA"),
+    Case(training("--method", "zzz"), "no method is called 'zzz'; there are AdaLoRA; …; VeRA…"),
     Case(training("--method", "ia3", "--rank", "4"), "IA3 has no rank: it has targets; …"),
     Case(training("--method", "adalora"), "AdaLoRA needs total_steps: give --set total_steps=…"),
     Case(training("--set", "dropout"), "'dropout' is no KEY=VALUE"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftlite.attach import Registry, changeable, remove, require, restoring
 from peftlite.choice import Names
-from peftlite.delta import Delta
+from peftlite.delta import Delta, gather, scatter
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
 from peftlite.patch import Patch, apply, wide
@@ -245,7 +245,10 @@ def applied(patches: Sequence[Patch], w: Tensor) -> Tensor:
         for patch in patches:
             patch.eval()
         with torch.autocast(w.device.type, enabled=False):
-            return apply(patches, w)
+            parameters = (p for patch in patches for p in patch.parameters())
+            if not _is_sharded(w) or any(map(_is_sharded, parameters)):
+                return apply(patches, w)
+            return scatter(apply(patches, gather(w)), w)
     finally:
         for patch, mode in zip(patches, training, strict=True):
             patch.train(mode)
@@ -256,12 +259,16 @@ def distance(a: Tensor, b: Tensor) -> float:
     if not a.numel():
         return 0.0
     pieces = [(a, b)]
-    if a.dim() and not hasattr(a, "placements"):
+    if a.dim() and not _is_sharded(a):
         step = max(1, len(a) * 2**18 // a.numel())
         pieces = zip(a.split(step), b.split(step), strict=True)
     dtype = wide(a, b)
     found = [(x.to(dtype) - y.to(dtype)).abs().max() for x, y in pieces]
     return torch.stack(found).max().item()
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")
 
 
 @contextlib.contextmanager

@@ -61,8 +61,9 @@ class Tally:
         return loss, count
 
     def over(self, processes: Processes) -> Tally:
-        """Adds what the other processes counted."""
+        """Adds what the other processes counted. Raises PeftliteError for other fields there."""
         if processes.size > 1:
+            processes.check_said(self.names)
             self.parts = [torch.stack(self.parts).sum(0)]
             processes.add(self.parts)
         return self
@@ -124,7 +125,8 @@ class Judge:
                 found["full_valid_perplexity"] = math.exp(min(found["full_valid_loss"], 700))
         with torch.no_grad(), random_kept(self.device), evaluating(self.model):
             for name, probe in self.probes.items():
-                found[name] = _score(name, probe(self.model))
+                score = _score(name, probe(self.model))
+                found[name] = self.processes.told(score)  # what draws at random differs in each
                 self.before.setdefault(name, found[name])
                 found[f"{name} forgotten"] = self.before[name] - found[name]
         return found

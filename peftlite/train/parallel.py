@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -64,11 +65,14 @@ def together(parallel: Parallel) -> Iterator[Processes]:
     if not dist.is_initialized():
         dist.init_process_group()
         atexit.register(_leave)
-    group = dist.new_group(backend="gloo")  # what the hosts say doesn't wait for a device
+    # what the hosts say doesn't wait for a device
+    hosts = dist.new_group(backend="gloo")
+    processes = Processes(dist.get_rank(), dist.get_world_size(), hosts)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), group)
+        yield processes
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group(hosts)
+        processes.hosts = None  # a group's threads end with it, and before Python does
 
 
 def _leave() -> None:
@@ -140,6 +144,13 @@ class Processes:
                 raise PeftliteError(
                     f"{what} of process 0 and of process {rank} differ: {told}: {advice}"
                 )
+
+    def check_said(self, names: Sequence[str]) -> None:
+        """Raises PeftliteError, in all processes, unless a loss gave the same fields in each."""
+        own = crc32(repr(names).encode())
+        if self.counted([own]) != [own * self.size]:  # it's every step: one number is soon told
+            advice = "give all of them for every batch"
+            self.check_same("the losses", {"fields": few(names, 99)}, advice)
 
     # -- what the devices add up
 

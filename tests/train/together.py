@@ -1,10 +1,12 @@
 """What each of two processes does, started by torchrun.
 
-`together.py FOLDER` leaves there what came of it, a file for each process.
+`together.py FOLDER` leaves there what came of it all, a file for each process.
+`together.py FOLDER restarted` has one process killed, for torchrun to start them again.
 """
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -124,6 +126,21 @@ def resumed(rank: int, folder: Path, parallel: Any) -> Any:
     }  # fmt: skip
 
 
+def restarted(rank: int, folder: Path) -> Any:
+    """As `resumed` has it whole; but the second process is killed, once."""
+    calls = 0
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 9 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses.causal_lm(model, batch)
+
+    run = trainer(model := gpt(LORA), folder / "run", loss=loss, save_every=2, **EVEN)
+    return {"events": timeless(run.fit(resume=True)), "values": values(model)}
+
+
 def unseeded(rank: int, folder: Path) -> Any:
     """Deltas that begin differently."""
     base = gpt(DRY)
@@ -134,7 +151,7 @@ def unseeded(rank: int, folder: Path) -> Any:
 
 
 def probed(rank: int, folder: Path) -> Any:
-    """How often each process is asked and told."""
+    """How often each process is asked and told; each has a score of its own."""
     asked, told = [], []
 
     class Tell:
@@ -146,10 +163,11 @@ def probed(rank: int, folder: Path) -> Any:
 
     def probe(model: nn.Module) -> float:
         asked.append(random.random())
-        return 1.0
+        return float(rank * len(asked))
 
-    trainer(folder=folder, probes={"old": probe}, callbacks=[Tell()]).fit()
-    return {"asked": len(asked), "told": told}
+    given = {"probes": {"old": probe}, "metric": "old", "patience": 1}
+    history = trainer(folder=folder, callbacks=[Tell()], **given).fit()
+    return {"asked": len(asked), "told": told, "stopped": history.stopped}
 
 
 def scaled(rank: int, folder: Path) -> Any:
@@ -164,9 +182,15 @@ def again(rank: int, folder: Path) -> Any:
     with torch.no_grad(), pl.using(model, None):
         off = model(ids)
     fitted(model, folder, parallel="fsdp")
-    torch.manual_seed(0)
     with torch.no_grad():
-        return {"off": off, "base": GPT(16, 2, 2).double()(ids)}
+        on = model(ids)
+        pl.merge(model, "sql")
+        merged = model(ids)
+        pl.unmerge(model, "sql")
+        pl.detach(model, "sql")
+        torch.manual_seed(0)
+        base = GPT(16, 2, 2).double()(ids)
+        return {"on": on, "merged": merged, "off": off, "detached": model(ids), "base": base}
 
 
 def searched(rank: int, folder: Path) -> Any:
@@ -195,6 +219,13 @@ def other_base(rank: int, folder: Path) -> Any:
 
 def other_settings(rank: int, folder: Path) -> Any:
     trainer(folder=folder, lr=1e-3 * (1 + rank)).fit()
+
+
+def other_fields(rank: int, folder: Path) -> Any:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return losses.causal_lm(model, batch) | dict.fromkeys(["extra"] * rank, 1.0)
+
+    trainer(folder=folder, loss=loss, val=None).fit()
 
 
 def own_shards(rank: int, folder: Path) -> Any:
@@ -234,23 +265,23 @@ ALL: dict[str, Scenario] = {
     **{
         each.__name__: each
         for each in (
-            unseeded, probed, scaled, again, searched, other_base, other_settings, own_shards,
-            no_folder, not_finite,
+            unseeded, probed, scaled, again, searched, other_base, other_settings, other_fields,
+            own_shards, no_folder, not_finite,
         )
     },
 }  # fmt: skip
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    for name, act in ALL.items():
+    for name in names or ALL:
         try:
-            found = act(rank, folder / name)
+            found = ALL.get(name, restarted)(rank, folder / name)
         except pl.PeftliteError as error:
             found = f"{type(error).__name__}: {error}"
         torch.save(found, folder / f"{name}.{rank}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -65,8 +65,7 @@ def together(parallel: Parallel) -> Iterator[Processes]:
     if not dist.is_initialized():
         dist.init_process_group()
         atexit.register(_leave)
-    # what the hosts say doesn't wait for a device
-    hosts = dist.new_group(backend="gloo")
+    hosts = dist.new_group(backend="gloo")  # what they say doesn't wait for a device
     processes = Processes(dist.get_rank(), dist.get_world_size(), hosts)
     try:
         yield processes
@@ -130,7 +129,7 @@ class Processes:
         """Each number summed over the processes."""
         if self.size == 1:
             return list(numbers)
-        sums = torch.tensor(numbers)
+        sums = torch.tensor(numbers, device="cpu")
         dist.all_reduce(sums, group=self.hosts)
         return sums.tolist()
 
@@ -171,9 +170,8 @@ class Processes:
         """Sums gradients; a parameter has one if it has one anywhere, as in one process."""
         if self.size == 1:
             return
-        for parameter, count in zip(
-            parameters, self.counted([p.grad is not None for p in parameters]), strict=True
-        ):
+        held = self.counted([p.grad is not None for p in parameters])
+        for parameter, count in zip(parameters, held, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.add(p.grad for p in parameters if p.grad is not None)

@@ -12,7 +12,7 @@ from torch import nn
 from peftlite import targets
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.patch import Method, Patch
-from peftlite.site import Site, sites, whole_address
+from peftlite.site import Site, is_sharded, sites, whole_address
 from peftlite.table import shown
 
 
@@ -104,7 +104,7 @@ def usable(where: Site) -> None:
     if where.is_call:
         return
     tensor = where.whole
-    if hasattr(tensor, "placements"):
+    if is_sharded(tensor):
         raise PeftliteError(
             f"{where.address} is sharded over devices: attach before fully_shard, so that the "
             "delta is sharded and its gradients are synchronised too"

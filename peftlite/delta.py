@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftlite.assign import Placed
 from peftlite.errors import PeftliteError
 from peftlite.patch import Method, Patch
+from peftlite.site import is_sharded
 from peftlite.table import few, shown, size, table
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 def scatter(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, sharded as another is."""
-    if not hasattr(like, "placements"):
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

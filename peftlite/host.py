@@ -25,7 +25,7 @@ from peftlite.choice import HIDDEN, Choice, Names, Rows, by_rows, uncompiled
 from peftlite.errors import PeftliteError
 from peftlite.maps import Map, Over, kind_of
 from peftlite.patch import Patch, apply
-from peftlite.site import CALL, raw
+from peftlite.site import CALL, is_sharded, raw
 
 ATTRIBUTE = "peftlite"
 
@@ -236,7 +236,7 @@ def _read(module: nn.Module, slot: str) -> Tensor:
         )
     patches = hosted.active(names).get(slot)
     # FSDP looks for its own shard by name
-    if not patches or _is_sharded(w):
+    if not patches or is_sharded(w):
         return w
     return apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
 
@@ -260,7 +260,7 @@ def _mapped(
     if not on_weight and not on_bias:
         return None, None
     weight, bias = raw(module, "weight"), module._parameters.get("bias")
-    if type(weight) is not nn.Parameter and _is_sharded(weight):
+    if type(weight) is not nn.Parameter and is_sharded(weight):
         raise PeftliteError(
             "this weight is sharded over devices while it is used, as tensor parallelism does: "
             "patches can't ride on a shard; attach before fully_shard, or gather the weight"
@@ -271,10 +271,6 @@ def _mapped(
         if patch.call is None:
             return kind(module, apply(on_weight, weight), bias), None
     return kind(module, weight, bias), on_weight
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")  # a DTensor's, without importing it
 
 
 def _set_flat_weights(module: Any, weights: list[Tensor]) -> None:

@@ -18,7 +18,7 @@ from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
 from peftlite.patch import Patch, apply, wide
 from peftlite.residual import Residual, residual
-from peftlite.site import Site, walk, whole_address
+from peftlite.site import Site, is_sharded, walk, whole_address
 from peftlite.table import few, size, table
 
 Backup = Literal["device", "host", "residual", "none"]
@@ -246,7 +246,7 @@ def applied(patches: Sequence[Patch], w: Tensor) -> Tensor:
             patch.eval()
         with torch.autocast(w.device.type, enabled=False):
             parameters = (p for patch in patches for p in patch.parameters())
-            if not _is_sharded(w) or any(map(_is_sharded, parameters)):
+            if not is_sharded(w) or any(map(is_sharded, parameters)):
                 return apply(patches, w)
             return scatter(apply(patches, gather(w)), w)
     finally:
@@ -259,16 +259,12 @@ def distance(a: Tensor, b: Tensor) -> float:
     if not a.numel():
         return 0.0
     pieces = [(a, b)]
-    if a.dim() and not _is_sharded(a):
+    if a.dim() and not is_sharded(a):
         step = max(1, len(a) * 2**18 // a.numel())
         pieces = zip(a.split(step), b.split(step), strict=True)
     dtype = wide(a, b)
     found = [(x.to(dtype) - y.to(dtype)).abs().max() for x, y in pieces]
     return torch.stack(found).max().item()
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")
 
 
 @contextlib.contextmanager

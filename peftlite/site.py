@@ -132,6 +132,11 @@ def overlap(a: tuple[int, int, int] | None, b: tuple[int, int, int] | None) -> b
     return a is None or b is None or a[0] != b[0] or (a[1] < b[2] and b[1] < a[2])
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, spread over processes; without importing what that is."""
+    return hasattr(tensor, "placements")
+
+
 def raw(module: nn.Module, slot: str) -> Tensor:
     """The tensor in a slot as the base has it, patched or not, parametrized or not."""
     tensor = module._parameters.get(slot)

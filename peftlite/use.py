@@ -13,6 +13,7 @@ from peftlite.attach import changeable, require
 from peftlite.choice import Names, Rows
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
+from peftlite.site import is_sharded
 
 
 def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
@@ -58,7 +59,7 @@ def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
     """
     _, registry = require(model)
     checked = _names(model, names)
-    if any(hasattr(p, "placements") for p in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise PeftliteError("a model under fully_shard can't be copied, so it can have no view")
     shared = [*model.parameters(), *model.buffers(), *registry.originals.values()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

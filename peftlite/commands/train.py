@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -28,7 +27,7 @@ from peftlite.train import History, Trainer, data, losses
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.data.jsonl import scan
 from peftlite.train.events import Progress
-from peftlite.train.parallel import local_device, spreads
+from peftlite.train.parallel import is_first, local_device, spreads
 from peftlite.train.state import random_kept
 
 PIECE = 512  # tokens of a text, where none are given
@@ -47,7 +46,7 @@ def run_train(args: argparse.Namespace) -> Outcome | int:
         )
     trainer = _trainer(args, method, out)
     history = trainer.fit(resume=args.resume)
-    if not _is_first():
+    if not is_first():
         return 0
     history.to_csv(out / "history.csv")
     return _outcome(trainer, history, out)
@@ -122,14 +121,9 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
         progress=False,
         **{name: value for name, value in given.items() if value is not None},
     )
-    if _is_first():
+    if is_first():
         print(shown, trainer, sep="\n\n", file=sys.stderr)
     return trainer
-
-
-def _is_first() -> bool:
-    """Of the processes that torchrun started."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from peftlite.errors import PeftliteError
 from peftlite.io.files import write_file
 from peftlite.table import shown
+from peftlite.train.state import mixed
 
 Collate = Callable[[list[Any]], Any]
 
@@ -66,8 +67,7 @@ class Batches:
     def _ordered(self, epoch: int) -> Sequence[int]:
         if self.seed is None:
             return range(len(self.data))
-        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
         if hasattr(self.data, "order"):
             return self.data.order(generator)
         return torch.randperm(len(self.data), generator=generator).tolist()

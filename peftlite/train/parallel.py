@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 from zlib import crc32
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,8 +22,10 @@ from torch import Tensor, nn
 from peftlite.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.io.fingerprint import fingerprint
+from peftlite.site import is_sharded
 from peftlite.table import few
 from peftlite.train.modes import blocks
+from peftlite.train.state import mixed
 
 Parallel = Literal["auto", "ddp", "fsdp", None]
 Result = TypeVar("Result")
@@ -46,6 +47,11 @@ def started(parallel: Parallel) -> int:
         f"parallel={parallel!r} is for several processes, and this one was started alone: "
         "torchrun --nproc-per-node=N script.py starts N"
     )
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those that were started, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def local_device() -> torch.device:
@@ -93,8 +99,7 @@ class Processes:
         """One for each process, so that dropout differs; the first has the seed itself."""
         if self.first:
             return seed
-        mixed = np.random.SeedSequence((seed, 0, self.rank)).generate_state(1, np.uint64)
-        return int(mixed[0] >> 1)
+        return mixed(seed, 0, self.rank) >> 1
 
     # -- what the hosts say
 
@@ -197,7 +202,7 @@ class Processes:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.check_same(
             "the models",
-            {k: fingerprint(t, "sampled") for k, t in tensors.items() if not _is_sharded(t)},
+            {k: fingerprint(t, "sampled") for k, t in tensors.items() if not is_sharded(t)},
             "load the same weights in each, or call torch.manual_seed before making the model",
         )
 
@@ -243,12 +248,8 @@ def _is_large(model: nn.Module) -> bool:
 def check_whole(deltas: Iterable[Delta]) -> None:
     """Raises PeftliteError for a delta that is itself spread over processes."""
     for delta in deltas:
-        if any(_is_sharded(parameter) for parameter in delta.parameters()):
+        if any(is_sharded(parameter) for parameter in delta.parameters()):
             raise PeftliteError(
                 f"the parameters of {delta.name!r} are sharded: leave fully_shard to "
                 "Trainer(parallel='fsdp'), or give it ignored_params=set(delta.parameters())"
             )
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")

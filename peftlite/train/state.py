@@ -38,6 +38,11 @@ def set_random_state(state: dict[str, Tree], device: torch.device) -> None:
     _set_generators((*given, state["torch"], state["device"]), device)
 
 
+def mixed(*numbers: int) -> int:
+    """A seed, below 2⁶⁴, of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 @contextmanager
 def random_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Draws nothing from the generators as they are outside; inside they begin from a seed."""

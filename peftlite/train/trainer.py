@@ -159,8 +159,9 @@ class Trainer:
         usual = data.estimate(len(self.train))
         self.passes = usual.epochs if self.epochs == "auto" else self.epochs
         self.size = usual.batch_size if self.batch_size == "auto" else self.batch_size
-        usual = learning_rate(self.model, self.deltas, self.b_ratio)
-        self.rate = usual if self.lr == "auto" else self.lr
+        self.rate = (
+            learning_rate(self.model, self.deltas, self.b_ratio) if self.lr == "auto" else self.lr
+        )
         self.processes = parallel.started(self.parallel)
         self.part = math.ceil(self.size / self.accumulate / self.processes)
 
@@ -233,8 +234,8 @@ class Trainer:
             state = processes.once(lambda: store.resume(*given))
         elif resume:
             raise PeftliteError("resume goes by checkpoints: give the Trainer a folder")
-        processes.share(self.model, deltas, next(deltas[0].parameters()).device)
         parameters = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
+        processes.share(self.model, deltas, parameters[0].device)
         with (
             modes.alone(self.model, parameters),
             modes.training(self.model),

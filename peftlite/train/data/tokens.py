@@ -127,9 +127,7 @@ class _Function(Tokenizer):
     def __init__(self, given: Any) -> None:
         self.given = given
         self._call: Callable[[str], Any] = getattr(given, "encode", given)
-        if hasattr(
-            given, "post_processor"
-        ):  # tokenizers.Tokenizer, which puts tokens around a text
+        if hasattr(given, "post_processor"):  # of tokenizers, which puts tokens around a text
             self._call = partial(given.encode, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import peftlite as pl
 from peftlite import kernels
-from peftlite.fuse import fuse
+from peftlite.verbs.fuse import fuse
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -100,7 +100,8 @@ def timed(calls: list[Call], warm: bool = False) -> Timer:
 
 def parts(cell: Cell) -> dict[str, Callable[[], Call]]:
     """Makers of calls: every kernel that memory bounds, as it is used, with factors of fp32."""
-    from peftlite.kernels import triton_ops, triton_rescale
+    from peftlite.kernels.triton import ops as triton_ops
+    from peftlite.kernels.triton import rescale as triton_rescale
 
     wide, seed = torch.float32, torch.zeros((), dtype=torch.int64, device=cell.random(1).device)
     a, b = cell.random(RANK, cell.i, dtype=wide), cell.random(cell.o, RANK, dtype=wide)
@@ -151,7 +152,8 @@ def bandwidth(cell: Cell, rounds: int) -> Iterator[Figure]:
 
 def products(cell: Cell, rounds: int) -> Iterator[Figure]:
     """Over a plain x Wᵀ: one that adds to y; and x Wᵀ + h U, in two steps and fused."""
-    from peftlite.kernels import triton_gemm, triton_ops
+    from peftlite.kernels.triton import gemm as triton_gemm
+    from peftlite.kernels.triton import ops as triton_ops
 
     w, b = cell.random(cell.o, cell.i), cell.random(cell.o, RANK, dtype=torch.float32)
     h, moved = cell.rows(RANK, torch.float32), 2 * cell.tokens * (cell.i + cell.o)

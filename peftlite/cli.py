@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peftlite import commands
-from peftlite.algebra.combine import How
 from peftlite.commands import Outcome
 from peftlite.errors import PeftliteError
 from peftlite.io.convert import To
+from peftlite.verbs.combine import How
 from peftlite.version import __version__
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftlite as pl
-from peftlite.site import sites
+from peftlite.core.site import sites
 from tests.digest import assert_same, digest
 from tests.zoo import KINDS, Kind
 

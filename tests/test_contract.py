@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
-from peftlite import host
+from peftlite.core import host
 from peftlite.methods.features import of_layer
 from tests.digest import assert_same, bits, digest
 from tests.zoo import KINDS, Kind, seeded

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
 from peftlite import kernels
-from peftlite.fuse import called_alike, fuse, unfuse
 from peftlite.kernels import torch_ops
+from peftlite.verbs.fuse import called_alike, fuse, unfuse
 from tests.test_contract import disturb
 from tests.zoo import KINDS
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftlite as pl
-from peftlite.residual import Residual
+from peftlite.core.residual import Residual
 from tests.digest import assert_same, bits, digest
 from tests.test_contract import CELLS, Row, attached, unmergeable
 from tests.zoo import KINDS, Kind, seeded

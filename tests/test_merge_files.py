@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.core.site import sites as sites_of
 from peftlite.io import checkpoint
 from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.standin import stand_in
-from peftlite.merge import checked
-from peftlite.site import sites as sites_of
+from peftlite.verbs.merge import checked
 from tests.digest import bits
 from tests.test_contract import CELLS, Row, attached, unmergeable
 from tests.zoo import KINDS, Kind
@@ -108,7 +108,7 @@ def test_one_tensor_is_in_memory_at_a_time(sharded: Any, tmp_path: Path) -> None
         seen.extend(map(weakref.ref, (w, value)))
         return value, change
 
-    with mock.patch.object(sys.modules["peftlite.merge_files"], "checked", watched):
+    with mock.patch.object(sys.modules["peftlite.io.merge_files"], "checked", watched):
         pl.merge_files(base, delta, tmp_path / "out")
     assert len(seen) == 2 * 14
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftlite as pl
-from peftlite.site import sites
+from peftlite.core.site import sites
 from tests.digest import assert_same, bits, digest
 from tests.zoo import KINDS, Kind
 

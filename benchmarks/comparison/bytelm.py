@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.patch import Target
 from peftlite.demo import gpt, training
 from peftlite.demo.base import pretrain
 from peftlite.demo.text import texts
 from peftlite.demo.training import Recipe
-from peftlite.patch import Target
 
 from .task import Judgement, Split, Task
 

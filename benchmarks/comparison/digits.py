@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.patch import Target
+from peftlite.core.patch import Target
 
 from .task import Judgement, Split, Task
 

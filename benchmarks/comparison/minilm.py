@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.patch import Target
 from peftlite.demo.text import code
-from peftlite.patch import Target
 
 from .task import Judgement, Split, Task
 

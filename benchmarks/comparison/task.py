@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftlite.patch import Target
+from peftlite.core.patch import Target
 
 Split = Literal["validation", "test"]
 

@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.assign import methods_in
-from peftlite.attach import check_model, check_name, commit, detach, require
 from peftlite.bank.route import Router, Rows
 from peftlite.bank.slots import Entry, Slots, numbers_of
 from peftlite.bank.source import delta_of
 from peftlite.bank.static import Static
 from peftlite.bank.stock import Stock, made
 from peftlite.bank.training import training_rows
-from peftlite.delta import Delta
+from peftlite.core.assign import methods_in
+from peftlite.core.attach import check_model, check_name, commit, detach, require
+from peftlite.core.delta import Delta
+from peftlite.core.patch import Method
 from peftlite.errors import PeftliteError
 from peftlite.io import save
 from peftlite.io.load import CheckBase
 from peftlite.methods.lora import LoRA
-from peftlite.patch import Method
 from peftlite.table import shown, size
 
 NAME = "(bank)"

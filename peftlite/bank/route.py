@@ -18,10 +18,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from peftlite.choice import Choice
+from peftlite.core.choice import Choice
+from peftlite.core.patch import Patch
 from peftlite.errors import PeftliteError
 from peftlite.kernels.ops import op
-from peftlite.patch import Patch
 
 Run = tuple[int, int, int]
 """A slot, and the rows from start to stop that take it."""

@@ -20,9 +20,9 @@ import torch
 from peftlite.bank.arena import Arena, Row
 from peftlite.bank.source import Origin
 from peftlite.bank.training import Leaves
+from peftlite.core.patch import Method
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
-from peftlite.patch import Method
-from peftlite.site import Site
 from peftlite.table import few
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite import site
-from peftlite.assign import methods_in
-from peftlite.attach import begin
-from peftlite.delta import Delta
+from peftlite.core import site
+from peftlite.core.assign import methods_in
+from peftlite.core.attach import begin
+from peftlite.core.delta import Delta
+from peftlite.core.patch import Method
+from peftlite.core.site import whole_address
 from peftlite.errors import BaseMismatchError, FileError, PeftliteError
 from peftlite.io.files import as_path
 from peftlite.io.fingerprint import fingerprints
 from peftlite.io.load import CheckBase, check_mode, read
-from peftlite.patch import Method
-from peftlite.site import whole_address
 from peftlite.table import few, shown
 
 

@@ -9,19 +9,19 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from peftlite.assign import Placed, assign
 from peftlite.bank.arena import Arena, Row
-from peftlite.bank.families import family_of
-from peftlite.bank.mixed import Mixed
+from peftlite.bank.families.mixed import Mixed
+from peftlite.bank.families.registry import family_of
 from peftlite.bank.route import Entrance, Router
 from peftlite.bank.shelf import Shelf
 from peftlite.bank.slots import Entry
 from peftlite.bank.source import reread
 from peftlite.bank.training import Leaves
-from peftlite.delta import Delta
+from peftlite.core.assign import Placed, assign
+from peftlite.core.delta import Delta
+from peftlite.core.patch import Method, Patch
+from peftlite.core.site import CALL, Site, locate, sites, whole_address
 from peftlite.errors import PeftliteError
-from peftlite.patch import Method, Patch
-from peftlite.site import CALL, Site, locate, sites, whole_address
 from peftlite.table import few
 
 Key = tuple[str, type[Mixed]]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.bank.mixed import Mixed
+from peftlite.bank.families.mixed import Mixed
 from peftlite.bank.route import Rows, Tables
+from peftlite.core.patch import Patch
 from peftlite.errors import PeftliteError
-from peftlite.patch import Patch
 
 
 class Leaves:

@@ -21,7 +21,7 @@ from peftlite.train.data import as_tokenizer
 from peftlite.train.data.checks import check_chat, check_pair
 from peftlite.train.data.jsonl import Finding, Lines, Row
 from peftlite.train.data.tokens import Message, Tokenizer
-from peftlite.use import using
+from peftlite.verbs.use import using
 
 
 @dataclass

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peftlite.algebra import combine, extract
 from peftlite.commands.outcome import Outcome
+from peftlite.core.patch import Method
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io import Info, inspect, load, native, save
 from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.convert import convert
 from peftlite.io.files import is_finite
 from peftlite.io.fingerprint import fingerprint, kind_of
+from peftlite.io.merge_files import merge_files
 from peftlite.io.standin import stand_in
-from peftlite.merge import distance
-from peftlite.merge_files import merge_files
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
-from peftlite.patch import Method
 from peftlite.table import few, size, table
+from peftlite.verbs import combine, extract
+from peftlite.verbs.merge import distance
 
 # -- looking
 

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlite.attach import attach
 from peftlite.commands.local import local_config, local_encoder, local_model, local_tokenizer
 from peftlite.commands.outcome import Outcome
+from peftlite.core.attach import attach
+from peftlite.core.patch import Method
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import replacing
-from peftlite.patch import Method
-from peftlite.plan import plan
 from peftlite.table import few, size
 from peftlite.train import History, Trainer, data, losses
 from peftlite.train.checkpoints import Checkpoints
@@ -29,6 +28,7 @@ from peftlite.train.data.jsonl import scan
 from peftlite.train.events import Progress
 from peftlite.train.parallel import is_first, local_device, spreads
 from peftlite.train.state import random_kept
+from peftlite.verbs.plan import plan
 
 PIECE = 512  # tokens of a text, where none are given
 SETTINGS = (

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from peftlite.core.patch import Method
 from peftlite.io.files import Entry, numel
-from peftlite.patch import Method
 from peftlite.table import size, table
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peftlite.attach import deltas, detach
+from peftlite.core.attach import deltas, detach
 from peftlite.errors import FileError, PeftliteError
 from peftlite.fields import check_given
 from peftlite.io.export import export

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from peftlite.delta import Delta
+from peftlite.core.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
 from peftlite.io.files import as_path

@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from peftlite.delta import gather
+from peftlite.core.delta import gather
 from peftlite.errors import FileError, PeftliteError
 from peftlite.table import shown
 

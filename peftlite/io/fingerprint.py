@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peftlite.delta import gather
+from peftlite.core.delta import gather
 from peftlite.io.files import ahead, bytes_of, data_of, sha256
 
 Fingerprint = Literal["sha256", "sampled"]

@@ -13,16 +13,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peftlite import site, targets
-from peftlite.assign import Placed, usable
-from peftlite.attach import check, commit
-from peftlite.delta import Delta, misfits
+from peftlite.core import site, targets
+from peftlite.core.assign import Placed, usable
+from peftlite.core.attach import check, commit
+from peftlite.core.delta import Delta, misfits
+from peftlite.core.site import Site, whole_address
 from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError
 from peftlite.io import native, peers, peft, standin
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors, ahead, as_path, is_finite, reason
 from peftlite.io.fingerprint import difference, fingerprints, kind_of
-from peftlite.site import Site, whole_address
 from peftlite.table import few
 
 CheckBase = Literal["error", "warn", "off"]

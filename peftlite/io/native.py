@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.delta import Delta, gather
+from peftlite.core.delta import Delta, gather
+from peftlite.core.patch import Method
+from peftlite.core.site import whole_address
 from peftlite.errors import FileError, PeftliteError
 from peftlite.fields import check_given
 from peftlite.io import packing, standin
@@ -43,10 +45,8 @@ from peftlite.io.files import (
     write_tensors,
 )
 from peftlite.io.fingerprint import KINDS, Fingerprint, fingerprints, kind_of
-from peftlite.merge import base_tensor
-from peftlite.patch import Method
-from peftlite.site import whole_address
 from peftlite.table import shown
+from peftlite.verbs.merge import base_tensor
 from peftlite.version import __version__
 
 FORMAT = 1

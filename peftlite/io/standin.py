@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.host import base_class
+from peftlite.core.site import Site, whole_address
 from peftlite.errors import TargetError
-from peftlite.host import base_class
-from peftlite.site import Site, whole_address
 
 
 class Conv1D(nn.Module):

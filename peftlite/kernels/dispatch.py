@@ -99,7 +99,7 @@ def ops(x: Tensor, wide: torch.dtype) -> ModuleType:
     """The operations of the path that x takes, with the factors in a dtype."""
     if path_with(x, wide) != "triton":
         return torch_ops
-    from peftlite.kernels import triton_ops
+    from peftlite.kernels.triton import ops as triton_ops
 
     return triton_ops
 

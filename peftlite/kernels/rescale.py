@@ -92,7 +92,7 @@ def _triton(y: Tensor, behind: int) -> ModuleType | None:
     """The operations for y on a GPU, where they are faster."""
     if behind or dispatch.path_with(y, y.dtype) != "triton":
         return None
-    from peftlite.kernels import triton_rescale
+    from peftlite.kernels.triton import rescale as triton_rescale
 
     return triton_rescale
 

@@ -40,7 +40,7 @@ def rows_low_rank(
     fake=lambda *_: None,
 )
 def _add_rows(*given: Tensor) -> None:
-    from peftlite.kernels import triton_rows
+    from peftlite.kernels.triton import rows as triton_rows
 
     triton_rows.rows_low_rank(*given)
 

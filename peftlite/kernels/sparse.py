@@ -70,7 +70,7 @@ def grad_values(u: Tensor, v: Tensor, indices: Tensor) -> Tensor:
     if len(indices) > _few(u, triton) * rows * columns:
         return (u.t() @ v).flatten()[indices]
     if triton:
-        from peftlite.kernels import triton_sparse
+        from peftlite.kernels.triton import sparse as triton_sparse
 
         return triton_sparse.grad_values(u, v, indices)
     ends = torch.arange(rows + 1, device=u.device) * columns

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlite.core.patch import WeightMethod, trainable
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.fields import number, positive, set_number, whole
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.methods.sparse import largest
-from peftlite.patch import WeightMethod, trainable
-from peftlite.site import Site
 
 
 class AdaLoRAPatch(LowRankPatch):

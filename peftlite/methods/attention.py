@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.site import walk
 from peftlite.errors import PeftliteError
 from peftlite.methods.features import of_layer
-from peftlite.site import walk
 
 ATTENTION = SDPA, MHA = F.scaled_dot_product_attention, F.multi_head_attention_forward
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.maps import is_weight
+from peftlite.core.maps import is_weight
+from peftlite.core.patch import Method, Patch, trainable
+from peftlite.core.site import Site
 from peftlite.methods.features import Features, is_called, of_layer
 from peftlite.methods.full import AddPatch
-from peftlite.patch import Method, Patch, trainable
-from peftlite.site import Site
 
 
 class AddedBiasPatch(Patch):

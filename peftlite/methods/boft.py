@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftlite.core.patch import trainable, wide
+from peftlite.core.site import Site
 from peftlite.fields import whole
 from peftlite.methods.oft import (
     RotationMethod,
@@ -18,8 +20,6 @@ from peftlite.methods.oft import (
     skew,
     turn_blocks,
 )
-from peftlite.patch import trainable, wide
-from peftlite.site import Site
 
 
 class BOFTPatch(RotationPatch):

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.patch import trainable
+from peftlite.core.site import Site
 from peftlite.fields import check_choice, one_of, positive, whole
 from peftlite.methods.calls import CallMethod, CallPatch, is_made, role
 from peftlite.methods.features import Features, change_first
-from peftlite.patch import trainable
-from peftlite.site import Site
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 

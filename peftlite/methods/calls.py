@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from peftlite.core.patch import Method, Patch
+from peftlite.core.site import CALL, Site
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import whole
 from peftlite.methods.features import Features, features, is_called
-from peftlite.patch import Method, Patch
-from peftlite.site import CALL, Site
 from peftlite.table import shown
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.core.patch import Patch, trainable
+from peftlite.core.site import Site
 from peftlite.fields import positive, whole
 from peftlite.methods.bottleneck import BottleneckAdapter, BottleneckPatch, Place
 from peftlite.methods.features import Features
-from peftlite.patch import Patch, trainable
-from peftlite.site import Site
 
 
 class CompacterPatch(BottleneckPatch):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.patch import trainable
+from peftlite.core.site import Site
 from peftlite.fields import number
 from peftlite.methods.search import SearchMethod, SearchPatch
-from peftlite.patch import trainable
-from peftlite.site import Site
 
 
 class DiffPruningPatch(SearchPatch):

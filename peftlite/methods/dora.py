@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.maps import Embedding, Map, beneath, narrow
+from peftlite.core.patch import apply, trainable, wide
+from peftlite.core.site import Site, overlap
 from peftlite.kernels.dora import row_norms_squared
 from peftlite.kernels.rescale import rescale
-from peftlite.maps import Embedding, Map, beneath, narrow
 from peftlite.methods.lora import LoRA, LoRAPatch
-from peftlite.patch import apply, trainable, wide
-from peftlite.site import Site, overlap
 
 
 class DoRAPatch(LoRAPatch):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftlite import maps
-from peftlite.site import CALL, Site, output_head, walk
+from peftlite.core import maps
+from peftlite.core.site import CALL, Site, output_head, walk
 
 
 class Features(NamedTuple):

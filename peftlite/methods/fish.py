@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.patch import wide
+from peftlite.core.site import sites
 from peftlite.errors import PeftliteError
-from peftlite.patch import wide
-from peftlite.site import sites
 
 
 def fish_scores(

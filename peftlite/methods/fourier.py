@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from peftlite.core.maps import Map
+from peftlite.core.patch import Patch, WeightMethod, trainable, wide
+from peftlite.core.site import Site
 from peftlite.fields import number, one_of, positive, whole
-from peftlite.maps import Map
 from peftlite.methods.low_rank import sizes
-from peftlite.patch import Patch, WeightMethod, trainable, wide
-from peftlite.site import Site
 
 Init = Literal["normal", "zero"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftlite.core.patch import Method, Patch, trainable
+from peftlite.core.site import Site
 from peftlite.errors import TargetError
 from peftlite.fields import whole
-from peftlite.patch import Method, Patch, trainable
-from peftlite.site import Site
 
 # the outermost list that a tensor is in, and its number there
 _LAYER = re.compile(r"((?:.*?\.)?)(\d+)\.")

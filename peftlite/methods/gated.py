@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from peftlite.core.patch import Method, Patch, trainable, wide
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.fields import one_of
 from peftlite.methods.calls import CallPatch
 from peftlite.methods.features import Features, change_first, features
-from peftlite.patch import Method, Patch, trainable, wide
-from peftlite.site import Site
 from peftlite.table import shown
 
 Per = Literal["sequence", "token"]

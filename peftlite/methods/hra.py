@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
+from peftlite.core.patch import trainable, wide
+from peftlite.core.site import Site
 from peftlite.fields import number
 from peftlite.methods.oft import RotationMethod, RotationPatch
-from peftlite.patch import trainable, wide
-from peftlite.site import Site
 
 
 class HRAPatch(RotationPatch):

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.patch import Method, Patch, trainable
+from peftlite.core.site import Site
 from peftlite.kernels.rescale import rescale
-from peftlite.patch import Method, Patch, trainable
-from peftlite.site import Site
 
 _CONVS = nn.modules.conv._ConvNd
 

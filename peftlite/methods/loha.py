@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftlite.core.patch import Patch, trainable, wide
+from peftlite.core.site import Site
 from peftlite.methods.low_rank import RankMethod, sizes
-from peftlite.patch import Patch, trainable, wide
-from peftlite.site import Site
 
 
 class LoHaPatch(Patch):

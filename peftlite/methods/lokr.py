@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.maps import Map
+from peftlite.core.patch import Patch, trainable, wide
+from peftlite.core.site import Site
 from peftlite.fields import whole
-from peftlite.maps import Map
 from peftlite.methods.low_rank import RankMethod
-from peftlite.patch import Patch, trainable, wide
-from peftlite.site import Site
 
 
 class LoKrPatch(Patch):

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.patch import trainable, wide
+from peftlite.core.site import Site
 from peftlite.errors import TargetError
 from peftlite.fields import number, one_of
 from peftlite.methods.low_rank import LowRankPatch, RankMethod
-from peftlite.patch import trainable, wide
-from peftlite.site import Site
 
 Scaling = Literal["alpha/r", "rslora"]
 Init = Literal[

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.linalg import solve_triangular, vector_norm
 
+from peftlite.core.patch import trainable, wide
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.fields import one_of, whole
 from peftlite.methods.calls import CallMethod, CallPatch, is_block, is_made
 from peftlite.methods.features import Features, arguments, by_name, change_first
-from peftlite.patch import trainable, wide
-from peftlite.site import Site
 
 Init = Literal["linear", "identity"]
 

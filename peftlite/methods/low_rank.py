@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from peftlite.core.maps import Linear, Map, widen
+from peftlite.core.patch import Patch, WeightMethod, wide
+from peftlite.core.site import Site
 from peftlite.fields import positive, whole
 from peftlite.kernels.grouped import grouped_linear
-from peftlite.maps import Linear, Map, widen
-from peftlite.patch import Patch, WeightMethod, wide
-from peftlite.site import Site
 
 
 def sizes(site: Site) -> tuple[list[int], int, int]:

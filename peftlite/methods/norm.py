@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from peftlite.core.patch import Method
+from peftlite.core.site import Site
 from peftlite.methods.full import AddPatch
-from peftlite.patch import Method
-from peftlite.site import Site
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _NAMED = re.compile(r"Norm(?![a-z])")  # LlamaRMSNorm, T5LayerNorm; not a Normalizer

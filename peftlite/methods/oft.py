@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.maps import Map
+from peftlite.core.patch import Patch, WeightMethod, trainable, wide
+from peftlite.core.site import Site
 from peftlite.fields import positive, whole
-from peftlite.maps import Map
-from peftlite.patch import Patch, WeightMethod, trainable, wide
-from peftlite.site import Site
 
 
 class RotationPatch(Patch):

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.patch import Method, Patch, trainable
+from peftlite.core.site import Site, walk
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import whole
 from peftlite.methods.attention import Prepend, is_attention, key_heads
-from peftlite.patch import Method, Patch, trainable
-from peftlite.site import Site, walk
 
 
 class Trunk(nn.Module):

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.patch import Method, Patch, trainable
+from peftlite.core.site import CALL, Site, raw
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import one_of, whole
 from peftlite.methods.features import arguments, is_called
 from peftlite.methods.virtual import AroundPatch, LayersPatch, StackPatch
-from peftlite.patch import Method, Patch, trainable
-from peftlite.site import CALL, Site, raw
 
 Init = Literal["random", "vocabulary", "text"]
 

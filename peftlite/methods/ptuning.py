@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from peftlite.core.site import Site
 from peftlite.fields import one_of, whole
 from peftlite.methods.prompt import PromptMethod, PromptPatch
-from peftlite.site import Site
 
 Encoder = Literal["mlp", "lstm"]
 

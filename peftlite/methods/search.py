@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.patch import trainable
+from peftlite.core.site import Site
 from peftlite.fields import whole
 from peftlite.methods.sparse import EntryMethod, SparsePatch, largest
-from peftlite.patch import trainable
-from peftlite.site import Site
 
 
 class SearchPatch(SparsePatch):

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from peftlite.core.patch import WeightMethod
+from peftlite.core.site import Site
 from peftlite.fields import number, whole
 from peftlite.methods.sparse import SparsePatch, draw
-from peftlite.patch import WeightMethod
-from peftlite.site import Site
 
 
 @dataclass(frozen=True)

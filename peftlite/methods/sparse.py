@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peftlite.core.maps import Map, beneath, maps_vectors, narrow
+from peftlite.core.patch import Patch, WeightMethod, apply, trainable
+from peftlite.core.site import Site, whole_address
 from peftlite.errors import PeftliteError
 from peftlite.fields import number, one_of
 from peftlite.kernels.sparse import added, sparse_linear
-from peftlite.maps import Map, beneath, maps_vectors, narrow
-from peftlite.patch import Patch, WeightMethod, apply, trainable
-from peftlite.site import Site, whole_address
 from peftlite.table import shown
 
 Select = Literal["magnitude", "random", "fish", "given"]

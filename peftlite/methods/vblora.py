@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.patch import Patch, WeightMethod, trainable, wide
+from peftlite.core.site import Site
 from peftlite.fields import set_number, whole
 from peftlite.methods.low_rank import LowRankPatch
-from peftlite.patch import Patch, WeightMethod, trainable, wide
-from peftlite.site import Site
 
 
 class Bank(nn.Module):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.patch import Patch, WeightMethod, trainable
+from peftlite.core.site import Site
 from peftlite.fields import number, whole
 from peftlite.methods.low_rank import LowRankPatch, sizes
-from peftlite.patch import Patch, WeightMethod, trainable
-from peftlite.site import Site
 
 
 class Projection(nn.Module):

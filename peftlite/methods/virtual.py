@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from peftlite.core.patch import Patch
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.methods.features import arguments, by_name
-from peftlite.patch import Patch
-from peftlite.site import Site
 from peftlite.table import shown
 
 POSITIONS = ("position_ids", "cache_position")

@@ -24,10 +24,10 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.attach import base_parameters
-from peftlite.delta import Delta
+from peftlite.core.attach import base_parameters
+from peftlite.core.delta import Delta
+from peftlite.core.patch import Method
 from peftlite.methods import FullTuning, Gated, LoRA
-from peftlite.patch import Method
 
 OF_LORA: Mapping[str, float] = {
     "FullTuning": 0.1,

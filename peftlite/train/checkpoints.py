@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite.delta import Delta
+from peftlite.core.delta import Delta
 from peftlite.errors import BaseMismatchError, FileError
 from peftlite.io import native
 from peftlite.io.files import (

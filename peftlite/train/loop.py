@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.delta import Delta, gather
+from peftlite.core.delta import Delta, gather
+from peftlite.core.patch import Patch
 from peftlite.errors import FileError, PeftliteError
-from peftlite.patch import Patch
 from peftlite.table import few
 from peftlite.train import state
 from peftlite.train.batches import Batches, write_batch

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.patch import wide
 from peftlite.errors import PeftliteError
-from peftlite.patch import wide
 from peftlite.table import shown
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.modes import evaluating
-from peftlite.use import using
+from peftlite.verbs.use import using
 
 
 def causal_lm(model: nn.Module, batch: Any, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peftlite.delta import Delta
+from peftlite.core.delta import Delta
+from peftlite.core.site import is_sharded
 from peftlite.errors import PeftliteError
 from peftlite.io.fingerprint import fingerprint
-from peftlite.site import is_sharded
 from peftlite.table import few
 from peftlite.train.modes import blocks
 from peftlite.train.state import mixed

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from peftlite.delta import Delta
+from peftlite.core.delta import Delta
 
 Schedule = Literal["cosine", "linear", "constant"]
 DECLINES: dict[str, Callable[[float], float]] = {

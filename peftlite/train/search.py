@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from peftlite.attach import detach
+from peftlite.core.attach import detach
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
 from peftlite.table import brief, few, shown, table

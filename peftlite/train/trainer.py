@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftlite.attach import require
-from peftlite.delta import Delta
+from peftlite.core.attach import require
+from peftlite.core.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_fields, number, one_of, positive, set_number, whole
 from peftlite.io.files import as_path

@@ -12,7 +12,7 @@ from torch import nn
 
 import peftlite as pl
 from peftlite.bank import DeltaBank
-from peftlite.site import Site, sites
+from peftlite.core.site import Site, sites
 from tests.bank.banks import WIDTH, Models, base, lora, tuned
 from tests.digest import assert_same, digest
 from tests.zoo import KINDS, Kind

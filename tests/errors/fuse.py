@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from peftlite.fuse import fuse
+from peftlite.verbs.fuse import fuse
 from tests.errors.case import Case
 
 CASES = [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftlite as pl
-from peftlite.site import sites
+from peftlite.core.site import sites
 from tests.errors.attach import attaching
 from tests.errors.case import ZOO, Case, attached, bare, on
 

@@ -17,14 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peftlite.kernels import (
-    triton_gemm,
-    triton_kernels,
-    triton_ops,
-    triton_rescale,
-    triton_rows,
-    triton_sparse,
-)
+from peftlite.kernels.triton import gemm as triton_gemm
+from peftlite.kernels.triton import kernels as triton_kernels
+from peftlite.kernels.triton import ops as triton_ops
+from peftlite.kernels.triton import rescale as triton_rescale
+from peftlite.kernels.triton import rows as triton_rows
+from peftlite.kernels.triton import sparse as triton_sparse
 
 DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftlite import kernels
-from peftlite.kernels import lora_linear, reference, triton_ops
+from peftlite.kernels import lora_linear, reference
+from peftlite.kernels.triton import ops as triton_ops
 from tests.kernels.against import assert_close, factors, run, truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,15 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlite import kernels
-from peftlite.kernels import (
-    dora,
-    reference,
-    rescale,
-    triton_gemm,
-    triton_ops,
-    triton_rescale,
-    triton_sparse,
-)
+from peftlite.kernels import dora, reference, rescale
+from peftlite.kernels.triton import gemm as triton_gemm
+from peftlite.kernels.triton import ops as triton_ops
+from peftlite.kernels.triton import rescale as triton_rescale
+from peftlite.kernels.triton import sparse as triton_sparse
 from tests.kernels.against import assert_close
 from tests.kernels.interpreted import (
     DEVICE,

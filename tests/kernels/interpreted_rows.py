@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftlite.kernels import rows_reference, triton_rows
+from peftlite.kernels import rows_reference
+from peftlite.kernels.triton import rows as triton_rows
 from tests.kernels.against import assert_close
 from tests.kernels.interpreted import DEVICE, Dtypes, dtypes, some
 

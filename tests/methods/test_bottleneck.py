@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.core.site import sites
 from peftlite.methods.bottleneck import BottleneckAdapter
 from peftlite.methods.features import features, is_called
-from peftlite.site import sites
 from tests.digest import assert_same, digest
 from tests.zoo import KINDS, TOKENS, WIDTH, Kind, autocast_error, seeded
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import peftlite as pl
+from peftlite.core.site import sites
 from peftlite.methods.calls import is_block
 from peftlite.methods.loreft import LoReFT, LoReFTPatch
-from peftlite.site import sites
 from tests.zoo import KINDS, VOCAB, WIDTH, autocast_error, seeded
 
 ZOO = {kind.name: kind for kind in KINDS}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.core.site import sites
 from peftlite.methods.diff_pruning import DiffPruning
 from peftlite.methods.ltsft import LTSFT
 from peftlite.methods.search import SearchMethod
-from peftlite.site import sites
 from tests.digest import assert_same, digest
 from tests.test_contract import Graphs, close
 from tests.zoo import KINDS, Kind, seeded

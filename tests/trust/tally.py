@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peftlite as pl
-from peftlite import host
+from peftlite.core import host
 from tests.digest import bits, digest
 
 

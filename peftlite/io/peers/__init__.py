@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.delta import Delta
+from peftlite.core.delta import Delta
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors
 from peftlite.io.peers import writing

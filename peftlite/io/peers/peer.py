@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peftlite.core.patch import Method
 from peftlite.methods.dora import DoRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.methods.lora import LoRA
-from peftlite.patch import Method
 
 # what diffusers says of settings, and what convert adds where a file doesn't say it
 CONFIG, ALPHA, PARTS = "lora_adapter_metadata", "alpha", "parts"

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftlite.core.patch import Method
+from peftlite.core.site import Site, sites, slice_of
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Peer
@@ -17,8 +19,6 @@ from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import At
 from peftlite.io.peft.forms import FORMS
 from peftlite.methods.lokr import LoKr
-from peftlite.patch import Method
-from peftlite.site import Site, sites, slice_of
 from peftlite.table import few
 
 # what comes of asking odd tensors and metadata for what they should have

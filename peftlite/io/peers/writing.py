@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.assign import Placed
-from peftlite.delta import Delta
+from peftlite.core.assign import Placed
+from peftlite.core.delta import Delta
+from peftlite.core.patch import Method, wide
 from peftlite.errors import PeftliteError
 from peftlite.io.files import is_finite, write_file
 from peftlite.io.peers.peer import ALPHA, RANKS, Peer
 from peftlite.methods.dora import DoRA, DoRAPatch
 from peftlite.methods.lora import LoRA
 from peftlite.methods.low_rank import LowRankPatch
-from peftlite.patch import Method, wide
 from peftlite.table import few, shown
 
 

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.maps import kind_of
+from peftlite.core.patch import Method
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.maps import kind_of
-from peftlite.patch import Method
-from peftlite.site import Site
 from peftlite.table import shown
 
 Tensors = dict[str, Tensor]

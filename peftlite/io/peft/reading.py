@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.patch import Method, wide
+from peftlite.core.site import Site, sites, walk
+from peftlite.core.targets import select
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peft.config import Config, ends
@@ -30,10 +33,7 @@ from peftlite.methods.norm import NormTuning
 from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.sparse import SparseMask
-from peftlite.patch import Method, wide
-from peftlite.site import Site, sites, walk
 from peftlite.table import few, shown
-from peftlite.targets import select
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 START, WRAPPED = "base_model.model.", "base_model."  # the latter where there is a prompt

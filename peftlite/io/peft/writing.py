@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peftlite import maps
-from peftlite.assign import Placed
-from peftlite.delta import Delta
+from peftlite.core import maps
+from peftlite.core.assign import Placed
+from peftlite.core.delta import Delta
+from peftlite.core.patch import apply
+from peftlite.core.site import raw, walk, whole_address
 from peftlite.errors import PeftliteError
 from peftlite.io.files import (
     Tensors,
@@ -41,16 +43,14 @@ from peftlite.io.peft.reading import (
     WRAPPED,
     read_config,
 )
-from peftlite.merge import base_tensor
 from peftlite.methods.full import AddPatch
 from peftlite.methods.ia3 import ScalePatch
 from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.ptuning import PTuning
 from peftlite.methods.sparse import SparsePatch
-from peftlite.patch import apply
-from peftlite.site import raw, walk, whole_address
 from peftlite.table import few
+from peftlite.verbs.merge import base_tensor
 
 AS_IN = "0.21.2"  # the peft that this agrees with
 ALONE = "LN_TUNING"  # which trains a copy of any module, for what isn't beside another method

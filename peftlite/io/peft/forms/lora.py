@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.maps import kind_of
+from peftlite.core.site import Site
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
 from peftlite.io.peft.forms.vectors import added_bias
-from peftlite.maps import kind_of
 from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.dora import DoRA, DoRAPatch
 from peftlite.methods.lora import LoRA
-from peftlite.site import Site
 
 
 class LoRAForm(Form):

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import At, Form, Tensors
 from peftlite.methods.vblora import VBLoRA
 from peftlite.methods.vera import VeRA
-from peftlite.site import Site
 
 
 class VeRAForm(Form):

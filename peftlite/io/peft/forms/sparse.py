@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from peftlite import maps
+from peftlite.core import maps
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import At, Form, Tensors
 from peftlite.methods.fourier import FourierFT

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite import maps
+from peftlite.core import maps
+from peftlite.core.patch import Method
 from peftlite.errors import FileError
 from peftlite.io.peft.config import Config, ends
 from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
 from peftlite.methods.bitfit import BitFit
 from peftlite.methods.ia3 import IA3
-from peftlite.patch import Method
 
 
 class IA3Form(Form):

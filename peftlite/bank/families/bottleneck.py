@@ -1,0 +1,133 @@
+"""MixedBottleneck: y + s_k·U_k f_k(D_k z + d_k) + u_k: bottleneck adapters and Compacter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftlite.bank.arena import Field
+from peftlite.bank.families.gather import dtype_of
+from peftlite.bank.families.mixed import Held, Mixed, fold, per_row
+from peftlite.bank.route import Rows, Tables
+from peftlite.core.patch import Patch
+from peftlite.core.site import Site
+from peftlite.errors import PeftliteError
+from peftlite.methods.bottleneck import BottleneckPatch
+from peftlite.methods.compacter import CompacterPatch, kronecker
+from peftlite.methods.features import change_first
+
+_FUNCTIONS = (F.relu, F.gelu, F.silu, torch.tanh)
+
+
+class MixedBottleneck(Mixed):
+    """An adapter behind a call: z is y. A slot has its width r ≤ R, its f and its s."""
+
+    learned = ("down", "down_bias", "up", "up_bias")
+
+    def __init__(self, site: Site, patch: Any, max_rank: int):
+        super().__init__(site, patch, max_rank)
+        self.r, self.i, self.o = len(patch.down_bias), patch.i, patch.o
+        self.dtype = dtype_of(site, patch)
+
+    def fields(self) -> dict[str, Field]:
+        shapes = (self.r, self.i), (self.r,), (self.o, self.r), (self.o,)
+        return {
+            **{n: Field(s, self.dtype) for n, s in zip(self.learned, shapes, strict=True)},
+            "scale": Field((), torch.promote_types(self.dtype, torch.float32)),
+            "function": Field((), torch.int32),
+            "size": Field((), torch.int32),
+        }
+
+    def read(self, patches: Sequence[Any]) -> Held:
+        (patch,), size = patches, len(patches[0].down_bias)
+        if size > self.r:
+            raise PeftliteError(
+                f"{self.address}: an adapter {size} wide is above the room for {self.r} that the "
+                "bank's methods make: give them a larger bottleneck_size"
+            )
+        down, up = _matrices(patch)
+        return {
+            **{"down": down, "down_bias": patch.down_bias, "up": up, "up_bias": patch.up_bias},
+            "scale": patch.scale,
+            "function": _FUNCTIONS.index(patch.act),
+            "size": size,
+        }
+
+    def trains(self, patches: Sequence[Patch]) -> bool:
+        return type(patches[0]) is BottleneckPatch
+
+    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r = int(held["size"])
+        cut = {"down": held["down"][:r], "down_bias": held["down_bias"][:r]}
+        return cut | {"up": held["up"][:, :r], "up_bias": held["up_bias"]}
+
+    def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        return change_first(inner(*args, **kwargs), lambda y: self._add(rows, tables, y, y))
+
+    def _add(self, rows: Rows, tables: Tables, y: Any, z: Any) -> Tensor:
+        self.like.check(y, self.o)
+        self.like.check(z, self.i)
+        in_runs = self.by_runs(rows, tables, y, z)
+
+        def of(z: Tensor) -> Tensor:
+            flat = fold(z, rows)
+            change = self._in_runs(rows, flat) if in_runs else self._per_row(rows, tables, flat)
+            return change.view(*z.shape[:-1], self.o)
+
+        return y + self.like.along(of, z).to(y.dtype)
+
+    def _per_row(self, rows: Rows, tables: Tables, z: Tensor) -> Tensor:
+        """The change (b, t, o), for z (b, t, i)."""
+        down, d, up, u = (per_row(tables[name], rows).to(z.dtype) for name in self.learned)
+        h = torch.baddbmm(d[:, None], z, down.mT)
+        kind = per_row(tables["function"], rows)[:, None, None]
+        hidden = _FUNCTIONS[0](h)
+        for number, f in enumerate(_FUNCTIONS[1:], 1):
+            hidden = torch.where(kind == number, f(h), hidden)
+        scale = per_row(tables["scale"], rows)[:, None, None].to(z.dtype)
+        return torch.baddbmm(u[:, None], hidden, up.mT) * scale
+
+    def _in_runs(self, rows: Rows, z: Tensor) -> Tensor:
+        """The same, a run of rows at a time."""
+        change = z.new_zeros(*z.shape[:2], self.o)
+        for slot, start, stop in rows.runs or ():
+            held = self.of_slot(slot)
+            down, d, up, u = (held[name].to(z.dtype) for name in self.learned)
+            hidden = _FUNCTIONS[held["function"]](F.linear(z[start:stop], down, d))
+            change[start:stop] = F.linear(hidden, up, u).mul_(held["scale"])
+        return change
+
+
+class MixedBeside(MixedBottleneck):
+    """An adapter beside a call, in parallel: z is its first argument."""
+
+    def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        z = next(iter((*args, *kwargs.values())), None)
+        return change_first(inner(*args, **kwargs), lambda y: self._add(rows, tables, y, z))
+
+
+class MixedInside(MixedBottleneck):
+    """An adapter in front of a norm that was called before: LN(z + …), with z = LN(x)."""
+
+    def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        x = next(iter((*args, *kwargs.values())), None)
+        return inner(self._add(rows, tables, x, inner(x)))
+
+
+def _matrices(patch: Any) -> tuple[Tensor, Tensor]:
+    """D (r, i) and U (o, r)."""
+    if not isinstance(patch, CompacterPatch):
+        return patch.down, patch.up
+    ones = (patch.a.new_ones(n).diag() for n in (patch.i, len(patch.down_bias)))
+    factors = (patch.down_u, patch.down_v), (patch.up_u, patch.up_v)
+    down, up = (kronecker(x, patch.a, u, v).mT for x, (u, v) in zip(ones, factors, strict=True))
+    return down, up
+
+
+def where(patch: Any, _: Site) -> type[MixedBottleneck]:
+    """What mixes an adapter, by its place."""
+    return MixedInside if patch.inside else MixedBeside if patch.beside else MixedBottleneck

@@ -1,0 +1,77 @@
+"""MixedLoReFT: h + R_kᵀ((W − R)_k h + b_k), each row at the positions of its own delta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlite.bank.arena import Field
+from peftlite.bank.families.gather import dtype_of
+from peftlite.bank.families.mixed import Held, Mixed, fold, per_row, slots_of
+from peftlite.bank.route import Rows, Tables
+from peftlite.core.site import Site
+from peftlite.errors import PeftliteError
+from peftlite.methods.features import by_name, change_first
+
+
+class MixedLoReFT(Mixed):
+    """R (r, d), W − R (r, d) and b (r) in each slot; `first` and `last`, how many positions.
+
+    Room made with positions="all" is for deltas of all positions, and any call; room made with
+    others, such as "f1", takes every kind, at calls that give (b, t, d).
+    """
+
+    def __init__(self, site: Site, patch: Any, max_rank: int):
+        super().__init__(site, patch, max_rank)
+        self.r, self.d, self.everywhere = *patch.w.shape, patch.everywhere
+        self.dtype = dtype_of(site, patch)
+
+    @property
+    def size(self) -> int:
+        return super().size + (not self.everywhere)  # of two alike, what takes every kind
+
+    def fields(self) -> dict[str, Field]:
+        matrix, number = Field((self.r, self.d), self.dtype), Field((), torch.int64)
+        vector = Field((self.r,), self.dtype)
+        return {"r": matrix, "inward": matrix, "b": vector, "first": number, "last": number}
+
+    def read(self, patches: Sequence[Any]) -> Held:
+        (patch,) = patches
+        if len(patch.w) > self.r:
+            raise PeftliteError(
+                f"{self.address}: rank {len(patch.w)} is above the room for {self.r} that the "
+                "bank's methods make: give them a larger rank"
+            )
+        if self.everywhere and not patch.everywhere:
+            raise PeftliteError(
+                f"{self.address}: the bank has room for changes of all positions alone, and this "
+                f"is of {patch.method.positions!r}: make it with pl.LoReFT(positions='f1', …)"
+            )
+        rotation = patch.rotation()
+        first, last = (2**62, 0) if patch.everywhere else patch.method.ends
+        return {
+            **{"r": rotation, "inward": patch.w - rotation.to(patch.w.dtype), "b": patch.b},
+            **{"first": first, "last": last},
+        }
+
+    def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        given = by_name(self.like.names, args, kwargs)
+        change = lambda h: self._intervene(rows, tables, h, given)  # noqa: E731
+        return change_first(inner(*args, **kwargs), change)
+
+    def _intervene(self, rows: Rows, tables: Tables, h: Any, given: Mapping[str, Any]) -> Tensor:
+        self.like.check(h, self.d)
+        r, inward, b = (per_row(tables[n], rows).to(h.dtype) for n in ("r", "inward", "b"))
+
+        def of(h: Tensor) -> Tensor:
+            return torch.bmm(torch.baddbmm(b[:, None], fold(h, rows), inward.mT), r).view(h.shape)
+
+        change = self.like.along(of, h)
+        if self.everywhere and given.get("reft_positions") is None:
+            return h + change
+        slots = slots_of(rows, len(h))
+        ends = (tables[name].index_select(0, slots)[:, None] for name in ("first", "last"))
+        return h + change * self.like.positions(h, given, *ends)[..., None]

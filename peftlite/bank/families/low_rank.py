@@ -1,0 +1,103 @@
+"""MixedLowRank: y = Wx + s_k·B_k A_k x, with k the slot of the row: LoRA and all of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlite.bank.arena import Field
+from peftlite.bank.families.mixed import Held, Mixed, called_as_map, fold, is_whole
+from peftlite.bank.route import Rows, Tables
+from peftlite.core.maps import Map, widen
+from peftlite.core.patch import Patch, wide
+from peftlite.core.site import Site
+from peftlite.errors import PeftliteError
+from peftlite.kernels.rows import Factors, groups_low_rank, rows_low_rank, runs_low_rank
+from peftlite.methods.lora import LoRAPatch
+from peftlite.methods.low_rank import LowRankPatch, sizes
+
+FEW = 8
+"""Tokens of a row, up to which the rows are brought together by their slots on a CPU."""
+
+
+class MixedLowRank(Mixed):
+    """A (R, i) and B (o, R) in each slot, with the rank r ≤ R that is used of them, and s."""
+
+    learned = ("a", "b")
+    suits = staticmethod(called_as_map)
+
+    def __init__(self, site: Site, patch: LowRankPatch, max_rank: int):
+        super().__init__(site, patch, max_rank)
+        self.suits(site)
+        (_, self.i, self.o), self.max_rank = sizes(site), max_rank
+        self.transposed, self.shape = site.transposed, site.shape
+        method: Any = getattr(patch, "method", None)
+        self.dtype = getattr(method, "dtype", None) or site.tensor.dtype
+        self._widest: tuple[Rows | None, int, int] = (None, 0, 0)
+
+    def fields(self) -> dict[str, Field]:
+        return {
+            "a": Field((self.max_rank, self.i), self.dtype),
+            "b": Field((self.o, self.max_rank), self.dtype),
+            "scale": Field((), wide(torch.empty(0, dtype=self.dtype))),
+            "rank": Field((), torch.int32),
+        }
+
+    def read(self, patches: Sequence[Patch]) -> Held:
+        pairs = [self._factors(patch) for patch in patches]
+        scale = pairs[0][2]
+        a = torch.cat([a for a, _, _ in pairs])
+        # one s for all: what another patch has more of it is in its B
+        b = torch.cat([b if s == scale else b * (s / scale) for _, b, s in pairs], 1)
+        if len(a) > self.max_rank:
+            raise PeftliteError(
+                f"{self.address}: rank {len(a)} is above the bank's max_rank {self.max_rank}"
+            )
+        return {"a": a, "b": b, "scale": scale, "rank": len(a)}
+
+    def _factors(self, patch: Any) -> tuple[Tensor, Tensor, float]:
+        """A (r, i), B (o, r) and s of a patch, as of all of the tensor."""
+        a, b = patch.factors()
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        left, right = widen(left, right, patch.index, self.shape)
+        a, b = (left.mT, right.mT) if self.transposed else (right, left)
+        return a, b, patch.scale
+
+    def trains(self, patches: Sequence[Any]) -> bool:
+        patch = patches[0]
+        plain = isinstance(patch, LoRAPatch) and not patch.fixed and not patch.dropout
+        return plain and is_whole(patches) and not patch.method.freeze_a
+
+    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r = int(held["rank"])
+        return {"a": held["a"][:r], "b": held["b"][:, :r]}
+
+    def mix(
+        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = inner(input, *args, **kwargs)
+        x, flat = fold(input, rows), fold(y, rows)
+        if self.by_runs(rows, tables, x, y):
+            if x.shape[1] <= FEW and len(rows.runs or ()) > 1:
+                return groups_low_rank(flat, x, *self._grouped(rows)).view_as(y)
+            return runs_low_rank(flat, x, self._factors_of(rows)).view_as(y)
+        a, b, scale, rank = (tables[name] for name in ("a", "b", "scale", "rank"))
+        return rows_low_rank(flat, x, a, b, scale, rank, rows.slots).view_as(y)
+
+    def _grouped(self, rows: Rows) -> tuple[Any, ...]:
+        """The factors of each group, as wide as the widest of them, and the rows."""
+        slots, picked, first = rows.groups
+        (of, turns, r), now = self._widest, sum(self.arena.turns)
+        if of is not rows or turns != now:
+            r = max(self.of_slot(slot)["rank"] for slot, _, _ in rows.runs or ())
+            self._widest = rows, now, r  # replaced whole, for other threads
+        a, b, scale = (self.tables[name][slots] for name in ("a", "b", "scale"))
+        return a[:, :r], b[..., :r], scale, picked, first
+
+    def _factors_of(self, rows: Rows) -> Iterator[tuple[Factors, int, int]]:
+        for slot, start, stop in rows.runs or ():
+            held = self.of_slot(slot)
+            yield (held["a"], held["b"], held["scale"]), start, stop

@@ -1,0 +1,58 @@
+"""MixedPrefix: every row's own keys and values in front of an attention's, of any number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlite.bank.arena import Field
+from peftlite.bank.families.gather import dtype_of
+from peftlite.bank.families.mixed import Held, Mixed, per_row
+from peftlite.bank.route import Rows, Tables
+from peftlite.core.patch import Patch
+from peftlite.core.site import Site
+from peftlite.errors import PeftliteError
+from peftlite.methods.attention import Prepend
+from peftlite.methods.prefix import PrefixPatch, unreached
+
+
+class MixedPrefix(Mixed):
+    """`prefix` (2, h, n, d), of which `used` virtual tokens are there; the others are masked."""
+
+    learned = ("prefix",)
+
+    def __init__(self, site: Site, patch: Any, max_rank: int):
+        super().__init__(site, patch, max_rank)
+        self.shape, self.dtype = tuple(patch.prefix.shape), dtype_of(site, patch)
+
+    def fields(self) -> dict[str, Field]:
+        return {"prefix": Field(self.shape, self.dtype), "used": Field((), torch.int64)}
+
+    def read(self, patches: Sequence[Any]) -> Held:
+        prefix = patches[0].current()
+        room, (n, (_, h, most, d)) = prefix.shape, (prefix.shape[2], self.shape)
+        if room != (2, h, n, d) or n > most:
+            raise PeftliteError(
+                f"{self.address}: a prefix {tuple(room)} doesn't fit the room for {self.shape} "
+                "that the bank's methods make: give them a larger prefix_length"
+            )
+        return {"prefix": prefix, "used": n}
+
+    def trains(self, patches: Sequence[Patch]) -> bool:
+        return type(patches[0]) is PrefixPatch and patches[0].trunk is None
+
+    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"prefix": held["prefix"][:, :, : int(held["used"])]}
+
+    def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        prefix, used = per_row(tables["prefix"], rows), per_row(tables["used"], rows)
+        hidden = torch.arange(self.shape[2], device=used.device) >= used[:, None]
+        mode = Prepend(prefix.transpose(0, 1), self.address, hidden)
+        with mode:
+            output = inner(*args, **kwargs)
+        if not mode.reached:
+            raise unreached(self.address)
+        return output

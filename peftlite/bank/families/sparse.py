@@ -1,0 +1,130 @@
+"""MixedSparse: y = Wx + D_k x, with D zero but at the entries that each slot lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlite.bank.arena import Field
+from peftlite.bank.families.mixed import Held, Mixed, called_as_map, fold, is_whole, per_row
+from peftlite.bank.route import Rows, Tables
+from peftlite.core.maps import Map
+from peftlite.core.patch import Patch, wide
+from peftlite.core.site import Site
+from peftlite.errors import PeftliteError
+from peftlite.kernels.sparse import compressed
+from peftlite.methods.low_rank import sizes
+from peftlite.methods.search import SearchPatch
+from peftlite.methods.sparse import SparsePatch
+
+
+class MixedSparse(Mixed):
+    """`values` (n) and their flat `indices` (n) in W; what a delta has fewer is 0 at entry 0."""
+
+    learned = ("values",)
+
+    def __init__(self, site: Site, patch: Any, max_rank: int):
+        super().__init__(site, patch, max_rank)
+        called_as_map(site)
+        self.shape, self.transposed = site.shape, site.transposed
+        _, self.i, self.o = sizes(site)
+        self.kind, self.dtype = patch.kind, patch.values.dtype
+        self.n = patch.count if isinstance(patch, SearchPatch) else len(patch.values)
+
+    def fields(self) -> dict[str, Field]:
+        return {
+            "values": Field((self.n,), self.dtype),
+            "indices": Field((self.n,), self.kind),
+            "used": Field((), torch.int64),
+        }
+
+    def read(self, patches: Sequence[Patch]) -> Held:
+        values, indices = map(torch.cat, zip(*map(self._entries, patches), strict=True))
+        if len(values) > self.n:
+            raise PeftliteError(
+                f"{self.address}: {len(values)} entries change, and a slot has room for {self.n}: "
+                "make room by a method that changes more, such as one with a larger fraction"
+            )
+        return {"values": values, "indices": indices, "used": len(values)}
+
+    def _entries(self, patch: Patch) -> tuple[Tensor, Tensor]:
+        """The differences of a patch, and their indices into all of the tensor."""
+        held = patch.saved()
+        if "indices" not in held:
+            raise self.cannot("be mixed by rows before it has found its entries", patch)
+        values, indices = held["values"], held["indices"]
+        if patch.index is None:
+            return values, indices
+        dim, start, stop = patch.index
+        shape = list(self.shape)
+        shape[dim] = stop - start
+        at = list(torch.unravel_index(indices, shape))
+        at[dim] = at[dim] + start
+        return values, at[0] * self.shape[1] + at[1]
+
+    def trains(self, patches: Sequence[Patch]) -> bool:
+        return type(patches[0]) is SparsePatch and is_whole(patches)
+
+    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"values": held["values"][: int(held["used"])]}
+
+    def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
+        if self.trains(patches):
+            patches[0].place(held["indices"][: int(held["used"])])
+        super().restore(patches, held)
+
+    def mix(
+        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = inner(input, *args, **kwargs)
+        x, flat = fold(input, rows), fold(y, rows)
+        if self.by_runs(rows, tables, x, y) and torch.backends.mkl.is_available():
+            return self._add_in_runs(rows, flat, x).view_as(y)
+        values, indices = (per_row(tables[name], rows) for name in ("values", "indices"))
+        change = self._entry_by_entry if self._is_few(x) else self._as_matrices
+        return (flat + change(x, values, indices.long()).to(y.dtype)).view_as(y)
+
+    def _add_in_runs(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
+        """The sum, in y, by matrices with compressed rows."""
+        for slot, start, stop in rows.runs or ():
+            d = self._matrix(slot)
+            change = d @ x[start:stop].flatten(0, 1).to(d.dtype).t().contiguous()
+            y[start:stop] += change.t().view(stop - start, *y.shape[1:]).to(y.dtype)
+        return y
+
+    def _matrix(self, slot: int) -> Tensor:
+        """D (o, i) of a slot, kept as long as what is read off it."""
+        held = self.of_slot(slot)
+        if "matrix" not in held:
+            values = held["values"].to(wide(held["values"]))
+            into, out_of = self._places(held["indices"][: len(values)].long())
+            order = (into * self.i + out_of).argsort()
+            firsts = torch.arange(self.o + 1, device=into.device)
+            parts = torch.searchsorted(into[order], firsts), out_of[order], values[order]
+            held["matrix"] = compressed(*parts, (self.o, self.i))
+        return held["matrix"]
+
+    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs and the inputs of entries."""
+        first, second = indices // self.shape[1], indices % self.shape[1]
+        return (second, first) if self.transposed else (first, second)
+
+    def _is_few(self, x: Tensor) -> bool:
+        """Whether what the entries read of x is less than their matrices."""
+        return x.shape[1] * self.n < self.shape.numel()
+
+    def _entry_by_entry(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        """Σ x[column]·value into each row, for x (b, t, i), and values and indices (b, n)."""
+        into, out_of = self._places(indices)
+        read = x.gather(2, out_of[:, None].expand(-1, x.shape[1], -1)) * values[:, None]
+        y = read.new_zeros(*x.shape[:2], self.o)
+        return y.scatter_add(2, into[:, None].expand_as(read), read)
+
+    def _as_matrices(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        """The same by the matrices D themselves, in which that has less to read and write."""
+        d = values.new_zeros(len(x), self.shape.numel()).scatter_add(1, indices, values)
+        d = d.view(-1, *self.shape)
+        return torch.bmm(x.to(d.dtype), d if self.transposed else d.mT)

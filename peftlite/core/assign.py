@@ -1,0 +1,118 @@
+"""Assign: which method of a delta takes which site, and the patch that it places there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftlite.core import targets
+from peftlite.core.patch import Method, Patch
+from peftlite.core.site import Site, is_sharded, sites, whole_address
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.table import shown
+
+
+@dataclass(eq=False)
+class Placed:
+    """One patch of a delta: where it sits and which method made it."""
+
+    site: Site
+    method: Method
+    patch: Patch
+    shape: torch.Size | None  # the whole tensor's, when it was placed
+
+    @classmethod
+    def all(cls, sites: Sequence[Site], method: Method) -> list[Placed]:
+        """A patch for each site, its parameters not yet filled. Raises TargetError."""
+        patches, kind = method.build_all(sites), type(method).__name__
+        for where, patch in zip(sites, patches, strict=True):
+            if not isinstance(patch, Patch):
+                raise PeftliteError(
+                    f"{kind}.build gave {shown(patch)} for {where.address}: no pl.Patch"
+                )
+            if not (patch.call if where.is_call else patch.has_value):
+                need = "call" if where.is_call else "value"
+                raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {where.address}")
+            patch.train(where.module.training)
+            patch.slot, patch.index = where.slot, where.index
+        return [
+            cls(where, method, patch, None if where.is_call else where.whole.shape)
+            for where, patch in zip(sites, patches, strict=True)
+        ]
+
+    def check(self) -> None:
+        """Raises PeftliteError if the model was taken apart under the patch."""
+        where = self.site
+        if not where.is_call and where.whole.shape != self.shape:
+            raise PeftliteError(
+                f"{where.address} is {tuple(where.whole.shape)} now, and was {tuple(self.shape)} "
+                "when the delta was attached: pl.detach, then resize, then attach"
+            )
+
+
+def methods_in(given: Any) -> list[Method]:
+    """A method, or a list of methods, as a list. Raises PeftliteError."""
+    if isinstance(given, Method):
+        return [given]
+    methods = list(given) if isinstance(given, list | tuple) else [given]
+    for method in methods:
+        if isinstance(method, type) and issubclass(method, Method):
+            raise PeftliteError(f"{method.__name__} is a class: write pl.{method.__name__}()")
+    if not methods or not all(isinstance(method, Method) for method in methods):
+        raise PeftliteError(
+            f"give a method such as pl.LoRA(rank=8), or a list of them: not {shown(given)}"
+        )
+    return methods
+
+
+def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Method, list[Site]]]:
+    """The sites that each method takes. A site that is asked for is taken from defaults.
+
+    Raises TargetError if two methods ask for the same entries, or a site can't have a patch.
+    """
+    everything = sites(model)
+    taken: dict[str, tuple[Site, Method, bool]] = {}
+    sharing: dict[str, list[str]] = {}  # the addresses taken of each whole tensor
+    for method in methods:
+        for where, asked in targets.select(everything, method.targets, method.exclude, method):
+            usable(where)
+            others = sharing.setdefault(whole_address(where.address), [])
+            for held in [taken[a] for a in others if taken[a][0].overlaps(where)]:
+                if held[2] == asked:
+                    raise TargetError(
+                        f"{where.address} is taken by {type(held[1]).__name__} at "
+                        f"{held[0].address} and by {type(method).__name__}: name it once, or leave "
+                        "it out of one with exclude="
+                    )
+                if asked:
+                    del taken[held[0].address]
+                    others.remove(held[0].address)
+            if not any(taken[a][0].overlaps(where) for a in others):
+                taken[where.address] = (where, method, asked)
+                others.append(where.address)
+    return [
+        (method, [where for where, how, _ in taken.values() if how is method]) for method in methods
+    ]
+
+
+def usable(where: Site) -> None:
+    """Raises PeftliteError if no patch can sit at a site, whatever the method."""
+    if where.is_call:
+        return
+    tensor = where.whole
+    if is_sharded(tensor):
+        raise PeftliteError(
+            f"{where.address} is sharded over devices: attach before fully_shard, so that the "
+            "delta is sharded and its gradients are synchronised too"
+        )
+    if not tensor.is_floating_point():
+        raise TargetError(f"{where.address} holds {tensor.dtype}: no gradient can flow through it")
+    if tensor.is_inference():
+        raise PeftliteError(
+            f"{where.address} was made under torch.inference_mode, so autograd can't use it: "
+            "build or load the model outside of it"
+        )

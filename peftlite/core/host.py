@@ -1,0 +1,386 @@
+"""Host: a module whose class is swapped so that patches change what it reads and what it computes.
+
+                reads                                  calls
+    module.weight ─► property ─► raw ─► value ─► W'     module(x) ─► forward ─► call ─► call ─► y
+                                                                                └► inner: the base
+
+Nothing else about the module changes: its parameters, their names and its place in the tree stay,
+so base checkpoints load, and optimizers, `.to()` and DDP see the model they know. The patches hang
+beside `_modules`, so an nn.Sequential doesn't run them; who asks for the children finds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.core import read
+from peftlite.core.choice import HIDDEN, Choice, Names, Rows, by_rows, uncompiled
+from peftlite.core.maps import Map, Over, kind_of
+from peftlite.core.patch import Patch, apply
+from peftlite.core.site import CALL, is_sharded, raw
+from peftlite.errors import PeftliteError
+
+ATTRIBUTE = "peftlite"
+
+
+_NONE: dict[str, tuple[Patch, ...]] = {}
+
+
+class Patches(nn.Module):
+    """What hangs on a host: its patches as `{delta: {slot: patch}}`, and the model's choice."""
+
+    def __init__(self, choice: Choice):
+        super().__init__()
+        self.choice = choice
+        self.registry: Any = None  # what the model knows of its deltas, on its root alone
+        self.kind: type[Map] | None = None
+        self.own_forward: Callable[..., Any] | None = None  # the module's, where it has one
+        # torch's fused transformer layer bypasses its parts unless one of them has a hook
+        self._forward_hooks[0] = _no_fused_path
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value  # a delta may be named "training", and torch would object
+
+    def active(self, names: Names) -> dict[str, tuple[Patch, ...]]:
+        """The patches that `names` activate, by slot, in the order in which they apply."""
+        groups: dict[str, Any] = self._modules
+        if len(names) == 1:
+            group = groups.get(names[0])
+            return _NONE if group is None else group.by_slot
+        found: dict[str, tuple[Patch, ...]] = {}
+        for name in names:
+            if name in groups:
+                for slot, patches in groups[name].by_slot.items():
+                    found[slot] = found.get(slot, ()) + patches
+        return found
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        """x: for a model that runs its `children()` in turn, a step that does nothing."""
+        return x
+
+    @property
+    def slots(self) -> frozenset[str]:
+        return frozenset(slot for group in self._modules.values() for slot in group.by_slot)  # type: ignore
+
+
+class Group(nn.Module):
+    """One delta's patches on a module; a slot has several where each changes a part of it.
+
+    Of the modules that share a tied tensor, the first has the patch as a child; the rest use it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.by_slot: dict[str, tuple[Patch, ...]] = {}
+
+    def put(self, key: str, patch: Patch, owner: bool) -> None:
+        if owner:
+            self._modules[key] = patch
+        self.by_slot[patch.slot] = (*self.by_slot.get(patch.slot, ()), patch)
+
+
+def _no_fused_path(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+class Host:
+    """What a swapped class adds: the patches travel wherever the module's own tensors go."""
+
+    # a class made from a host's, as `type(model)(config)` does, has none of its own
+    peftlite: Patches = Patches(Choice())
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        inside = f"{prefix}.{ATTRIBUTE}" if prefix else ATTRIBUTE
+        if self.peftlite._modules:
+            yield from self.peftlite.named_modules(memo, inside, remove_duplicate)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        # torch reads the attribute, and what a patched one shows is no parameter
+        path, _, name = target.rpartition(".")
+        parameter = self.get_submodule(path)._parameters.get(name)
+        return super().get_parameter(target) if parameter is None else parameter
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        # `.to()`, `.train()` and fully_shard find the patches here
+        if self.peftlite._modules:
+            yield ATTRIBUTE, self.peftlite
+        yield from super().named_children()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        inside = f"{prefix}{ATTRIBUTE}."
+        self.peftlite.state_dict(destination=destination, prefix=inside, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        inside = f"{prefix}{ATTRIBUTE}."
+        own = {k: v for k, v in state_dict.items() if k.startswith(inside)}
+        base = {k: v for k, v in state_dict.items() if k not in own}
+        super()._load_from_state_dict(
+            base, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not own:
+            return  # a checkpoint of the base: complete as it is
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        tensors = {k.removeprefix(inside): v for k, v in own.items()}
+        try:
+            wrong = self.peftlite.load_state_dict(tensors, strict=False, assign=assign)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        missing_keys.extend(inside + key for key in wrong.missing_keys)
+        unexpected_keys.extend(inside + key for key in wrong.unexpected_keys)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # tying assigns one module's weight, as read, to another: what is meant is the parameter
+        super().__setattr__(name, value.raw if type(value) is read.Read else value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # the class is made anew where the copy is made: by its base, which can be imported
+        made, base = type(self), base_class(self)
+        func, args, *rest = super().__reduce_ex__(protocol)
+        plain = tuple(base if a is made else a for a in args)
+        return (_revive, (func, plain, base, self.peftlite.slots), *rest)
+
+
+def _revive(func: Callable[..., Any], args: tuple, base: type, slots: frozenset[str]) -> nn.Module:
+    module = func(*args)
+    module.__class__ = host_class(base, slots)
+    return module
+
+
+@functools.cache
+def host_class(base: type, slots: frozenset[str]) -> type:
+    """A subclass of `base` that reads `slots` through patches; one each, so graphs are shared."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hosted = self.peftlite
+        choice = hosted.choice
+        names = choice.now() if choice.scoped else choice.standing
+        if type(names) is not tuple:
+            return _apart(self, names, args, kwargs)
+        active = hosted.active(names) if names else _NONE
+        inner: Any = None
+        patches = None
+        if hosted.kind is not None and active:
+            inner, patches = _mapped(self, hosted.kind, active)
+        if inner is None:
+            inner = hosted.own_forward or functools.partial(base.forward, self)
+        elif "x" in kwargs:  # as the Conv1D of transformers calls a map's input
+            args = (kwargs.pop("x"), *args)
+        if CALL in active:
+            patches = (patches or ()) + active[CALL]
+        if not patches:
+            return inner(*args, **kwargs)
+        last: Any = patches[-1]
+        for patch in patches[:-1]:
+            inner = Over(patch, inner)
+        return last.call(inner, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(base.forward)
+    body: dict[str, Any] = {"forward": forward, "_base": base, "__module__": base.__module__}
+    body |= {slot: _property(base, slot) for slot in slots if slot != CALL}
+    if issubclass(base, nn.RNNBase):
+        body |= {"_flat_weights": _FLAT_WEIGHTS, "_update_flat_weights": lambda self: None}
+    if issubclass(base, nn.TransformerEncoder):
+        body["use_nested_tensor"] = property(lambda self: False, lambda self, _: None)
+    made = type(base.__name__, (Host, base), body)
+    made.__qualname__ = base.__qualname__
+    return made
+
+
+def base_class(module: nn.Module) -> type:
+    """The class a module has, or had before it became a host."""
+    return type(module)._base if isinstance(module, Host) else type(module)
+
+
+def _property(base: type, slot: str) -> property:
+    def get(self: Any) -> Tensor:
+        return _read(self, slot)
+
+    below = getattr(base, slot, None)  # a parametrized tensor is a property already
+    return property(get, below.fset if isinstance(below, property) else None)
+
+
+def _read(module: nn.Module, slot: str) -> Tensor:
+    w, hosted = raw(module, slot), module.peftlite
+    names = hosted.choice.now()
+    if names is HIDDEN:
+        return _read_eagerly(module, slot)
+    if isinstance(names, Rows):
+        raise PeftliteError(
+            f"{slot!r} is read outside of a call of its module while rows= is in force: "
+            "call the model itself, so that the rows can be told apart"
+        )
+    patches = hosted.active(names).get(slot)
+    # FSDP looks for its own shard by name
+    if not patches or is_sharded(w):
+        return w
+    return apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
+
+
+_read_eagerly = uncompiled(lambda module, slot: getattr(module, slot).clone())
+_call_eagerly = uncompiled(lambda module, args, kwargs: module.forward(*args, **kwargs))
+
+
+def _apart(module: Any, names: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A call under a choice that is no plain one."""
+    if names is HIDDEN:
+        return _call_eagerly(module, args, kwargs)
+    return by_rows(module.forward, module.peftlite.choice, names, args, kwargs)
+
+
+def _mapped(
+    module: nn.Module, kind: type[Map], active: dict[str, tuple[Patch, ...]]
+) -> tuple[Map | None, tuple[Patch, ...] | None]:
+    """A linear map, and the patches to lay over it: all on its weight can, or they are read in."""
+    on_weight, on_bias = active.get("weight"), active.get("bias")
+    if not on_weight and not on_bias:
+        return None, None
+    weight, bias = raw(module, "weight"), module._parameters.get("bias")
+    if type(weight) is not nn.Parameter and is_sharded(weight):
+        raise PeftliteError(
+            "this weight is sharded over devices while it is used, as tensor parallelism does: "
+            "patches can't ride on a shard; attach before fully_shard, or gather the weight"
+        )
+    if on_bias:
+        bias = apply(on_bias, bias)
+    for patch in on_weight or ():
+        if patch.call is None:
+            return kind(module, apply(on_weight, weight), bias), None
+    return kind(module, weight, bias), on_weight
+
+
+def _set_flat_weights(module: Any, weights: list[Tensor]) -> None:
+    plain = [w.raw if type(w) is read.Read else w for w in weights]
+    module.__dict__["_flat_weights"] = plain
+
+
+# an RNN keeps its weights in a list beside the parameters: read them afresh instead
+_FLAT_WEIGHTS = property(
+    lambda self: [getattr(self, name, None) for name in self._flat_weights_names],
+    _set_flat_weights,
+)
+
+
+# -- planting and uprooting: the only code that changes a module
+
+
+@contextlib.contextmanager
+def restoring(root: nn.Module) -> Iterator[None]:
+    """Runs its body; if that fails, every module's class and what hangs on it are as they were."""
+    before = []
+    for module in root.modules():
+        hosted = module.__dict__.get(ATTRIBUTE)
+        ours = isinstance(hosted, Patches)
+        held = (hosted, hosted.__dict__.copy(), hosted._modules.copy()) if ours else None
+        before.append((module, type(module), module.__dict__.copy(), held))
+    try:
+        yield
+    except BaseException:
+        for module, kind, own, held in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            if held is not None:
+                hosted, state, patches = held
+                hosted.__dict__.update(state)
+                hosted._modules.clear()
+                hosted._modules.update(patches)
+        raise
+
+
+def make_host(module: nn.Module, choice: Choice) -> Patches:
+    """Makes a module a host without patches; no change if it is one. Raises PeftliteError."""
+    if ATTRIBUTE in module.__dict__ and isinstance(module, Host):
+        if not module.peftlite._modules:
+            module.peftlite.choice = choice  # it was left inert
+        return module.peftlite
+    if not isinstance(module, Host) and hasattr(module, ATTRIBUTE):
+        raise PeftliteError(
+            f"a {type(module).__name__} has an attribute {ATTRIBUTE!r} of its own, where its "
+            "patches would go: rename it"
+        )
+    hosted = Patches(choice).train(module.training)
+    own_forward = module.__dict__.get("forward")
+    hosted.kind = kind_of(module) if own_forward is None else None
+    hosted.own_forward = own_forward
+    try:
+        module.__class__ = host_class(base_class(module), frozenset())
+        module.__dict__[ATTRIBUTE] = hosted
+    except Exception as error:
+        raise PeftliteError(
+            f"{type(module).__name__} can't be patched, since Python refuses to subclass it or to "
+            f"swap its class ({error}); wrap it in a plain nn.Module and attach to that"
+        ) from error
+    module.__dict__.pop("forward", None)
+    return hosted
+
+
+def plant(
+    module: nn.Module, name: str, key: str, patch: Patch, choice: Choice, owner: bool
+) -> None:
+    """Puts a delta's patch on a module, under a key that tells it from the delta's others."""
+    hosted = make_host(module, choice)
+    if name not in hosted._modules:
+        hosted._modules[name] = Group()
+    hosted._modules[name].put(key, patch, owner)
+    _swap_class(module)
+
+
+def uproot(module: nn.Module, name: str) -> None:
+    """Takes a delta's patches off a module; the last one out leaves it as it was."""
+    if isinstance(module, Host) and module.peftlite._modules.pop(name, None) is not None:
+        release(module)
+
+
+def settle_encoders(root: nn.Module, choice: Choice) -> None:
+    """Makes hosts of torch's encoders around patches, for these can't take nested tensors."""
+    for module in [m for m in root.modules() if isinstance(m, nn.TransformerEncoder)]:
+        if any(isinstance(m, Patches) and m._modules for m in module.modules()):
+            make_host(module, choice)
+        elif isinstance(module, Host):
+            release(module)
+
+
+def release(module: nn.Module) -> None:
+    """Gives a host its class back if nothing hangs on it any more."""
+    hosted = module.peftlite
+    if hosted._modules or hosted.registry is not None:
+        _swap_class(module)
+        return
+    if "_base" not in type(module).__dict__ or "forward" in module.__dict__:
+        _swap_class(module)
+        return  # something was made over ours (by FSDP, by accelerate): stay, without effect
+    module.__class__ = base_class(module)
+    del module.__dict__[ATTRIBUTE]
+    if hosted.own_forward is not None:
+        module.__dict__["forward"] = hosted.own_forward
+
+
+def _swap_class(module: nn.Module) -> None:
+    if "_base" in type(module).__dict__:
+        module.__class__ = host_class(base_class(module), module.peftlite.slots)

@@ -1,0 +1,195 @@
+"""Patch and Method, the one abstraction: a method builds a patch for every site it takes.
+
+A patch changes what a site *reads* (`value`), what it *computes* (`call`), or both where they
+agree. Everything else (attaching, choosing, saving, merging) the core does once, for all methods.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.fields import check_fields
+
+if TYPE_CHECKING:
+    import re
+
+    from peftlite.core.site import Site
+
+
+Target: TypeAlias = "str | re.Pattern[str] | Callable[[Site], bool]"
+Targets: TypeAlias = "Target | Collection[Target] | None"
+
+
+class Patch(nn.Module):
+    """The trainable change at one site. Its parameters and buffers are what a file holds.
+
+    Override `value`, or `call`, or both where they agree; then `call` is the fast path, taken where
+    the module's operation is a known linear map, and never forms W'.
+    """
+
+    slot: str = ""
+    """Where it sits in its module: a tensor's name, or `()` for the call. Set when attached."""
+    index: tuple[int, int, int] | None = None
+    """The part of the tensor it changes, as `(dim, start, stop)`; all of it if None."""
+    unsaved: ClassVar[frozenset[str]] = frozenset()
+    """Buffers that training alone needs: in `state_dict`, so that it can go on, not in files."""
+    later: ClassVar[frozenset[str]] = frozenset()
+    """The parameters that LoRA+ trains faster: factors B, which begin at zero."""
+
+    call: Callable[..., Any] | None = None
+    """`call(inner, *args, **kwargs) -> output`: the call as made; `inner` is what stood there
+    before. At a tensor of a linear map, `inner` is the `peftlite.core.maps.Map` itself."""
+
+    def value(self, w: Tensor) -> Tensor:
+        """The tensor as read, in the shape and dtype of `w`, the tensor as it was."""
+        raise PeftliteError(f"{type(self).__name__} changes calls, not tensors")
+
+    def reset(self, w: Tensor | None) -> None:
+        """Fills the parameters as the method begins; `w` is the base tensor, None at a call."""
+
+    def fit(self, w: Tensor, change: Tensor) -> None:
+        """Fills the parameters so that W' is `w + change`, or as near to it as they allow."""
+        raise PeftliteError(
+            f"{type(self).__name__} can't be fitted to a change of weights: extract with methods "
+            "such as pl.LoRA, pl.FullTuning or pl.SparseMask"
+        )
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Takes on the shapes that a file has, where they come from data and not from the site."""
+
+    def verify(self) -> None:
+        """Raises ValueError if the values that a file gave it can't be."""
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a file holds of it, by name: its state but for what training alone needs."""
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name not in self.unsaved}
+
+    def regularizer(self) -> Tensor | None:
+        """A scalar that the method adds to the loss."""
+
+    @property
+    def has_value(self) -> bool:
+        """Whether the change can be read off a tensor, and so merged into it."""
+        return type(self).value is not Patch.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The hyperparameters of one method; subclasses are frozen dataclasses.
+
+    Args:
+        targets: the sites to take (see `docs/concepts.md`, "Targets"); the method's own if None.
+        exclude: sites not to take, in the same language.
+        dtype: of the patch's parameters; by default the tensor's own, or fp32 where that is half.
+    """
+
+    targets: Targets = None
+    exclude: Targets = None
+    dtype: torch.dtype | None = None
+
+    known: ClassVar[dict[str, type[Method]]] = {}
+    takes: ClassVar[str] = "nothing"
+    """What the method works on, as its error messages say it: "tensors of 2 or more dimensions"."""
+
+    def __post_init__(self) -> None:
+        dtype = self.dtype
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        ):
+            raise PeftliteError(f"dtype must be such as torch.float32 or bfloat16, not {dtype!r}")
+        check_fields(self)
+
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        # a file names its methods by class name
+        super().__init_subclass__()
+        if not abstract:
+            Method.known[cls.__name__] = cls
+
+    def default(self, site: Site) -> bool:
+        """Whether to take `site` when no targets are given."""
+        return self.accepts(site)
+
+    def accepts(self, site: Site) -> bool:
+        """Whether to take `site` when the module around it is named."""
+        raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `accepts`")
+
+    def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
+        """The sites to take, given those picked; override it where one depends on the others."""
+        return picked
+
+    def build(self, site: Site) -> Patch:
+        """A patch for `site` on its device, parameters not yet filled. Raises TargetError."""
+        raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `build`")
+
+    def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        """A patch for each of a delta's sites; override it to share parameters among them."""
+        return [self.build(site) for site in sites]
+
+    def begin(self, patches: Sequence[Patch], tensors: Sequence[Tensor | None]) -> None:
+        """Fills a fresh delta's parameters; override it where one site depends on the others."""
+        for patch, w in zip(patches, tensors, strict=True):
+            patch.reset(w)
+
+    def fit(
+        self, patches: Sequence[Patch], tensors: Sequence[Tensor], changes: Iterable[Tensor]
+    ) -> None:
+        """Fits patches to changes of their tensors, which are formed anew on each pass."""
+        for patch, w, change in zip(patches, tensors, changes, strict=True):
+            patch.fit(w, change)
+
+    def step(self, patches: Sequence[Patch]) -> None:
+        """What the method does to its patches of one delta after each step of the optimizer."""
+
+    def refuse(self, site: Site) -> TargetError:
+        """The error to raise for a site that was spelled out and can't be taken."""
+        what = "a call" if site.is_call else f"a tensor of shape {tuple(site.shape)}"
+        return TargetError(f"{site.address} is {what}; {type(self).__name__} takes {self.takes}")
+
+
+class WeightMethod(Method, abstract=True):
+    """A method of matrices: by default every weight of a linear map but the output head's."""
+
+    takes = "tensors of 2 or more dimensions"
+    patch: ClassVar[Callable[[Site, Any], Patch]]
+    """What makes a patch for a site of a method; where a method doesn't override `build`."""
+
+    def default(self, site: Site) -> bool:
+        return site.linear and not site.head
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call and site.whole.dim() >= 2
+
+    def build(self, site: Site) -> Patch:
+        if not self.accepts(site):
+            raise self.refuse(site)
+        return type(self).patch(site, self)
+
+
+def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:
+    """The tensor `w` as `patches` change it, one after another."""
+    for patch in patches:
+        if patch.index is None:
+            w = patch.value(w)
+        else:
+            dim, start, stop = patch.index
+            part = patch.value(w.narrow(dim, start, stop - start))
+            w = w.slice_scatter(part, dim, start, stop)
+    return w
+
+
+def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Parameter:
+    """An unfilled parameter for a patch at `site`."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device))
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute a change in, so that W' is rounded once: the widest, fp32 at least."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)

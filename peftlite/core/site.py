@@ -1,0 +1,279 @@
+"""Site: a place in a model, by address.
+
+    layers.0.q.weight          a tensor
+    layers.0.qkv.weight[0:64]  rows of it; [:, 0:64] columns; [q] [k] [v] thirds of the outputs
+    layers.0.attn()            a call
+
+One site holds every owner of a tied tensor, and every name of a shared module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+
+from peftlite.core import maps
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.table import shown
+
+CALL = "()"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in a model where a patch can sit.
+
+    Args:
+        address: its name, the first where it has several.
+        names: every name, one per owner and per path to it.
+        owners: every module that holds the tensor and the slot it's in; for a call, the module.
+        index: the part of the tensor, as `(dim, start, stop)`; all of it if None.
+        head: whether it belongs to the model's output head.
+        on: the device to build a patch on; the tensor's own if None.
+    """
+
+    address: str
+    names: tuple[str, ...]
+    owners: tuple[tuple[nn.Module, str], ...]
+    head: bool = False
+    index: tuple[int, int, int] | None = None
+    on: str | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.owners[0][0]
+
+    @property
+    def slot(self) -> str:
+        """The tensor's name in its module, or `()`."""
+        return self.owners[0][1]
+
+    @property
+    def is_call(self) -> bool:
+        return self.slot == CALL
+
+    @property
+    def whole(self) -> Tensor:
+        """The base tensor, no patch applied."""
+        return raw(self.module, self.slot)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The part of the base tensor that the site names, no patch applied."""
+        return maps.narrow(self.whole, self.index)
+
+    @property
+    def rides(self) -> bool:
+        """Whether it is the whole weight of linear maps of vectors, alike in every owner."""
+        kinds = {maps.kind_of(module) for module, _ in self.owners}
+        return self.index is None and kinds in ({maps.Linear}, {maps.TransposedLinear})
+
+    def overlaps(self, other: Site) -> bool:
+        """Whether two sites of one tensor share entries."""
+        return overlap(self.index, other.index)
+
+    @property
+    def matrices(self) -> tuple[list[int], tuple[int, int]]:
+        """The tensor as a stack of matrices: the stack, and their rows and columns.
+
+        The kernel of a convolution is one matrix, its first dimension by all the rest.
+        """
+        shape = self.tensor.shape
+        if isinstance(self.module, nn.modules.conv._ConvNd):
+            return [], (shape[0], shape[1:].numel())
+        *stack, rows, columns = shape
+        return stack, (rows, columns)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where a patch for the site is built."""
+        if self.on is not None:
+            return torch.device(self.on)
+        tensor = self._example()
+        return torch.get_default_device() if tensor is None else tensor.device
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """What a patch keeps its parameters in: the tensor's dtype, fp32 where that is half."""
+        tensor = self._example()
+        dtype = torch.get_default_dtype() if tensor is None else tensor.dtype
+        return dtype if dtype.itemsize >= 4 else torch.float32
+
+    def _example(self) -> Tensor | None:
+        """The site's tensor, or for a call some tensor of the module."""
+        if not self.is_call:
+            return self.whole
+        return next((p for p in self.module.parameters() if p.is_floating_point()), None)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the tensor's first dimension is the input of a linear map, not the output."""
+        return self.slot == "weight" and maps.is_transposed(self.module)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the tensor is the weight of a linear map that torch itself defines."""
+        return maps.is_weight(self.module, self.slot)
+
+
+def overlap(a: tuple[int, int, int] | None, b: tuple[int, int, int] | None) -> bool:
+    """Whether two parts of a tensor, as `Site.index` gives them, share entries."""
+    return a is None or b is None or a[0] != b[0] or (a[1] < b[2] and b[1] < a[2])
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, spread over processes; without importing what that is."""
+    return hasattr(tensor, "placements")
+
+
+def raw(module: nn.Module, slot: str) -> Tensor:
+    """The tensor in a slot as the base has it, patched or not, parametrized or not."""
+    tensor = module._parameters.get(slot)
+    if tensor is None:  # made by a parametrization, or by a hook of the older kind
+        made = parametrize.is_parametrized(module, slot)
+        tensor = module.parametrizations[slot]() if made else getattr(module, slot)
+    return tensor
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base under every name it has; deltas and TorchScript left out."""
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not isinstance(child, torch.jit.ScriptModule):
+            yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Every tensor and every call of a model, each once, in the order of registration."""
+    if not isinstance(model, nn.Module):
+        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {shown(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PeftliteError(
+            "a TorchScript module can't be patched, since its code is compiled already: attach to "
+            "the model before torch.jit.script or trace"
+        )
+    found: dict[Any, list[tuple[str, tuple[nn.Module, str]]]] = {}
+    for path, module in walk(model):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # its owner shows the tensor it makes
+        dot = f"{path}." if path else ""
+        found.setdefault((id(module), CALL), []).append((path + CALL, (module, CALL)))
+        for slot in _slots(module):
+            tensor = module._parameters.get(slot)
+            if isinstance(tensor, UninitializedTensorMixin):
+                raise PeftliteError(
+                    f"{dot}{slot} is lazy and not yet initialised: run the model once on a batch, "
+                    "then attach"
+                )
+            key = (id(module), slot) if tensor is None else id(tensor)
+            found.setdefault(key, []).append((dot + slot, (module, slot)))
+    head = output_head(model)
+    return [
+        Site(
+            address=entries[0][0],
+            names=tuple(name for name, _ in entries),
+            owners=tuple(dict.fromkeys(owner for _, owner in entries)),
+            head=head is not None and any(module is head for _, (module, _) in entries),
+        )
+        for entries in found.values()
+    ]
+
+
+def _slots(module: nn.Module) -> list[str]:
+    made = list(module.parametrizations) if parametrize.is_parametrized(module) else []
+    return [name for name, p in module._parameters.items() if p is not None] + made
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes the model's outputs.
+
+    It is what `get_output_embeddings()` gives where the model has that, and otherwise the linear
+    map registered last, unless it is inside a numbered block or the only one there is.
+    """
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            head = model.get_output_embeddings()
+        except NotImplementedError:
+            head = None
+        if head is not None:
+            return head
+    linear = [(path, module) for path, module in walk(model) if maps.is_linear(module)]
+    weights = {
+        id(raw(module, slot))
+        for _, module in walk(model)
+        for slot in _slots(module)
+        if maps.is_weight(module, slot)
+    }
+    if not linear or len(weights) < 2:
+        return None
+    path, last = linear[-1]
+    *parents, _ = path.split(".")
+    return None if any(part.isdigit() for part in parents) else last
+
+
+def locate(model: nn.Module, addresses: Iterable[str]) -> tuple[dict[str, Site], list[str]]:
+    """The sites at literal addresses, and the addresses where there is none."""
+    by_name = {name: site for site in sites(model) for name in site.names}
+    found, missing = {}, []
+    for address in addresses:
+        text, part = split_index(address)
+        site = by_name.get(text)
+        if site is None or (part is not None and site.is_call):
+            missing.append(address)
+        else:
+            found[address] = site if part is None else slice_of(site, part)
+    return found, missing
+
+
+def split_index(pattern: str) -> tuple[str, str | None]:
+    found = re.fullmatch(r"(.*)\[([^\[\]]+)\]", pattern)
+    return (found[1], found[2]) if found else (pattern, None)
+
+
+def slice_of(site: Site, part: str) -> Site:
+    """A part of a tensor, from what stands in the brackets."""
+    shape = site.whole.shape
+    if part in ("q", "k", "v"):
+        dim = 1 if site.transposed else 0
+        third, rest = divmod(shape[dim], 3)
+        if rest:
+            raise TargetError(
+                f"{site.address} has {shape[dim]} outputs, which is no three equal parts; "
+                "give the rows: [0:64]"
+            )
+        start = "qkv".index(part) * third
+        index = (dim, start, start + third)
+    else:
+        found = re.fullmatch(r"\s*(:\s*,)?\s*(\d*)\s*:\s*(\d*)\s*", part)
+        dim = 1 if found and found[1] else 0
+        if not found or dim >= len(shape) or (dim == 1 and len(shape) != 2):
+            raise TargetError(
+                f"[{part}] is no part of {site.address} of shape {tuple(shape)}; give rows as "
+                "[0:64], columns of a matrix as [:, 0:64], or [q], [k], [v]"
+            )
+        index = (dim, int(found[2] or 0), int(found[3] or shape[dim]))
+    dim, start, stop = index
+    if not 0 <= start < stop <= shape[dim]:
+        whole = f"[0:{shape[0]}]" if dim == 0 else f"[:, 0:{shape[1]}]"
+        raise TargetError(
+            f"[{part}] is empty or beyond {site.address} of shape {tuple(shape)}: it is {whole}"
+        )
+    suffix = f"[{start}:{stop}]" if dim == 0 else f"[:, {start}:{stop}]"
+    names = tuple(name + suffix for name in site.names)
+    return replace(site, address=site.address + suffix, names=names, index=index)
+
+
+def whole_address(address: str) -> str:
+    """The address of the tensor that a part is of."""
+    return split_index(address)[0]

@@ -1,0 +1,201 @@
+"""Targets: the language that picks sites.
+
+    "q_proj"             a word: whatever is called that
+    "layers.0.attn"      a path: what the method takes of everything in that module
+    "*.attn.*"           a glob
+    "layers.0.q.weight"  an address, taken at its word
+    a compiled regex, a predicate of a site, or a list of all these
+
+A pattern that matches nothing is an error that names the nearest addresses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from peftlite.core.patch import Method, Targets
+from peftlite.core.site import CALL, Site, sites, slice_of, split_index, whole_address
+from peftlite.errors import TargetError
+from peftlite.table import few, shown
+
+
+def select(
+    everything: Sequence[Site], targets: Targets, exclude: Targets, method: Method
+) -> list[tuple[Site, bool]]:
+    """The sites a method takes, and whether each was asked for by a target.
+
+    Raises TargetError if a pattern matches nothing, or nothing that the method can take.
+    """
+    left_out = {s.address for p in _patterns(exclude) for s in _excluded(everything, p)}
+    if targets is None:
+        picked = {s.address: (s, False) for s in everything if _try(s) and method.default(s)}
+        if not picked:
+            accepted = [s for s in everything if _try(s) and method.accepts(s)]
+            hint = f"it takes {method.takes}"
+            if accepted:
+                hint = _examples(accepted, "name some with targets=, such as", calls=True)
+            raise TargetError(
+                f"{type(method).__name__} takes none of this model's sites by default; {hint}"
+            )
+    else:
+        patterns = _patterns(targets)
+        if not patterns:
+            raise TargetError("targets is empty; leave it out for the method's own choice")
+        picked = {s.address: (s, True) for p in patterns for s in _matches(everything, p, method)}
+    chosen = [pair for pair in picked.values() if not {*_addresses(pair[0])} & left_out]
+    if not chosen:
+        raise TargetError(f"exclude={exclude!r} leaves {type(method).__name__} no site to take")
+    whole = {where.address for where, _ in chosen}
+    if parts := [a for a in left_out if whole_address(a) != a and whole_address(a) in whole]:
+        raise TargetError(
+            f"exclude names {parts[0]}, a part of a tensor that is taken whole: name the parts to "
+            "take with targets="
+        )
+    asked = {where.address: how for where, how in chosen}
+    taken = method.choose([where for where, _ in chosen], everything)
+    return [(where, asked.get(where.address, targets is not None)) for where in taken]
+
+
+def _addresses(site: Site) -> tuple[str, str]:
+    return site.address, whole_address(site.address)
+
+
+def _excluded(everything: Sequence[Site], pattern: Any) -> list[Site]:
+    try:
+        return _matches(everything, pattern, None)
+    except TargetError as error:
+        raise TargetError(f"in exclude: {error}") from error
+
+
+def _patterns(targets: Targets) -> list[Any]:
+    if targets is None:
+        return []
+    return list(targets) if isinstance(targets, list | tuple | set | frozenset) else [targets]
+
+
+def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) -> list[Site]:
+    """The sites that one pattern names; `method` says which of a module's it takes, None all."""
+
+    def takes(site: Site) -> bool:
+        return method is None or (_try(site) and method.accepts(site))
+
+    if not isinstance(pattern, str | re.Pattern):
+        found = [site for site in everything if takes(site) and _holds(pattern, site)]
+        if not found:
+            offered = [site.address for site in everything if takes(site)]
+            raise TargetError(
+                f"the predicate {shown(pattern)} is true for none of the {len(offered)} sites "
+                f"offered to it: {few(offered)}"
+            )
+        return found
+    text, part = (pattern, None) if isinstance(pattern, re.Pattern) else split_index(pattern)
+    literal = isinstance(text, str) and "*" not in text
+    if text == "":
+        raise TargetError("an empty string names nothing; leave targets out for the default")
+    whole = literal and any(text in (*s.names, *_modules_above(s)) for s in everything)
+    matches = _matcher(text, whole)
+    found, refused = [], []
+    for site in everything:
+        by_address = any(map(matches, site.names))
+        around = _modules_above(site, every=method is None)
+        if not by_address and not any(map(matches, around)):
+            continue
+        # an address spelled out is taken at its word: the method's `build` may refuse it
+        wanted = takes(site) or (by_address and literal)
+        (found if wanted else refused).append(site)
+    if found and part is not None:
+        found = [slice_of(site, part) for site in found if not site.is_call]
+    if not found and refused:
+        raise TargetError(
+            f"{_show(pattern)} matches {few(s.address for s in refused)}; but "
+            f"{type(method).__name__} takes {method.takes}"
+        )
+    if not found:
+        raise TargetError(f"{_show(pattern)} matches nothing; {_hint(everything, text)}")
+    return found
+
+
+def _matcher(text: Any, whole: bool) -> Callable[[str], bool]:
+    """What a pattern says of a path; cached, since sites share their modules.
+
+    Words that are no whole path (`whole`) are the end of one.
+    """
+    if isinstance(text, re.Pattern):
+        regex = text
+    else:
+        start = "" if "*" in text or (whole and "." in text) else r"(.*\.)?"
+        regex = re.compile(start + ".*".join(map(re.escape, text.split("*"))))
+    return functools.cache(lambda path: regex.fullmatch(path) is not None)
+
+
+def _modules_above(site: Site, every: bool = False) -> Iterator[str]:
+    """The modules whose naming takes the site: for a call its own, for a tensor all around it."""
+    for name in site.names:
+        path = name
+        if site.is_call:
+            path = name.removesuffix(CALL)
+            yield path
+        while "." in path and (every or not site.is_call):
+            path = path.rpartition(".")[0]
+            yield path
+
+
+def _try(site: Site) -> bool:
+    """Whether a method may be offered the site unless it's spelled out: floats and calls."""
+    return site.is_call or site.whole.is_floating_point()
+
+
+def _holds(predicate: Any, site: Site) -> bool:
+    """What a predicate says of a site."""
+    if isinstance(predicate, type | nn.Module) or not callable(predicate):
+        raise TargetError(
+            f"{shown(predicate)} is no target: give an address such as {site.address!r}, a "
+            "compiled regex, a predicate such as lambda site: isinstance(site.module, nn.Linear), "
+            "or a list of these"
+        )
+    try:
+        return bool(predicate(site))
+    except Exception as error:
+        raise TargetError(
+            f"the predicate {shown(predicate)} failed at {site.address}: {error!r}; it is given a "
+            "site, with its .address, .module and .shape"
+        ) from error
+
+
+def nearest(model: nn.Module, address: str) -> str:
+    """The addresses of a model that are nearest to one it lacks."""
+    return _hint(sites(model), address)
+
+
+def _show(pattern: Any) -> str:
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+
+
+def _examples(everything: Sequence[Site], introduction: str, calls: bool = False) -> str:
+    """Some addresses to type: of calls where those are asked for, of tensors otherwise."""
+    found = [repr(s.address) for s in everything if calls or not s.is_call][:3]
+    return f"{introduction} {', '.join(found)}" if found else "the model has no parameters"
+
+
+def _hint(everything: Sequence[Site], text: Any) -> str:
+    """The addresses nearest to what was asked, as something to type."""
+    if isinstance(text, re.Pattern):
+        return _examples(everything, "a regex has to match a whole path, such as")
+    if text in ("all-linear", "all_linear"):
+        return "leave targets out for the weights of all linear maps but the head's"
+    if re.search(r"[\\()|^$+?]", text.removesuffix(CALL)):
+        return "for a regex, pass re.compile(...)"
+    names = {n for s in everything for n in s.names} | {
+        path for s in everything for path in _modules_above(s) if path
+    }
+    words = {piece.lower(): piece for n in names for piece in (n, n.rpartition(".")[2])}
+    near = difflib.get_close_matches(text.strip("*.").lower(), sorted(words), n=4, cutoff=0.5)
+    if not near:
+        return _examples(everything, "there are such as")
+    return f"nearest: {', '.join(repr(words[word]) for word in near)}"

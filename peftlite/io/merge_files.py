@@ -1,0 +1,91 @@
+"""merge_files: a delta's file merged into a checkpoint's, tensor by tensor, without the model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, Literal
+
+from torch import Tensor
+from tqdm import tqdm
+
+from peftlite.core.patch import Patch
+from peftlite.core.site import whole_address
+from peftlite.errors import BaseMismatchError, PeftliteError
+from peftlite.io import inspect, load
+from peftlite.io.checkpoint import Checkpoint
+from peftlite.io.fingerprint import difference, fingerprint, kind_of
+from peftlite.io.standin import stand_in
+from peftlite.verbs.merge import Receipt, by_tensor, checked, refuse_calls
+
+
+def merge_files(
+    base: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    check_base: Literal["error", "warn", "off"] = "error",
+    progress: bool = False,
+) -> Receipt:
+    """Writes the checkpoint that `pl.merge` and saving the model would give, bit for bit.
+
+    The base is a safetensors file, or a folder with shards and their index as transformers and
+    diffusers leave it; then `out` is a new folder like it. Tensors go through one by one: of the
+    base's, one and its merged value are in memory at a time. Whatever the delta doesn't touch is
+    copied byte for byte. Nothing is at `out` until all of it is there.
+
+    Args:
+        check_base: what to do if a tensor isn't the one that the delta was made for.
+        progress: whether to show a bar, on a terminal.
+
+    Raises:
+        BaseMismatchError: the delta was made for other weights.
+        FileError: a file is missing or damaged, or can't be written, or doesn't fit the other.
+        PeftliteError: the delta changes calls, or a weight would not be finite.
+    """
+    if check_base not in ("error", "warn", "off"):
+        raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")
+    checkpoint, info = Checkpoint(base), inspect(delta)
+    model = stand_in(checkpoint, info.modules, transposed=info.transposed)
+    placed = load(model, delta, check_base="off")
+    refuse_calls(placed)
+    touched: dict[str, tuple[str, list[Patch]]] = {
+        whole_address(name): (address, patches)
+        for address, (where, patches) in by_tensor(placed).items()
+        for name in where.names
+    }
+    change: dict[str, float] = {}
+
+    def merged(key: str) -> Tensor | None:
+        if key not in touched:
+            return None
+        address, patches = touched[key]
+        w = checkpoint[key].clone()  # in memory of torch's own, as a model has it
+        _check(info.base.get(address), key, w, str(delta), check_base)
+        value, change[key] = checked(placed.name, key, patches, w)
+        return value
+
+    with tqdm(
+        total=checkpoint.num_bytes,
+        desc=f"merge {placed.name}",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,  # None: where there's no terminal
+    ) as bar:
+        checkpoint.rewrite(out, merged, bar.update)
+    return Receipt(placed.name, change, {}, {})
+
+
+def _check(theirs: dict[str, Any] | None, key: str, w: Tensor, path: str, mode: str) -> None:
+    """Compares a tensor with the one that the delta in a file was made for."""
+    if theirs is None or mode == "off":
+        return
+    how = difference(theirs, fingerprint(w, kind_of(theirs) or ""))
+    if how is None:
+        return
+    message = f"{path!r} was made for other base weights: {key} differs{how}"
+    if mode == "error":
+        raise BaseMismatchError(
+            f"{message}; merge it into the base it was trained on, or pass check_base='warn'"
+        )
+    warnings.warn(message, stacklevel=2)

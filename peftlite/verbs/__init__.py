@@ -1,0 +1,1 @@
+"""What is done to a model and its deltas, beside attaching and detaching."""

@@ -1,0 +1,280 @@
+"""combine: one delta of several, by what they do to the weights; and rescale and resize_rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.core.assign import Placed, usable
+from peftlite.core.attach import Registry, check, require
+from peftlite.core.delta import Delta, Weighted
+from peftlite.core.patch import Patch
+from peftlite.core.site import Site, whole_address
+from peftlite.errors import PeftliteError
+from peftlite.fields import check_fields, number, one_of, whole
+from peftlite.methods.low_rank import LowRankPatch
+from peftlite.methods.sparse import largest
+from peftlite.table import shown
+from peftlite.verbs.held import Factors, Held, change_of, truncated
+from peftlite.verbs.merge import original
+
+How = Literal["sum", "linear", "cat", "svd", "ties", "dare", "magnitude_prune"]
+Weights = Mapping[Delta, float]
+
+
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    deltas: Mapping[str, float] | Weighted,
+    how: How = "sum",
+    name: str = "combined",
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Delta:
+    """Attaches a new delta made of others, frozen, and makes it the standing choice.
+
+    What is combined is what they do to the weights, ΔWᵢ = W'ᵢ − W, whatever their methods: in fp64,
+    rounded once. Site by site the result is held in the form that takes the least memory: `LoRA`
+    where it is a sum of products of low rank, `SparseMask` where more than half of it is zero, and
+    `FullTuning` elsewhere.
+
+    - "sum": Σ wᵢΔWᵢ.
+    - "linear": Σ wᵢΔWᵢ / Σ wᵢ.
+    - "cat": the sum as LoRA, the factors side by side; only of products of low rank.
+    - "svd": the first singular directions of the sum, as LoRA; vectors stay as they are.
+    - "ties": each ΔWᵢ without its smaller entries, then, entry by entry, the mean of the wᵢΔWᵢ that
+      have the sign of their sum. Yadav et al., arXiv:2306.01708, §3; as there, a delta is trimmed
+      as a whole, not tensor by tensor.
+    - "dare": Σ wᵢΔWᵢ/density, each ΔWᵢ without the entries that chance drops. Yu et al.,
+      arXiv:2311.03099, §3.
+    - "magnitude_prune": the sum of the ΔWᵢ, trimmed as for "ties".
+
+    Args:
+        deltas: weights by name, `{"sql": 0.7, "chat": -1}`, or the same as `0.7 * sql - chat`.
+        rank: what "svd" keeps, at most; or
+        energy: the share of the squared singular values that it keeps, by the smallest rank that
+            does. `delta.energy` says what was kept, by address.
+        density: the share of its entries that a delta keeps.
+        seed: of the chance.
+
+    Raises:
+        PeftliteError: a delta changes calls, or is another model's; an argument is missing, or not
+            one of these; a value would not be finite. The model is as it was.
+    """
+    options = Options(how, rank, energy, density, seed)
+    root, registry, weights = _weights(model, deltas, how)
+    check(root, name)
+    held, parts = Held(name), _parts(registry, [*weights])
+    changes = (_pruned if options.prunes else _added)(parts, weights, options)
+    for part, change in zip(parts, changes, strict=True):
+        held.check(part.site, change)
+        if how == "svd" and part.whole.dim() >= 2:
+            change, kept = truncated(part.site, change, options.rank, options.energy)
+            held.energy[part.site.address] = kept
+        held.put(part.site, change)
+    return held.attach(root)
+
+
+def rescale(model: nn.Module, delta: str, factor: float, *, name: str) -> Delta:
+    """Attaches a delta's change of the weights times a factor, as `combine` does."""
+    return combine(model, {delta: factor}, name=name)
+
+
+def resize_rank(
+    model: nn.Module,
+    delta: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    name: str,
+) -> Delta:
+    """Attaches the nearest delta of another rank, which is `combine`'s "svd" of one delta."""
+    return combine(model, {delta: 1.0}, "svd", name, rank=rank, energy=energy)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How deltas are combined, checked."""
+
+    how: str = one_of("sum", How)
+    rank: int | None = whole(None)
+    energy: float | None = number(None, float, lambda f: 0 < f <= 1, "above 0 and at most 1")
+    density: float | None = number(None, float, lambda f: 0 < f <= 1, "above 0 and at most 1")
+    seed: int = number(0, int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        takes = ("rank", "energy") if self.how == "svd" else ("density",) if self.prunes else ()
+        given = [n for n in ("rank", "energy", "density") if getattr(self, n) is not None]
+        if len(given) != bool(takes) or not {*given} <= {*takes}:
+            needs = " or ".join(f"{n}=" for n in takes) or "nothing more"
+            got = " and ".join(f"{n}=" for n in given) or "nothing"
+            raise PeftliteError(f"how={self.how!r} needs {needs}, and was given {got}")
+
+    @property
+    def prunes(self) -> bool:
+        return self.how in ("ties", "dare", "magnitude_prune")
+
+
+def _weights(
+    model: nn.Module, given: Mapping[str, float] | Weighted, how: str
+) -> tuple[nn.Module, Registry, Weights]:
+    """What is combined, with its weights, and where."""
+    if isinstance(given, Weighted):
+        _, registry = require(model)
+        for delta in given.terms:
+            if registry.deltas.get(delta.name) is not delta:
+                raise PeftliteError(f"{delta.name!r} is no delta of this model, or no longer")
+        given = {delta.name: weight for delta, weight in given.terms.items()}
+    if not isinstance(given, Mapping) or not given:
+        raise PeftliteError(
+            "combine takes weights by name, such as {'sql': 0.7, 'chat': -1}, or "
+            f"0.7 * sql - chat: not {shown(given)}"
+        )
+    root, registry = require(model, *given)
+    weights = {registry.deltas[name]: _weight(name, weight) for name, weight in given.items()}
+    if how == "linear":
+        total = math.fsum(weights.values())
+        if abs(total) <= 1e-12 * math.fsum(map(abs, weights.values())):
+            raise PeftliteError("how='linear' divides by the sum of the weights, and that is 0")
+        weights = {delta: weight / total for delta, weight in weights.items()}
+    return root, registry, weights
+
+
+def _weight(name: str, given: Any) -> float:
+    try:
+        weight = math.nan if isinstance(given, str) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise PeftliteError(f"the weight of {name!r} must be a finite number, not {shown(given)}")
+    return weight
+
+
+# -- what is combined
+
+
+@dataclass
+class Part:
+    """A tensor, or a part of one, with the patches of each delta that changes it."""
+
+    site: Site
+    whole: Tensor  # the tensor as it is without any delta
+    patches: dict[Delta, list[Patch]]
+
+    def change(self, delta: Delta) -> Tensor:
+        """ΔW of one delta, in fp64."""
+        return change_of(self.site, self.whole, self.patches[delta])
+
+    def factors(self, weights: Weights) -> Factors | None:
+        """A and B of Σ wᵢΔWᵢ, if all it adds up are products of low rank, of this very part."""
+        left, right = [], []
+        for delta, patches in self.patches.items():
+            for patch in patches:
+                plain = isinstance(patch, LowRankPatch) and type(patch).value is LowRankPatch.value
+                if not plain or patch.index != self.site.index:
+                    return None
+                a, b = patch.factors()
+                left.append(weights[delta] * float(patch.scale) * b.double())
+                right.append(a.double())
+        return torch.cat(right, -2), torch.cat(left, -1)
+
+
+def _parts(registry: Registry, deltas: Sequence[Delta]) -> list[Part]:
+    """What the deltas change: the parts that they name, or all of a tensor where those overlap."""
+    tensors: dict[str, list[tuple[Delta, Placed]]] = {}
+    for delta in deltas:
+        for address, placed in delta.placed.items():
+            if not placed.patch.has_value:
+                raise PeftliteError(
+                    f"{delta.name!r} changes calls, which no weight can hold: {address}"
+                )
+            placed.check()
+            usable(placed.site)
+            if placed.site.whole.is_meta:
+                raise PeftliteError(f"{address} is on the meta device and has no values to combine")
+            # the first of its names: a file may have had another
+            tensor = whole_address(placed.site.names[0])
+            tensors.setdefault(tensor, []).append((delta, placed))
+    return [part for address, held in tensors.items() for part in _cut_up(registry, address, held)]
+
+
+def _cut_up(
+    registry: Registry, address: str, held: Sequence[tuple[Delta, Placed]]
+) -> Iterator[Part]:
+    found = {placed.site.index: placed.site for _, placed in held}
+    if any(a.overlaps(b) for a, b in combinations(found.values(), 2)):
+        site = held[0][1].site
+        found = {None: replace(site, index=None, names=tuple(map(whole_address, site.names)))}
+    for index, site in found.items():
+        patches: dict[Delta, list[Patch]] = {}
+        for delta, placed in held:
+            if index is None or placed.site.index == index:
+                patches.setdefault(delta, []).append(placed.patch)
+        whole = site.whole
+        if address in registry.originals:  # other deltas are merged into it
+            whole = original(registry, address, whole)
+        yield Part(replace(site, address=site.names[0]), whole, patches)
+
+
+# -- how
+
+
+def _added(parts: Sequence[Part], weights: Weights, options: Options) -> Iterator[Tensor | Factors]:
+    """Σ wᵢΔWᵢ, part by part."""
+    for part in parts:
+        site, factors = part.site, part.factors(weights)
+        if factors is None:
+            if options.how == "cat":
+                raise PeftliteError(
+                    "how='cat' puts the factors of products of low rank side by side, and "
+                    f"{site.address} is changed in another way: take 'sum' or 'svd'"
+                )
+            yield torch.stack([weights[d] * part.change(d) for d in part.patches]).sum(0)
+        elif options.how in ("cat", "svd") or sum(map(torch.numel, factors)) <= site.shape.numel():
+            yield factors
+        else:
+            a, b = factors
+            yield (a.mT @ b.mT if site.transposed else b @ a).reshape(site.shape)
+
+
+def _pruned(parts: Sequence[Part], weights: Weights, options: Options) -> Iterator[Tensor]:
+    """What is left of the wᵢΔWᵢ, taken together, part by part."""
+    kept = {delta: _largest(parts, delta, options.density) for delta in weights}
+    chance = torch.Generator().manual_seed(options.seed)
+    for part in parts:
+        changes = []
+        for delta, weight in weights.items():
+            if delta not in part.patches:
+                continue
+            change = part.change(delta)
+            if options.how == "dare":
+                mask = torch.rand(change.shape, generator=chance).lt(options.density)
+                change = change * mask.to(change.device) / options.density
+            else:
+                mask = torch.zeros(change.numel(), dtype=torch.bool, device=change.device)
+                mask[next(kept[delta])] = True
+                change = change * mask.view(change.shape)
+            changes.append(weight * change)
+        stacked = torch.stack(changes)
+        if options.how == "ties":
+            elected = stacked.sign() == stacked.sum(0).sign()
+            stacked = stacked * elected / elected.sum(0).clamp(min=1)
+        yield stacked.sum(0)
+
+
+def _largest(parts: Sequence[Part], delta: Delta, density: float) -> Iterator[Tensor]:
+    """Where the largest entries of a delta are, in each of the parts that it changes."""
+    own = [part for part in parts if delta in part.patches]
+    entries = sum(placed.site.shape.numel() for placed in delta.placed.values())
+    count = max(1, round(density * entries))
+    return largest(lambda: (part.change(delta).abs().reshape(-1) for part in own), count)

@@ -1,0 +1,59 @@
+"""plan: what attach would do, looked at before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from peftlite.core.assign import Placed, assign, methods_in
+from peftlite.core.attach import base_parameters, deltas
+from peftlite.core.delta import Delta
+from peftlite.core.patch import Method
+
+
+@dataclass
+class Plan:
+    """What `attach` would do; printing it shows a table.
+
+    Attributes:
+        delta: what would be attached, on the meta device.
+        base_parameters: the size of the model.
+    """
+
+    delta: Delta
+    base_parameters: int
+
+    @property
+    def addresses(self) -> list[str]:
+        return list(self.delta.placed)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers would be trained."""
+        return self.delta.num_parameters
+
+    @property
+    def num_bytes(self) -> int:
+        """What a file of the delta would hold."""
+        return self.delta.num_bytes
+
+    def __len__(self) -> int:
+        return len(self.delta.placed)
+
+    def __str__(self) -> str:
+        share = self.num_parameters / max(self.base_parameters, 1)
+        return f"{self.delta.describe()} ({share:.3%} of the base's {self.base_parameters:,})"
+
+
+def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
+    """What `attach` would do: the sites, counts and bytes. Changes nothing. Raises TargetError."""
+    methods = methods_in(method)
+    placed = [
+        item
+        for how, sites in assign(model, methods)
+        for item in Placed.all([replace(where, on="meta") for where in sites], how)
+    ]
+    base = base_parameters(model, deltas(model).values())
+    return Plan(Delta("plan", methods, placed), sum(p.numel() for _, p in base))

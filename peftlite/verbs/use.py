@@ -1,0 +1,86 @@
+"""use, using and view: choosing which deltas are active."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from peftlite.core.attach import changeable, require
+from peftlite.core.choice import Names, Rows
+from peftlite.core.delta import Delta
+from peftlite.core.site import is_sharded
+from peftlite.errors import PeftliteError
+
+
+def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Makes a delta, or several in that order, or none (the base), the model's standing choice.
+
+    It holds in every thread. It doesn't change what is trainable. Raises PeftliteError.
+    """
+    _, registry = require(model)
+    changeable(registry)
+    registry.choice.standing = _names(model, names)
+
+
+def using(
+    model: nn.Module,
+    names: str | Sequence[str] | None = None,
+    *,
+    rows: Sequence[str | Sequence[str] | None] | None = None,
+) -> AbstractContextManager[None]:
+    """A `with` in which the choice is `names`, or one per batch row, for this context alone.
+
+    Threads and async tasks never see one another's. With `rows`, the outermost patched module that
+    is called runs each group of equal rows by itself and puts the results back: every tensor
+    argument with `len(rows)` as its first dimension is split.
+    `torch.compile`d code honours it by running eagerly, and refuses it under `fullgraph=True`; to
+    compile it in, open it inside the compiled function. Raises PeftliteError.
+    """
+    _, registry = require(model)
+    changeable(registry)
+    if rows is None:
+        return registry.choice.scope(_names(model, names))
+    if names is not None or not isinstance(rows, list | tuple) or not rows:
+        raise PeftliteError(
+            f"rows= is a list with one choice per batch row, in place of a name: not {rows!r}"
+        )
+    return registry.choice.scope(Rows(tuple(_names(model, row) for row in rows)))
+
+
+def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
+    """A second face of the model: the same parameters and buffers, its choice fixed to `names`.
+
+    Two views compile once each, export, and serve two threads. What trains or loads into one is
+    seen by all. Attach, detach, choose and merge on the model itself. Raises PeftliteError.
+    """
+    _, registry = require(model)
+    checked = _names(model, names)
+    if any(map(is_sharded, model.parameters())):
+        raise PeftliteError("a model under fully_shard can't be copied, so it can have no view")
+    shared = [*model.parameters(), *model.buffers(), *registry.originals.values()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    choice = require(twin)[1].choice
+    choice.standing, choice.fixed = checked, True
+    registry.views.add(choice)
+    return twin
+
+
+def _names(model: nn.Module, names: Any) -> Names:
+    if names is not None and not isinstance(names, str | list | tuple | Delta):
+        raise PeftliteError(f"a choice is a delta's name, a list of names, or None: not {names!r}")
+    chosen: Any = (
+        () if names is None else tuple(names) if isinstance(names, list | tuple) else (names,)
+    )
+    _, registry = require(model, *chosen)
+    for name in chosen:
+        if name in registry.merged:
+            raise PeftliteError(
+                f"{name!r} is merged into the base, so it is on already: pl.unmerge it to choose it"
+            )
+    if len(set(chosen)) < len(chosen):
+        raise PeftliteError(f"{list(chosen)} names a delta twice; each applies once")
+    return chosen

@@ -1,6 +1,6 @@
 """Fields of a method's dataclass: numbers and choices, each with what it may be beside its default.
 
-    rank: int = whole(8)
+    rank: int = integer(8)
     alpha: float | None = positive(None)
     dropout: float = number(0.0, float, lambda p: 0 <= p < 1, "in [0, 1)")
     scaling: Scaling = one_of("alpha/r", Scaling)
@@ -18,7 +18,7 @@ from dataclasses import MISSING, field, fields
 from typing import Any, get_args
 
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 
 
 def number(default: Any, kind: type, allowed: Callable[[Any], bool], what: str) -> Any:
@@ -26,7 +26,7 @@ def number(default: Any, kind: type, allowed: Callable[[Any], bool], what: str) 
     return _field(default, lambda method, name: set_number(method, name, kind, allowed, what))
 
 
-def whole(default: Any = MISSING, least: int = 1) -> Any:
+def integer(default: Any = MISSING, least: int = 1) -> Any:
     """A whole number, from `least` up."""
     return number(default, int, lambda n: n >= least, f"a whole number from {least} up")
 
@@ -80,4 +80,4 @@ def check_given(name: str, given: Any, allowed: Collection[Any]) -> None:
     """Raises PeftliteError if an argument is none of those allowed."""
     if not any(isinstance(given, type(one)) and given == one for one in allowed):
         listed = ", ".join(map(repr, allowed))
-        raise PeftliteError(f"{name} must be one of {listed}, not {shown(given)}")
+        raise PeftliteError(f"{name} must be one of {listed}, not {short(given)}")

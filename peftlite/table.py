@@ -21,7 +21,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def brief(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A value as a table's cell shows it."""
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -36,13 +36,13 @@ def size(count: int) -> str:
     return f"{scaled:.0f} {unit}" if unit == "B" else f"{scaled:.1f} {unit}"
 
 
-def few(items: Iterable[str], most: int = 4) -> str:
+def listed(items: Iterable[str], most: int = 4) -> str:
     """The first of many things, and how many more there are."""
     items = list(items)
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if items[most:] else "")
 
 
-def shown(thing: Any) -> str:
+def short(thing: Any) -> str:
     """A stranger's argument, short enough for an error."""
     if isinstance(thing, type):
         return f"the class {thing.__name__}"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import peftlite as pl
+from peftlite.core.host import Host
 from tests import errors
 from tests.digest import assert_same, digest
 from tests.errors.case import Case, bare, delta, two
@@ -50,7 +51,7 @@ def trace(model: nn.Module, folder: Path) -> dict[str, Any]:
 
 
 def hosts(model: nn.Module) -> Iterator[Any]:
-    return (m.peftlite for m in model.modules() if isinstance(m, pl.host.Host))
+    return (m.peftlite for m in model.modules() if isinstance(m, Host))
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

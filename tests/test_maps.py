@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from peftlite.core.maps import kind_of, widen
+from peftlite.core.maps import kind_of
+from peftlite.core.tensors import widen
 
 # torch says so, once, of an even kernel
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.core.site import sites as sites_of
+from peftlite.core.values import checked
 from peftlite.io import checkpoint
 from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.standin import stand_in
-from peftlite.verbs.merge import checked
 from tests.digest import bits
 from tests.test_contract import CELLS, Row, attached, unmergeable
 from tests.zoo import KINDS, Kind

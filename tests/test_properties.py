@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import peftlite as pl
-from peftlite.core.site import raw, whole_address
+from peftlite.core.site import whole_address
+from peftlite.core.tensors import raw
 from tests import test_maps as maps
 from tests.digest import bits
 from tests.test_maps import booleans, close, layouts, seeds

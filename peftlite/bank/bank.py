@@ -16,14 +16,15 @@ from peftlite.bank.static import Static
 from peftlite.bank.stock import Stock, made
 from peftlite.bank.training import training_rows
 from peftlite.core.assign import methods_in
-from peftlite.core.attach import check_model, check_name, commit, detach, require
+from peftlite.core.attach import check_model, check_name, commit, detach
 from peftlite.core.delta import Delta
+from peftlite.core.find import require
 from peftlite.core.patch import Method
 from peftlite.errors import PeftliteError
 from peftlite.io import save
 from peftlite.io.load import CheckBase
 from peftlite.methods.lora import LoRA
-from peftlite.table import shown, size
+from peftlite.table import short, size
 
 NAME = "(bank)"
 """What the bank's patches are called in the model: no name that a user can give a delta."""
@@ -164,7 +165,7 @@ class DeltaBank:
     def _distinct(self, names: Sequence[str | None]) -> list[str]:
         """The deltas of a batch. Raises PeftliteError if it is none, or not for the bank."""
         if not isinstance(names, list | tuple) or not names:
-            raise PeftliteError(f"rows are a list, a name or None for each: not {shown(names)}")
+            raise PeftliteError(f"rows are a list, a name or None for each: not {short(names)}")
         chosen: Any = self._choice.now()
         if NAME not in chosen:
             how = "closed" if self.closed else f"not the model's choice: pl.use(model, {NAME!r})"
@@ -276,4 +277,4 @@ class DeltaBank:
 
 def _positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PeftliteError(f"{name} is a positive whole number, not {shown(value)}")
+        raise PeftliteError(f"{name} is a positive whole number, not {short(value)}")

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from peftlite.core.choice import Choice
+from peftlite.core.choice import Scoped
 from peftlite.core.patch import Patch
 from peftlite.errors import PeftliteError
 from peftlite.kernels.ops import op
@@ -117,20 +117,19 @@ class Router:
     """What the sites of one bank ask for the rows in force."""
 
     def __init__(self) -> None:
-        self.choice = Choice()
+        self._rows = Scoped[Rows | None](None)
         self.number = next(_numbers)
         self.traced: Tensor | None = None  # of the call that is being compiled
         _routers[self.number] = self
 
     def scope(self, rows: Rows) -> AbstractContextManager[None]:
         """A `with` in which this context's batches have these rows."""
-        names: Any = rows
-        return self.choice.scope(names)
+        return self._rows.scope(rows)
 
     def now(self) -> Rows | None:
         """The rows in force here; None where all are the base's."""
-        found: Any = self.choice.now()
-        return found or None
+        rows = self._rows.now()
+        return rows if isinstance(rows, Rows) else None
 
     def rows(self, x: Tensor) -> Rows | None:
         """The rows of a site's input, checked to be there. Raises PeftliteError."""

@@ -23,7 +23,7 @@ from peftlite.bank.training import Leaves
 from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
-from peftlite.table import few
+from peftlite.table import listed
 
 
 class Arrival:
@@ -136,7 +136,7 @@ class Slots:
         """The entry of a name; the lock is held. Raises PeftliteError."""
         entry = self.known.get(name)
         if entry is None:
-            there = few(map(repr, self.known)) or "none yet"
+            there = listed(map(repr, self.known)) or "none yet"
             raise PeftliteError(f"the bank has no delta named {name!r}; it has {there}")
         return entry
 
@@ -170,7 +170,8 @@ class Slots:
         """Forgets everything. Raises PeftliteError if something is in use."""
         with self.lock:
             if busy := [entry.name for entry in self.resident if entry.uses]:
-                raise PeftliteError(f"{few(map(repr, busy))} in use, so the bank can't be closed")
+                names = listed(map(repr, busy))
+                raise PeftliteError(f"{names} in use, so the bank can't be closed")
             for entry in list(self.resident):
                 self._vacate(entry)
             self.known.clear()
@@ -201,10 +202,11 @@ class Slots:
             raise PeftliteError(f"{len(held)} deltas are named, for a bank of {self.count} slots")
         going = self._going(count)
         if going is None:
-            there = few(map(_shown, self.resident))
+            there = listed(map(_shown, self.resident))
             raise PeftliteError(
-                f"{few(repr(e.name) for e in held if e.slot is None)} can't have a slot now; there "
-                f"are {there}: leave a `with`, unpin or evict one, or make a bank of more slots"
+                f"{listed(repr(e.name) for e in held if e.slot is None)} can't have a slot now; "
+                f"there are {there}: leave a `with`, unpin or evict one, or make a bank of more "
+                "slots"
             )
         for entry in going:
             self._vacate(entry)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlite.core import site
 from peftlite.core.assign import methods_in
-from peftlite.core.attach import begin
+from peftlite.core.attach import new_delta
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
 from peftlite.core.site import whole_address
@@ -20,7 +20,7 @@ from peftlite.errors import BaseMismatchError, FileError, PeftliteError
 from peftlite.io.files import as_path
 from peftlite.io.fingerprint import fingerprints
 from peftlite.io.load import CheckBase, check_mode, read
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def delta_of(
     if isinstance(source, Delta):
         return _ours(model, source, check_base), None
     if isinstance(source, Method | list | tuple):
-        return begin(model, methods_in(source), name), None
+        return new_delta(model, methods_in(source), name), None
     raise PeftliteError(
-        f"a bank loads a file, a delta, or a method to begin with: not {shown(source)}"
+        f"a bank loads a file, a delta, or a method to begin with: not {short(source)}"
     )
 
 
@@ -64,7 +64,7 @@ def _ours(model: nn.Module, delta: Delta, check_base: CheckBase) -> Delta:
     found, missing = site.locate(model, delta.placed)
     if missing:
         raise PeftliteError(
-            f"{delta.name!r} is of a model with other sites; here there is no {few(missing)}"
+            f"{delta.name!r} is of a model with other sites; here there is no {listed(missing)}"
         )
     for placed in delta.placed.values():
         placed.check()
@@ -85,7 +85,7 @@ def _same_base(
     digests = list(fingerprints((t, "sha256") for pair in pairs.values() for t in pair))
     both = zip(pairs, digests[::2], digests[1::2], strict=True)
     wrong = [address for address, theirs, ours in both if theirs != ours]
-    message = f"{delta.name!r} is of a model with other base weights: {few(wrong)} differ"
+    message = f"{delta.name!r} is of a model with other base weights: {listed(wrong)} differ"
     if wrong and check_base == "error":
         raise BaseMismatchError(f"{message}; pass check_base='off' to load it all the same")
     if wrong:

@@ -22,7 +22,7 @@ from peftlite.core.delta import Delta
 from peftlite.core.patch import Method, Patch
 from peftlite.core.site import CALL, Site, locate, sites, whole_address
 from peftlite.errors import PeftliteError
-from peftlite.table import few
+from peftlite.table import listed
 
 Key = tuple[str, type[Mixed]]
 """A site's address, all of a tensor, and the family that is mixed there."""
@@ -136,8 +136,8 @@ class Stock:
             groups.setdefault((whole_address(item.site.address), family), []).append(item.patch)
         if missing := [key[0] for key in groups if key not in self._mixed]:
             raise PeftliteError(
-                f"the bank has no room for {few(missing)}: name its method and sites in methods= "
-                "when the bank is made"
+                f"the bank has no room for {listed(missing)}: name its method and sites in "
+                "methods= when the bank is made"
             )
         return [(self._mixed[key], patches) for key, patches in groups.items()]
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from peftlite.commands.outcome import Outcome
 from peftlite.core.patch import Method
+from peftlite.core.tensors import distance
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io import Info, inspect, load, native, save
 from peftlite.io.checkpoint import Checkpoint
@@ -24,9 +25,8 @@ from peftlite.io.merge_files import merge_files
 from peftlite.io.standin import stand_in
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
-from peftlite.table import few, size, table
+from peftlite.table import listed, size, table
 from peftlite.verbs import combine, extract
-from peftlite.verbs.merge import distance
 
 # -- looking
 
@@ -67,7 +67,7 @@ def run_verify(args: argparse.Namespace) -> Outcome:
         data["base"] = {"tensors": len(info.base), "differing": differing}
         which = "are those that it was made for"
         if differing:
-            which = f"aren't all those that it was made for: {few(differing)}"
+            which = f"aren't all those that it was made for: {listed(differing)}"
         lines.append(f"{len(info.base)} tensors of the base {which}")
     return Outcome("\n".join(lines), data, amiss=bool(wrong or differing))
 
@@ -93,7 +93,7 @@ def run_diff(args: argparse.Namespace) -> Outcome:
     for name, one, other in (("only in a", a, b), ("only in b", b, a)):
         if lone := [key for key in one.tensors if key not in other.tensors]:
             data[name.replace(" ", "_")] = lone
-            lines.append(f"only in {one.path!r}: {few(lone)}")
+            lines.append(f"only in {one.path!r}: {listed(lone)}")
     changes: dict[str, float | str] = {}
     for key in _with_bar([key for key in a.tensors if key in b.tensors], "diff"):
         x, y = a.tensors[key], b.tensors[key]
@@ -133,7 +133,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _listed(methods: list[dict[str, Any]]) -> str:
-    return few([f"{m['method']} at {len(m['sites'])} sites" for m in methods]) or "none"
+    return listed([f"{m['method']} at {len(m['sites'])} sites" for m in methods]) or "none"
 
 
 def _tensors(path: str, info: Info, label: str = "") -> Iterator[tuple[str, Tensor]]:

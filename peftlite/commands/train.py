@@ -21,7 +21,7 @@ from peftlite.core.attach import attach
 from peftlite.core.patch import Method
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import replacing
-from peftlite.table import few, size
+from peftlite.table import listed, size
 from peftlite.train import History, Trainer, data, losses
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.data.jsonl import scan
@@ -61,20 +61,20 @@ def _method(args: argparse.Namespace) -> Method:
     kind = known.get(args.method.lower())
     if kind is None:
         near = get_close_matches(args.method.lower(), known) or sorted(known)
-        named = few((known[name].__name__ for name in near), 99)
+        named = listed((known[name].__name__ for name in near), 99)
         raise PeftliteError(f"no method is called {args.method!r}; there are {named}")
     named = {name: getattr(args, name) for name in ("rank", "alpha", "targets", "exclude")}
     options = {name: value for name, value in named.items() if value is not None}
     options |= dict(map(_option, args.set))
     own = {field.name: field for field in fields(kind) if field.init}
     if unknown := [name for name in options if name not in own]:
-        raise PeftliteError(f"{kind.__name__} has no {few(unknown)}: it has {few(own, 99)}")
+        raise PeftliteError(f"{kind.__name__} has no {listed(unknown)}: it has {listed(own, 99)}")
     needed = [
         name for name, field in own.items()
         if name not in options and field.default is field.default_factory is MISSING
     ]  # fmt: skip
     if needed:
-        raise PeftliteError(f"{kind.__name__} needs {few(needed)}: give --set {needed[0]}=…")
+        raise PeftliteError(f"{kind.__name__} needs {listed(needed)}: give --set {needed[0]}=…")
     return kind(**options)
 
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from peftlite.core import targets
 from peftlite.core.patch import Method, Patch
-from peftlite.core.site import Site, is_sharded, sites, whole_address
+from peftlite.core.site import Site, sites, whole_address
+from peftlite.core.tensors import is_sharded
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.table import shown
+from peftlite.table import short
 
 
 @dataclass(eq=False)
@@ -32,7 +33,7 @@ class Placed:
         for where, patch in zip(sites, patches, strict=True):
             if not isinstance(patch, Patch):
                 raise PeftliteError(
-                    f"{kind}.build gave {shown(patch)} for {where.address}: no pl.Patch"
+                    f"{kind}.build gave {short(patch)} for {where.address}: no pl.Patch"
                 )
             if not (patch.call if where.is_call else patch.has_value):
                 need = "call" if where.is_call else "value"
@@ -64,7 +65,7 @@ def methods_in(given: Any) -> list[Method]:
             raise PeftliteError(f"{method.__name__} is a class: write pl.{method.__name__}()")
     if not methods or not all(isinstance(method, Method) for method in methods):
         raise PeftliteError(
-            f"give a method such as pl.LoRA(rank=8), or a list of them: not {shown(given)}"
+            f"give a method such as pl.LoRA(rank=8), or a list of them: not {short(given)}"
         )
     return methods
 

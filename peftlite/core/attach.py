@@ -1,93 +1,24 @@
-"""attach and detach; and the registry in which a model keeps its deltas."""
+"""attach and detach: a delta put on a model, and taken off with nothing left of it."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftlite.core import host
 from peftlite.core.assign import Placed, assign, methods_in
-from peftlite.core.choice import Choice
-from peftlite.core.delta import Delta
+from peftlite.core.delta import Delta, Registry
+from peftlite.core.find import changeable, find, is_foreign, require_delta
+from peftlite.core.merged import undone
 from peftlite.core.patch import Method
-from peftlite.core.residual import Residual
 from peftlite.core.site import whole_address
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-
-
-@dataclass
-class Registry:
-    """What a model knows of its deltas. It hangs on the root, the module they are attached to."""
-
-    choice: Choice = field(default_factory=Choice)
-    deltas: dict[str, Delta] = field(default_factory=dict)
-    thawed: tuple[str, ...] = ()  # the base's parameters that were trainable, to be so again
-    originals: dict[str, Tensor | Residual] = field(default_factory=dict)  # see merge.py
-    merged: dict[str, Any] = field(default_factory=dict)
-    views: weakref.WeakSet[Choice] = field(default_factory=weakref.WeakSet)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "views": None}  # a copy has no views yet
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, views=weakref.WeakSet())
-        for merged in self.merged.values():
-            merged.delta.merged_in = self
-
-
-def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
-    """The root and registry of a model, or of the one inside it (under DDP, torch.compile, …)."""
-    if not isinstance(model, nn.Module):
-        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {shown(model)}")
-    found = []
-    for module in model.modules():
-        hosted = module.__dict__.get(host.ATTRIBUTE)
-        if isinstance(hosted, host.Patches) and hosted.registry is not None:
-            if module is model:
-                return module, hosted.registry
-            found.append((module, hosted.registry))
-    if len(found) > 1:
-        raise PeftliteError(
-            "deltas are attached to several modules inside this one: pass the module that "
-            "pl.attach was given"
-        )
-    return found[0] if found else None
-
-
-def require(model: nn.Module, *names: str) -> tuple[nn.Module, Registry]:
-    """The root and registry of a model that has deltas of these names. Raises PeftliteError."""
-    found = find(model)
-    if found is None:
-        if _foreign(model, None):
-            raise PeftliteError("this is a part of a model that has deltas: pass that model")
-        raise PeftliteError("this model has no deltas; pl.attach or pl.load one first")
-    there = list(found[1].deltas)
-    for name in names:
-        if isinstance(name, Delta):
-            raise PeftliteError(f"a delta goes by its name here: {name.name!r}, not {name!r}")
-        if name not in there:
-            listed = ", ".join(map(repr, there))
-            raise PeftliteError(f"no delta is named {name!r} in this model; there are: {listed}")
-    return found
-
-
-def _foreign(model: nn.Module, choice: Choice | None) -> bool:
-    """Whether some of the model's modules have patches that obey another choice."""
-    return any(
-        module.peftlite._modules and module.peftlite.choice is not choice
-        for module in model.modules()
-        if isinstance(module, host.Host)
-    )
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
@@ -113,17 +44,17 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     """
     methods = methods_in(method)
     check(model, name)
-    return commit(model, begin(model, methods, name))
+    return commit(model, new_delta(model, methods, name))
 
 
-def begin(model: nn.Module, methods: Sequence[Method], name: str) -> Delta:
+def new_delta(model: nn.Module, methods: Sequence[Method], name: str) -> Delta:
     """A new delta for the model, its parameters filled, attached to nothing. Raises TargetError."""
     placed: list[Placed] = []
     for how, sites in assign(model, methods):
         own = Placed.all(sites, how)
         with torch.no_grad():
             tensors = [None if where.is_call else where.tensor for where in sites]
-            how.begin([item.patch for item in own], tensors)
+            how.reset_all([item.patch for item in own], tensors)
         placed += own
     return Delta(name, methods, placed)
 
@@ -160,7 +91,7 @@ def check_model(model: nn.Module) -> Registry:
             f"deltas {list(registry.deltas)} are attached to the {type(root).__name__} inside this "
             "module: attach to that one, or detach them first"
         )
-    if _foreign(model, registry.choice):
+    if is_foreign(model, registry.choice):
         raise PeftliteError(
             "some of these modules have deltas that were attached to another module, inside this "
             "one or around it: attach to that one, or detach them there first"
@@ -209,17 +140,17 @@ def restoring(root: nn.Module, registry: Registry) -> Iterator[None]:
         raise
 
 
-def detach(model: nn.Module, name: str) -> Delta:
+def detach(model: nn.Module, delta: Delta | str) -> Delta:
     """Takes a delta off the model, which is exactly as if it had never been attached.
 
     A merged delta is unmerged first. If it was chosen, the base is the choice. With the last delta,
     the base's `requires_grad` is as it was before the first.
     """
-    root, registry = require(model, name)
-    changeable(registry)
-    merged = registry.merged.get(name)
-    with restoring(root, registry), merged.undone(registry) if merged else contextlib.nullcontext():
-        return remove(root, registry, name)
+    root, registry, delta = require_delta(model, delta)
+    record = registry.merged.get(delta.name)
+    undo = contextlib.nullcontext() if record is None else undone(registry, record)
+    with restoring(root, registry), undo:
+        return remove(root, registry, delta.name)
 
 
 def remove(root: nn.Module, registry: Registry, name: str) -> Delta:
@@ -251,11 +182,3 @@ def base_parameters(
     """The parameters of a model but those of its deltas."""
     patched = {id(parameter) for delta in deltas for parameter in delta.parameters()}
     return ((n, p) for n, p in root.named_parameters() if id(p) not in patched)
-
-
-def changeable(registry: Registry) -> None:
-    """Raises PeftliteError if the registry is a view's."""
-    if registry.choice.fixed:
-        raise PeftliteError(
-            "this is a view, whose choice is fixed: do it on the model that pl.view was given"
-        )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -25,78 +25,78 @@ from peftlite.core import recompute
 from peftlite.errors import PeftliteError
 
 Names = tuple[str, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rows:
+class NamesByRow:
     """One choice per batch row."""
 
     rows: tuple[Names, ...]
 
 
 class Hidden:
-    """A choice scoped to a context, as code under compilation finds it: it can't be read."""
+    """A value scoped to a context, as code under compilation finds it: it can't be read."""
 
 
 HIDDEN = Hidden()
 
 
 @dataclass(eq=False)
-class Scope:
-    """A choice in force inside a `with`, for the context that opened it.
+class Scope(Generic[T]):
+    """A value in force inside a `with`, for the context that opened it.
 
     It holds in the backward pass that it was opened in, or outside of any: a backward pass may run
     in another thread, long after.
     """
 
-    choice: Choice
-    names: Names | Rows
+    of: Scoped[T]
+    value: T
     backward_pass: int = field(default_factory=recompute.backward_pass)
     checkpoints: WeakSet[Any] = field(default_factory=recompute.around)
     open: bool = True
 
 
-_scopes: ContextVar[tuple[Scope, ...]] = ContextVar("peftlite", default=())
+_scopes: ContextVar[tuple[Scope[Any], ...]] = ContextVar("peftlite", default=())
 _lock = threading.Lock()
 
 
-class Choice:
-    """What is active in one model. Every patched module of the model holds the same one."""
+class Scoped(Generic[T]):
+    """A value that stands for everyone, and that a context may have otherwise within a `with`."""
 
-    def __init__(self, standing: Names = (), fixed: bool = False):
+    def __init__(self, standing: T):
         self.standing = standing  # replaced whole, never changed: a reader sees the old or the new
-        self.fixed = fixed  # a view's choice can't be changed
         self.scoped = False  # whether a scope is open anywhere
-        self.traced: Names | Rows | None = None  # a scope opened inside a compiled region
+        self.traced: T | None = None  # of a scope opened inside a compiled region
         self._scopes_open = 0
 
-    def now(self) -> Names | Rows | Hidden:
-        """The choice in force for the code that asks."""
+    def now(self) -> T | Hidden:
+        """The value in force for the code that asks."""
         if not self.scoped:
             return self.standing
         if torch.compiler.is_dynamo_compiling():
             return HIDDEN if self.traced is None else self.traced
         here = recompute.backward_pass()
         for scope in reversed(_scopes.get()):
-            if scope.choice is self and scope.open and scope.backward_pass == here:
+            if scope.of is self and scope.open and scope.backward_pass == here:
                 if recompute.at_work():
-                    recompute.carry(scope.checkpoints, functools.partial(self.scope, scope.names))
-                return scope.names
+                    recompute.carry(scope.checkpoints, functools.partial(self.scope, scope.value))
+                return scope.value
         return self.standing
 
     @contextmanager
-    def scope(self, names: Names | Rows) -> Iterator[None]:
-        """A context in which the choice is `names`, for the thread or task that opens it alone."""
+    def scope(self, value: T) -> Iterator[None]:
+        """A `with` that gives the value to the thread or task that opens it, and to no other."""
         # a generator: code that torch.compile leaves eager would have a plain `__enter__` compiled
         if torch.compiler.is_dynamo_compiling():
             outer = self.traced, self.scoped
-            self.traced, self.scoped = names, True
+            self.traced, self.scoped = value, True
             try:
                 yield
             finally:
                 self.traced, self.scoped = outer
             return
-        scope = Scope(self, names)
+        scope = Scope(self, value)
         self._count(1)
         _scopes.set((*_scopes.get(), scope))
         try:
@@ -113,6 +113,22 @@ class Choice:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model begins outside of every scope
+        return {"standing": self.standing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Scoped.__init__(self, state["standing"])
+
+
+class Choice(Scoped["Names | NamesByRow"]):
+    """What is active in one model. Every patched module of the model holds the same one."""
+
+    standing: Names
+
+    def __init__(self, standing: Names = (), fixed: bool = False):
+        super().__init__(standing)
+        self.fixed = fixed  # a view's choice can't be changed
+
+    def __getstate__(self) -> dict[str, Any]:
         return {"standing": self.standing, "fixed": self.fixed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,7 +155,7 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_rows(
-    run: Callable[..., Any], choice: Choice, rows: Rows, args: tuple, kwargs: dict[str, Any]
+    run: Callable[..., Any], choice: Choice, rows: NamesByRow, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
     """Runs the rows that share a choice together, and puts the results back in order.
 

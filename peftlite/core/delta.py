@@ -1,4 +1,4 @@
-"""Delta: a named set of patches in one model, with the tensors that make it up."""
+"""Delta: a named set of patches in one model; and the registry in which the model keeps them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftlite.core.assign import Placed
+from peftlite.core.choice import Choice, Names
 from peftlite.core.patch import Method, Patch
-from peftlite.core.site import is_sharded
+from peftlite.core.residual import Residual
+from peftlite.core.site import Site
+from peftlite.core.tensors import shard_like
 from peftlite.errors import PeftliteError
-from peftlite.table import few, shown, size, table
-
-if TYPE_CHECKING:
-    from peftlite.core.attach import Registry
+from peftlite.table import listed, short, size, table
 
 
 class Weighted:
@@ -168,12 +169,14 @@ class Delta(Weighted):
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies values into the delta, in place. Raises PeftliteError, all or none copied."""
         if not isinstance(tensors, Mapping):
-            raise PeftliteError(f"load_state_dict takes a dict of tensors, not {shown(tensors)}")
+            raise PeftliteError(f"load_state_dict takes a dict of tensors, not {short(tensors)}")
         own = self.state_dict()
         if problems := misfits(own, tensors):
-            raise PeftliteError(f"these tensors don't fit {self.name!r}: there is {few(problems)}")
+            raise PeftliteError(
+                f"these tensors don't fit {self.name!r}: there is {listed(problems)}"
+            )
         for key, tensor in own.items():
-            tensor.copy_(scatter(tensors[key], tensor))
+            tensor.copy_(shard_like(tensors[key], tensor))
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(method).__name__ for method in self.methods)
@@ -204,6 +207,35 @@ class Delta(Weighted):
         return f"{head}\n{made} sites: {total}"
 
 
+@dataclass
+class Merged:
+    """One delta in the base: the tensors it is in, with its patches, and the choice before."""
+
+    delta: Delta
+    touched: dict[str, tuple[Site, list[Patch]]]
+    standing: Names
+
+
+@dataclass
+class Registry:
+    """What a model knows of its deltas. It hangs on the root, the module they are attached to."""
+
+    choice: Choice = field(default_factory=Choice)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    thawed: tuple[str, ...] = ()  # the base's parameters that were trainable, to be so again
+    originals: dict[str, Tensor | Residual] = field(default_factory=dict)  # see merged.py
+    merged: dict[str, Merged] = field(default_factory=dict)  # in the order of merging
+    views: weakref.WeakSet[Choice] = field(default_factory=weakref.WeakSet)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "views": None}  # a copy has no views yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, views=weakref.WeakSet())
+        for merged in self.merged.values():
+            merged.delta.merged_in = self
+
+
 def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
     """What keeps given tensors from being a delta's own, in words."""
     problems = [f"no {key}" for key in own if key not in given]
@@ -211,7 +243,7 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
     for key, mine in own.items():
         theirs = given.get(key, mine)
         if not isinstance(theirs, Tensor):
-            problems.append(f"{key} as {shown(theirs)}, no tensor")
+            problems.append(f"{key} as {short(theirs)}, no tensor")
         elif theirs.shape != mine.shape:
             problems.append(f"{key} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
         elif theirs.dtype is not mine.dtype and not (
@@ -221,17 +253,3 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
         elif theirs.is_meta and not mine.is_meta:
             problems.append(f"{key} on the meta device, without values")
     return problems
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded over processes (every one has to ask)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def scatter(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as another is."""
-    if not is_sharded(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements)

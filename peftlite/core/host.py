@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core import read
-from peftlite.core.choice import HIDDEN, Choice, Names, Rows, by_rows, uncompiled
-from peftlite.core.maps import Map, Over, kind_of
+from peftlite.core.choice import HIDDEN, Choice, Names, NamesByRow, by_rows, uncompiled
+from peftlite.core.maps import Map, PatchedMap, kind_of
 from peftlite.core.patch import Patch, apply
-from peftlite.core.site import CALL, is_sharded, raw
+from peftlite.core.site import CALL
+from peftlite.core.tensors import is_sharded, raw
 from peftlite.errors import PeftliteError
 
 ATTRIBUTE = "peftlite"
@@ -196,7 +197,7 @@ def host_class(base: type, slots: frozenset[str]) -> type:
             return inner(*args, **kwargs)
         last: Any = patches[-1]
         for patch in patches[:-1]:
-            inner = Over(patch, inner)
+            inner = PatchedMap(patch, inner)
         return last.call(inner, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(base.forward)
@@ -229,7 +230,7 @@ def _read(module: nn.Module, slot: str) -> Tensor:
     names = hosted.choice.now()
     if names is HIDDEN:
         return _read_eagerly(module, slot)
-    if isinstance(names, Rows):
+    if isinstance(names, NamesByRow):
         raise PeftliteError(
             f"{slot!r} is read outside of a call of its module while rows= is in force: "
             "call the model itself, so that the rows can be told apart"

@@ -58,7 +58,7 @@ class Map:
         return torch.add(y, change, alpha=scale)
 
 
-class Over(Map):
+class PatchedMap(Map):
     """What a patch makes of a call: `inner`, the map or call that stood there, with it on top."""
 
     def __init__(self, patch: Any, inner: Any):
@@ -79,10 +79,10 @@ class Over(Map):
         return self.inner.low_rank(input, y, left, right)
 
 
-def beneath(inner: Map) -> tuple[Map, list[Any]]:
+def unwrap(inner: Map) -> tuple[Map, list[Any]]:
     """The map itself that calls come down to, and the patches on its weight, the first first."""
     patches = []
-    while isinstance(inner, Over):
+    while isinstance(inner, PatchedMap):
         patches.insert(0, inner.patch)
         inner = inner.inner
     return inner, patches
@@ -256,26 +256,6 @@ def kind_of(module: nn.Module) -> type[Map] | None:
     ):
         return TransposedLinear
     return _KINDS.get(forward)
-
-
-def narrow(tensor: Tensor, index: tuple[int, int, int] | None) -> Tensor:
-    """The part of a tensor at `(dim, start, stop)`; all of it if None."""
-    if index is None:
-        return tensor
-    dim, start, stop = index
-    return tensor.narrow(dim, start, stop - start)
-
-
-def widen(
-    left: Tensor, right: Tensor, index: tuple[int, int, int] | None, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
-    """The factors of a change to a part of a weight, as factors of a change to all of it."""
-    if index is None:
-        return left, right
-    dim, start, stop = index
-    if dim == 0:
-        return F.pad(left, (0, 0, start, shape[0] - stop)), right
-    return left, F.pad(right, (start, shape[1] - stop))
 
 
 _CONVS = nn.modules.conv._ConvNd

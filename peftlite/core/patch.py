@@ -6,7 +6,6 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -133,12 +132,12 @@ class Method:
         """A patch for each of a delta's sites; override it to share parameters among them."""
         return [self.build(site) for site in sites]
 
-    def begin(self, patches: Sequence[Patch], tensors: Sequence[Tensor | None]) -> None:
+    def reset_all(self, patches: Sequence[Patch], tensors: Sequence[Tensor | None]) -> None:
         """Fills a fresh delta's parameters; override it where one site depends on the others."""
         for patch, w in zip(patches, tensors, strict=True):
             patch.reset(w)
 
-    def fit(
+    def fit_all(
         self, patches: Sequence[Patch], tensors: Sequence[Tensor], changes: Iterable[Tensor]
     ) -> None:
         """Fits patches to changes of their tensors, which are formed anew on each pass."""
@@ -188,8 +187,3 @@ def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:
 def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Parameter:
     """An unfilled parameter for a patch at `site`."""
     return nn.Parameter(torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device))
-
-
-def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute a change in, so that W' is rounded once: the widest, fp32 at least."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)

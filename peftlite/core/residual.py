@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftlite.core import tensors
+
 
 class Residual:
     """The XOR of two tensors' bytes, those of one significance together, in a Huffman code.
@@ -41,7 +43,7 @@ class Residual:
         if planes.shape != self._shape or zlib.crc32(planes) != self._crc:
             raise ValueError("what a residual was kept beside has changed")
         w = beside.detach().clone()
-        local = _local(w)
+        local = tensors.local(w)
         data = torch.from_numpy(np.ascontiguousarray(planes.T)).view(w.dtype)
         local.copy_(data.reshape(local.shape))
         return w
@@ -65,16 +67,11 @@ class Few(Residual):
 
 def residual(w: Tensor, beside: Tensor) -> Residual:
     """What keeps a tensor in the fewest bytes."""
-    differing = int((_local(w) != _local(beside)).count_nonzero())
+    differing = int((tensors.local(w) != tensors.local(beside)).count_nonzero())
     return (Few if 16 * differing < w.numel() else Residual)(w, beside)
 
 
 def _planes(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor as (bytes of an entry, entries)."""
-    data = _local(tensor.detach()).cpu().contiguous().reshape(-1, 1).view(torch.uint8).numpy()
-    return np.array(data.T, order="C")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What of a tensor is in this process."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    data = tensors.local(tensor.detach()).cpu().contiguous().reshape(-1, 1)
+    return np.array(data.view(torch.uint8).numpy().T, order="C")

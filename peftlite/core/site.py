@@ -20,8 +20,9 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 from peftlite.core import maps
+from peftlite.core.tensors import Index, narrow, overlap, raw
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.table import shown
+from peftlite.table import short
 
 CALL = "()"
 
@@ -43,7 +44,7 @@ class Site:
     names: tuple[str, ...]
     owners: tuple[tuple[nn.Module, str], ...]
     head: bool = False
-    index: tuple[int, int, int] | None = None
+    index: Index = None
     on: str | None = None
 
     @property
@@ -67,7 +68,7 @@ class Site:
     @property
     def tensor(self) -> Tensor:
         """The part of the base tensor that the site names, no patch applied."""
-        return maps.narrow(self.whole, self.index)
+        return narrow(self.whole, self.index)
 
     @property
     def rides(self) -> bool:
@@ -127,25 +128,6 @@ class Site:
         return maps.is_weight(self.module, self.slot)
 
 
-def overlap(a: tuple[int, int, int] | None, b: tuple[int, int, int] | None) -> bool:
-    """Whether two parts of a tensor, as `Site.index` gives them, share entries."""
-    return a is None or b is None or a[0] != b[0] or (a[1] < b[2] and b[1] < a[2])
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, spread over processes; without importing what that is."""
-    return hasattr(tensor, "placements")
-
-
-def raw(module: nn.Module, slot: str) -> Tensor:
-    """The tensor in a slot as the base has it, patched or not, parametrized or not."""
-    tensor = module._parameters.get(slot)
-    if tensor is None:  # made by a parametrization, or by a hook of the older kind
-        made = parametrize.is_parametrized(module, slot)
-        tensor = module.parametrizations[slot]() if made else getattr(module, slot)
-    return tensor
-
-
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module of the base under every name it has; deltas and TorchScript left out."""
     yield prefix, model
@@ -157,7 +139,7 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
 def sites(model: nn.Module) -> list[Site]:
     """Every tensor and every call of a model, each once, in the order of registration."""
     if not isinstance(model, nn.Module):
-        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {shown(model)}")
+        raise PeftliteError(f"the model comes first, a torch.nn.Module: not {short(model)}")
     if isinstance(model, torch.jit.ScriptModule):
         raise PeftliteError(
             "a TorchScript module can't be patched, since its code is compiled already: attach to "

@@ -22,7 +22,7 @@ from torch import nn
 from peftlite.core.patch import Method, Targets
 from peftlite.core.site import CALL, Site, sites, slice_of, split_index, whole_address
 from peftlite.errors import TargetError
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 
 
 def select(
@@ -90,8 +90,8 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) ->
         if not found:
             offered = [site.address for site in everything if takes(site)]
             raise TargetError(
-                f"the predicate {shown(pattern)} is true for none of the {len(offered)} sites "
-                f"offered to it: {few(offered)}"
+                f"the predicate {short(pattern)} is true for none of the {len(offered)} sites "
+                f"offered to it: {listed(offered)}"
             )
         return found
     text, part = (pattern, None) if isinstance(pattern, re.Pattern) else split_index(pattern)
@@ -113,7 +113,7 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) ->
         found = [slice_of(site, part) for site in found if not site.is_call]
     if not found and refused:
         raise TargetError(
-            f"{_show(pattern)} matches {few(s.address for s in refused)}; but "
+            f"{_show(pattern)} matches {listed(s.address for s in refused)}; but "
             f"{type(method).__name__} takes {method.takes}"
         )
     if not found:
@@ -155,7 +155,7 @@ def _holds(predicate: Any, site: Site) -> bool:
     """What a predicate says of a site."""
     if isinstance(predicate, type | nn.Module) or not callable(predicate):
         raise TargetError(
-            f"{shown(predicate)} is no target: give an address such as {site.address!r}, a "
+            f"{short(predicate)} is no target: give an address such as {site.address!r}, a "
             "compiled regex, a predicate such as lambda site: isinstance(site.module, nn.Linear), "
             "or a list of these"
         )
@@ -163,7 +163,7 @@ def _holds(predicate: Any, site: Site) -> bool:
         return bool(predicate(site))
     except Exception as error:
         raise TargetError(
-            f"the predicate {shown(predicate)} failed at {site.address}: {error!r}; it is given a "
+            f"the predicate {short(predicate)} failed at {site.address}: {error!r}; it is given a "
             "site, with its .address, .module and .shape"
         ) from error
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from peftlite.errors import FileError
 from peftlite.io.files import Tensors, as_path, data_of, reason, replacing
 from peftlite.io.folders import replacing_folder
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 
 INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
@@ -96,8 +96,8 @@ def _shards(folder: Path) -> list[Path]:
     files = [name for name in found if name.endswith(".safetensors")]
     if len(indices) > 1 or (not indices and len(files) != 1):
         raise FileError(
-            f"{str(folder)!r} has {few(indices or files) or 'no safetensors file'}: name the one "
-            "that holds the model"
+            f"{str(folder)!r} has {listed(indices or files) or 'no safetensors file'}: name the "
+            "one that holds the model"
         )
     if not indices:
         return [folder / files[0]]
@@ -109,7 +109,7 @@ def _shards(folder: Path) -> list[Path]:
     for name in names:
         # a name, and no path to a file elsewhere
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise FileError(f"{at!r} names {shown(name)}, which is no name of a safetensors file")
+            raise FileError(f"{at!r} names {short(name)}, which is no name of a safetensors file")
     return [folder / name for name in sorted(names)]
 
 

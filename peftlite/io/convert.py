@@ -22,7 +22,7 @@ from peftlite.io.native import save
 from peftlite.io.peers import FORMATS
 from peftlite.io.peers.peer import ALPHA, PARTS
 from peftlite.io.peers.reading import Reading
-from peftlite.table import shown
+from peftlite.table import short
 
 To = Literal["safetensors", "peftlite", "peft", "kohya", "diffusers"]
 
@@ -91,7 +91,7 @@ class Unpickled(Tensors):
         self._held = dict(held) if isinstance(held, dict) else {"": held}
         for key, x in self._held.items():
             if not isinstance(key, str) or not isinstance(x, Tensor) or not _is_plain(x):
-                raise FileError(f"{self.path!r} holds {shown(x)} as {key!r}, no plain tensor")
+                raise FileError(f"{self.path!r} holds {short(x)} as {key!r}, no plain tensor")
         self.entries = {k: Entry.of(x) for k, x in self._held.items()}
 
     def get(self, key: str) -> Tensor:

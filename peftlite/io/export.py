@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from peftlite.core.delta import Delta
-from peftlite.errors import PeftliteError
+from peftlite.core.find import given_delta
 from peftlite.fields import check_given
 from peftlite.io.files import as_path
 from peftlite.io.peers import DIFFUSERS, KOHYA
 from peftlite.io.peft import writing as peft
-from peftlite.table import shown
 
 Format = Literal["peft", "kohya", "diffusers"]
 
@@ -24,10 +25,11 @@ _WRITERS: dict[str, Callable[..., None]] = {
 
 
 def export(
-    delta: Delta,
+    delta: Delta | str,
     path: str | os.PathLike[str],
     format: Format = "peft",
     *,
+    model: nn.Module | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a delta in a peer's format, for the same outputs in that peer.
@@ -38,6 +40,7 @@ def export(
     "kohya", "diffusers": one safetensors file, of low-rank products (kohya: LoHa and LoKr, too).
 
     Args:
+        delta: a delta, or its name in `model`.
         settings: more for adapter_config.json, such as
             {"base_model_name_or_path": "gpt2", "task_type": "CAUSAL_LM"}; for kohya and diffusers
             more for the file's metadata, all text.
@@ -46,9 +49,6 @@ def export(
         FileError: the path can't be written.
         PeftliteError: the peer has nothing that is this delta.
     """
-    if not isinstance(delta, Delta):
-        raise PeftliteError(
-            f"export takes a delta, such as pl.deltas(model)['sql']: not {shown(delta)}"
-        )
+    delta = given_delta("export", delta, model)
     check_given("format", format, get_args(Format))
     _WRITERS[format](delta, as_path(path), settings)

@@ -20,9 +20,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from peftlite.core.delta import gather
+from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 
 try:
     import fcntl
@@ -65,7 +65,7 @@ class Entry(NamedTuple):
 def as_path(given: Any) -> Path:
     """A path that a user gave. Raises PeftliteError."""
     if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes):
-        raise PeftliteError(f"a path is a str or an os.PathLike: not {shown(given)}")
+        raise PeftliteError(f"a path is a str or an os.PathLike: not {short(given)}")
     return Path(given)
 
 
@@ -76,7 +76,7 @@ def as_json(name: str, given: Any) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         kept = None
     if not isinstance(kept, dict) or kept != given:
-        raise PeftliteError(f"{name} must be a dict that JSON can hold, not {shown(given)}")
+        raise PeftliteError(f"{name} must be a dict that JSON can hold, not {short(given)}")
     return kept
 
 
@@ -222,7 +222,7 @@ def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 def data_of(tensor: Tensor) -> np.ndarray:
     """A tensor's bytes in order, without copying where they lie in order already."""
-    return bytes_of(gather(tensor.detach()).cpu()).numpy()
+    return bytes_of(unshard(tensor.detach()).cpu()).numpy()
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peftlite.core.delta import gather
+from peftlite.core.tensors import unshard
 from peftlite.io.files import ahead, bytes_of, data_of, sha256
 
 Fingerprint = Literal["sha256", "sampled"]
@@ -35,7 +35,7 @@ def fingerprint(tensor: Tensor, kind: str) -> dict[str, Any]:
 def fingerprints(items: Iterable[tuple[Tensor, str]]) -> Iterator[dict[str, Any]]:
     """What tensors are, each by its kind."""
     # processes gather in the same order: here, and not in the threads
-    return ahead(_fingerprint, ((gather(tensor.detach()), tensor, kind) for tensor, kind in items))
+    return ahead(_fingerprint, ((unshard(tensor.detach()), tensor, kind) for tensor, kind in items))
 
 
 def _fingerprint(item: tuple[Tensor, Tensor, str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from peftlite.io import native, peers, peft, standin
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors, ahead, as_path, is_finite, reason
 from peftlite.io.fingerprint import difference, fingerprints, kind_of
-from peftlite.table import few
+from peftlite.table import listed
 
 CheckBase = Literal["error", "warn", "off"]
 
@@ -90,7 +90,7 @@ def _delta(
     # a skeleton without memory first: a file may ask for more than there is
     skeleton = Delta(content.name, methods, _build(content, sites, where, on="meta"))
     if problems := misfits(skeleton.saved(), {k: e.meta for k, e in content.entries.items()}):
-        raise FileError(f"{str(where)!r} doesn't fit this model: it has {few(problems)}")
+        raise FileError(f"{str(where)!r} doesn't fit this model: it has {listed(problems)}")
     if content.base is not None and check_base != "off":
         _check_base(content.base, sites, where, check_base)
     delta = Delta(content.name if name is None else name, methods, _build(content, sites, where))
@@ -110,7 +110,7 @@ def _reader(path: Path) -> Any:
             return format
     if file is None:
         raise FileError(f"{str(path)!r} is a folder: name the file in it")
-    held = few([*file.metadata, *file.entries]) or "nothing"
+    held = listed([*file.metadata, *file.entries]) or "nothing"
     raise FileError(f"{file.path!r} is no delta of a known format; it holds {held}")
 
 
@@ -140,7 +140,7 @@ def _locate(model: nn.Module, content: Content, path: Any) -> dict[str, Site]:
     if missing:
         raise FileError(
             f"{str(path)!r} is for a model with other sites: of {len(addresses)}, this one lacks "
-            f"{len(missing)}: {few(missing)}; {targets.nearest(model, missing[0])}"
+            f"{len(missing)}: {listed(missing)}; {targets.nearest(model, missing[0])}"
         )
     return found
 
@@ -209,7 +209,7 @@ def _check_base(
         return
     message = (
         f"{str(path)!r} was made for other base weights: {len(wrong)} of {len(wholes)} tensors "
-        f"differ: {few(wrong)}"
+        f"differ: {listed(wrong)}"
     )
     if mode == "error":
         raise BaseMismatchError(

@@ -26,9 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.core.delta import Delta, gather
+from peftlite.core.delta import Delta
+from peftlite.core.find import given_delta
+from peftlite.core.merged import base_tensor
 from peftlite.core.patch import Method
 from peftlite.core.site import whole_address
+from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
 from peftlite.fields import check_given
 from peftlite.io import packing, standin
@@ -45,8 +48,6 @@ from peftlite.io.files import (
     write_tensors,
 )
 from peftlite.io.fingerprint import KINDS, Fingerprint, fingerprints, kind_of
-from peftlite.table import shown
-from peftlite.verbs.merge import base_tensor
 from peftlite.version import __version__
 
 FORMAT = 1
@@ -57,9 +58,10 @@ KEY = "peftlite"
 
 
 def save(
-    delta: Delta,
+    delta: Delta | str,
     path: str | os.PathLike[str],
     *,
+    model: nn.Module | None = None,
     notes: Mapping[str, Any] | None = None,
     pack: packing.Packing | None = None,
     base: Fingerprint = "sha256",
@@ -69,6 +71,7 @@ def save(
     Saving twice gives the same bytes. Under FSDP2 every process has to call it, with one path.
 
     Args:
+        delta: a delta, or its name in `model`.
         notes: anything of your own that JSON can hold, by name; `pl.inspect` gives it back.
         pack: how to store the parameters in less space, with an error that the file states: "bf16"
             or "int8" (a scale a row); "sparse" leaves zeros out, and is exact. None: as they are.
@@ -79,10 +82,7 @@ def save(
         FileError: the file can't be written.
         PeftliteError: a value isn't finite, or is on the meta device; an argument isn't of these.
     """
-    if not isinstance(delta, Delta):
-        raise PeftliteError(
-            f"save takes a delta, such as pl.deltas(model)['sql']: not {shown(delta)}"
-        )
+    delta = given_delta("save", delta, model)
     check_given("pack", pack, (None, *packing.PACKINGS))
     check_given("base", base, KINDS)
     where = as_path(path)
@@ -101,7 +101,7 @@ def write(
     tensors = delta.saved()
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise PeftliteError(f"{empty[0]} is on the meta device and has no values to save")
-    for key, finite in zip(tensors, ahead(is_finite, map(gather, tensors.values())), strict=True):
+    for key, finite in zip(tensors, ahead(is_finite, map(unshard, tensors.values())), strict=True):
         if not finite:
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")
     stored, about = packing.pack(tensors, pack)

@@ -13,7 +13,7 @@ from torch import Tensor
 from peftlite.core.patch import WeightMethod, trainable
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
-from peftlite.fields import number, positive, set_number, whole
+from peftlite.fields import integer, number, positive, set_number
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.methods.sparse import largest
 
@@ -114,11 +114,11 @@ class AdaLoRA(WeightMethod):
     """
 
     total_steps: int = field(kw_only=True)
-    init_rank: int = whole(12)
+    init_rank: int = integer(12)
     target_rank: int = 8
-    t_init: int = whole(0, least=0)
-    t_final: int = whole(0, least=0)
-    delta_t: int = whole(1)
+    t_init: int = integer(0, least=0)
+    t_final: int = integer(0, least=0)
+    delta_t: int = integer(1)
     beta1: float = number(0.85, float, lambda b: 0 < b < 1, "in (0, 1)")
     beta2: float = number(0.85, float, lambda b: 0 < b < 1, "in (0, 1)")
     orth_reg_weight: float = number(0.5, float, lambda w: 0 <= w < math.inf, "finite, from 0 up")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftlite.core.patch import trainable, wide
+from peftlite.core.patch import trainable
 from peftlite.core.site import Site
-from peftlite.fields import whole
+from peftlite.core.tensors import wide
+from peftlite.fields import integer
 from peftlite.methods.oft import (
     RotationMethod,
     RotationPatch,
@@ -72,8 +73,8 @@ class BOFT(RotationMethod):
         m: the number of butterfly factors. The inputs must be a multiple of 2ᵐ for m > 1.
     """
 
-    block_size: int = whole(4, least=2)
-    m: int = whole(2)
+    block_size: int = integer(4, least=2)
+    m: int = integer(2)
 
     takes = "tensors of 2 or more dimensions, their inputs a multiple of 2ᵐ (for m = 1: 2 or more)"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import trainable
 from peftlite.core.site import Site
-from peftlite.fields import check_choice, one_of, positive, whole
+from peftlite.fields import check_choice, integer, one_of, positive
 from peftlite.methods.calls import CallMethod, CallPatch, is_made, role
 from peftlite.methods.features import Features, change_first
 
@@ -111,7 +111,7 @@ class BottleneckAdapter(CallMethod):
 
     preset: str = "houlsby"
     reduction_factor: float = positive(16.0)
-    bottleneck_size: int | None = whole(None)
+    bottleneck_size: int | None = integer(None)
     activation: Activation | None = one_of(None, Activation)
     scale: float | None = positive(None)
     init: str = "zero"

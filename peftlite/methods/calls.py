@@ -12,9 +12,9 @@ from torch import Tensor
 from peftlite.core.patch import Method, Patch
 from peftlite.core.site import CALL, Site
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.fields import whole
+from peftlite.fields import integer
 from peftlite.methods.features import Features, features, is_called
-from peftlite.table import shown
+from peftlite.table import short
 
 
 class CallPatch(Patch):
@@ -33,7 +33,7 @@ class CallPatch(Patch):
     def check(self, z: Any, width: int) -> None:
         """Raises PeftliteError if what is called with, or gives, isn't what it looked to be."""
         if not isinstance(z, Tensor) or z.shape[self.dim :][:1] != (width,):
-            what = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else shown(z)
+            what = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else short(z)
             raise PeftliteError(
                 f"{self.address} has {what} where its adapter works on {width} features in "
                 f"dimension {self.dim}: say width=, or name a call inside it"
@@ -48,7 +48,7 @@ class CallMethod(Method, abstract=True):
         width: how many features they give, where it can't be told from a module's layers.
     """
 
-    width: int | None = whole(None)
+    width: int | None = integer(None)
 
     patch: ClassVar[Callable[[Site, Any, Features], Patch]]
     takes = "calls that are made and give features (nn.MultiheadAttention never calls its out_proj)"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
-from peftlite.fields import positive, whole
+from peftlite.fields import integer, positive
 from peftlite.methods.bottleneck import BottleneckAdapter, BottleneckPatch, Place
 from peftlite.methods.features import Features
 
@@ -83,8 +83,8 @@ class Compacter(BottleneckAdapter):
 
     preset: str = "compacter"
     reduction_factor: float = positive(32.0)
-    phm_dim: int = whole(4)
-    phm_rank: int = whole(1)
+    phm_dim: int = integer(4)
+    phm_rank: int = integer(1)
 
     takes = "calls that are made and give features, a multiple of phm_dim of them"
     patch = CompacterPatch

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.core.maps import Embedding, Map, beneath, narrow
-from peftlite.core.patch import apply, trainable, wide
-from peftlite.core.site import Site, overlap
+from peftlite.core.maps import Embedding, Map, unwrap
+from peftlite.core.patch import apply, trainable
+from peftlite.core.site import Site
+from peftlite.core.tensors import narrow, overlap, wide
 from peftlite.kernels.dora import row_norms_squared
 from peftlite.kernels.rescale import rescale
 from peftlite.methods.lora import LoRA, LoRAPatch
@@ -76,14 +77,14 @@ class DoRAPatch(LoRAPatch):
     @torch.no_grad()
     def _below(self, inner: Map) -> Tensor:
         """What this patch changes of the weight, as the patches below leave it."""
-        base, patches = beneath(inner)
+        base, patches = unwrap(inner)
         w = base.weight
         if any(overlap(patch.index, self.index) for patch in patches):
             w = apply(patches, w)
         return narrow(w, self.index)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-        base, _ = beneath(inner)
+        base, _ = unwrap(inner)
         change = self.ratio(self._below(inner)) - 1
         if self.index is not None:
             dim, start, stop = self.index

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.core.patch import wide
 from peftlite.core.site import sites
+from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
 
 

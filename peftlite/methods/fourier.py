@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from peftlite.core.maps import Map
-from peftlite.core.patch import Patch, WeightMethod, trainable, wide
+from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
-from peftlite.fields import number, one_of, positive, whole
+from peftlite.core.tensors import wide
+from peftlite.fields import integer, number, one_of, positive
 from peftlite.methods.low_rank import sizes
 
 Init = Literal["normal", "zero"]
@@ -148,7 +149,7 @@ class FourierFT(WeightMethod):
         seed: of the places.
     """
 
-    n: int = whole(1000)
+    n: int = integer(1000)
     alpha: float = positive(300.0)
     init: Init = one_of("normal", Init)
     seed: int = number(2024, int, lambda seed: 0 <= seed < 2**32, "in [0, 2**32)")

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site
 from peftlite.errors import TargetError
-from peftlite.fields import whole
+from peftlite.fields import integer
 
 # the outermost list that a tensor is in, and its number there
 _LAYER = re.compile(r"((?:.*?\.)?)(\d+)\.")
@@ -47,7 +47,7 @@ class FullTuning(Method):
             they are in; k of each list where a model has several. None for all.
     """
 
-    top_layers: int | None = whole(None)
+    top_layers: int | None = integer(None)
 
     takes = "tensors"
 

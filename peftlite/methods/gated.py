@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftlite.core.patch import Method, Patch, trainable, wide
+from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
 from peftlite.fields import one_of
 from peftlite.methods.calls import CallPatch
 from peftlite.methods.features import Features, change_first, features
-from peftlite.table import shown
+from peftlite.table import short
 
 Per = Literal["sequence", "token"]
 
@@ -123,7 +124,7 @@ class Gated(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
-            raise PeftliteError(f"Gated takes a method such as LoRA(), not {shown(self.method)}")
+            raise PeftliteError(f"Gated takes a method such as LoRA(), not {short(self.method)}")
         for name in ("targets", "exclude", "dtype"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.method, name))
@@ -143,9 +144,9 @@ class Gated(Method):
         patches = self.method.build_all(sites)
         return [GatedPatch(site, self, patch) for site, patch in zip(sites, patches, strict=True)]
 
-    def begin(self, patches: Sequence[Any], tensors: Sequence[Tensor | None]) -> None:
-        self.method.begin([gated.patch for gated in patches], tensors)
-        super().begin(patches, tensors)
+    def reset_all(self, patches: Sequence[Any], tensors: Sequence[Tensor | None]) -> None:
+        self.method.reset_all([gated.patch for gated in patches], tensors)
+        super().reset_all(patches, tensors)
 
     def step(self, patches: Sequence[Any]) -> None:
         self.method.step([gated.patch for gated in patches])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from peftlite.core.patch import trainable, wide
+from peftlite.core.patch import trainable
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide
 from peftlite.fields import number
 from peftlite.methods.oft import RotationMethod, RotationPatch
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftlite.core.patch import Patch, trainable, wide
+from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide
 from peftlite.methods.low_rank import RankMethod, sizes
 
 

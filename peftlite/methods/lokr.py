@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.core.maps import Map
-from peftlite.core.patch import Patch, trainable, wide
+from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
-from peftlite.fields import whole
+from peftlite.core.tensors import wide
+from peftlite.fields import integer
 from peftlite.methods.low_rank import RankMethod
 
 
@@ -93,7 +94,7 @@ class LoKr(RankMethod):
         decompose_both: whether w1 is of rank r too, by the same rule.
     """
 
-    factor: int | None = whole(None)
+    factor: int | None = integer(None)
     decompose_both: bool = False
 
     patch = LoKrPatch

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core import maps
-from peftlite.core.patch import trainable, wide
+from peftlite.core.patch import trainable
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide
 from peftlite.errors import TargetError
 from peftlite.fields import number, one_of
 from peftlite.methods.low_rank import LowRankPatch, RankMethod

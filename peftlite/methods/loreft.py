@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.linalg import solve_triangular, vector_norm
 
-from peftlite.core.patch import trainable, wide
+from peftlite.core.patch import trainable
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
-from peftlite.fields import one_of, whole
+from peftlite.fields import integer, one_of
 from peftlite.methods.calls import CallMethod, CallPatch, is_block, is_made
 from peftlite.methods.features import Features, arguments, by_name, change_first
 
@@ -124,7 +125,7 @@ class LoReFT(CallMethod):
         width: d, where it can't be told from a module's layers.
     """
 
-    rank: int = whole(4)
+    rank: int = integer(4)
     positions: str = "all"
     init: Init = one_of("linear", Init)
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from peftlite.core.maps import Linear, Map, widen
-from peftlite.core.patch import Patch, WeightMethod, wide
+from peftlite.core.maps import Linear, Map
+from peftlite.core.patch import Patch, WeightMethod
 from peftlite.core.site import Site
-from peftlite.fields import positive, whole
+from peftlite.core.tensors import wide, widen
+from peftlite.fields import integer, positive
 from peftlite.kernels.grouped import grouped_linear
 
 
@@ -75,7 +76,7 @@ class LowRankPatch(Patch):
 class RankMethod(WeightMethod, abstract=True):
     """A method of matrices with a rank r and a change that is scaled by s = alpha/r."""
 
-    rank: int = whole(8)
+    rank: int = integer(8)
     alpha: float | None = positive(None)
 
     @property

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.maps import Map
-from peftlite.core.patch import Patch, WeightMethod, trainable, wide
+from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
-from peftlite.fields import positive, whole
+from peftlite.core.tensors import wide
+from peftlite.fields import integer, positive
 
 
 class RotationPatch(Patch):
@@ -155,8 +156,8 @@ class OFT(RotationMethod):
             within its even share.
     """
 
-    block_size: int = whole(32, least=2)
-    neumann_terms: int | None = whole(None)
+    block_size: int = integer(32, least=2)
+    neumann_terms: int | None = integer(None)
     eps: float | None = positive(None)
 
     patch = OFTPatch

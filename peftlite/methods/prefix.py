@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site, walk
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.fields import whole
+from peftlite.fields import integer
 from peftlite.methods.attention import Prepend, is_attention, key_heads
 
 
@@ -120,11 +120,11 @@ class PrefixTuning(Method):
         head_dim: d, likewise.
     """
 
-    prefix_length: int = whole(10)
+    prefix_length: int = integer(10)
     reparametrize: bool = False
-    hidden_size: int = whole(512)
-    num_heads: int | None = whole(None)
-    head_dim: int | None = whole(None)
+    hidden_size: int = integer(512)
+    num_heads: int | None = integer(None)
+    head_dim: int | None = integer(None)
 
     takes = (
         "calls of attention that come to F.scaled_dot_product_attention (for transformers, type "

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.core.patch import Method, Patch, trainable
-from peftlite.core.site import CALL, Site, raw
+from peftlite.core.site import CALL, Site
+from peftlite.core.tensors import raw
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.fields import one_of, whole
+from peftlite.fields import integer, one_of
 from peftlite.methods.features import arguments, is_called
 from peftlite.methods.virtual import AroundPatch, LayersPatch, StackPatch
 
@@ -94,7 +95,7 @@ def look_up(
 class PromptMethod(Method, abstract=True):
     """A method of virtual tokens: where they go in, and what becomes of the calls around them."""
 
-    prompt_length: int = whole(20)
+    prompt_length: int = integer(20)
     fill: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     cut: bool = True
 

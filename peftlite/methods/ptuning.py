@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from peftlite.core.site import Site
-from peftlite.fields import one_of, whole
+from peftlite.fields import integer, one_of
 from peftlite.methods.prompt import PromptMethod, PromptPatch
 
 Encoder = Literal["mlp", "lstm"]
@@ -84,6 +84,6 @@ class PTuning(PromptMethod):
     """
 
     encoder: Encoder = one_of("mlp", Encoder)
-    hidden_size: int | None = whole(None)
+    hidden_size: int | None = integer(None)
 
     patch = EncodedPromptPatch

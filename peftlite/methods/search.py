@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import trainable
 from peftlite.core.site import Site
-from peftlite.fields import whole
+from peftlite.fields import integer
 from peftlite.methods.sparse import EntryMethod, SparsePatch, largest
 
 
@@ -85,7 +85,7 @@ class SearchPatch(SparsePatch):
 class SearchMethod(EntryMethod, abstract=True):
     """A method that trains densely for a while, and then the largest changes alone."""
 
-    steps: int = whole()
+    steps: int = integer()
 
     def step(self, patches: Sequence[Any]) -> None:
         dense = [patch for patch in patches if patch.taken is not None]

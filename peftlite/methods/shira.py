@@ -11,7 +11,7 @@ import torch
 
 from peftlite.core.patch import WeightMethod
 from peftlite.core.site import Site
-from peftlite.fields import number, whole
+from peftlite.fields import integer, number
 from peftlite.methods.sparse import SparsePatch, draw
 
 
@@ -27,7 +27,7 @@ class SHiRA(WeightMethod):
         seed: of the choice.
     """
 
-    rank: int = whole(32)
+    rank: int = integer(32)
     seed: int = number(0, int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
 
     def build(self, site: Site) -> SparsePatch:
@@ -37,7 +37,7 @@ class SHiRA(WeightMethod):
         count = self.rank * (rows + columns) * math.prod(stack)
         return SparsePatch(site, min(count, site.tensor.numel()), self.dtype)
 
-    def begin(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:
+    def reset_all(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         for patch in patches:
             patch.place(draw(len(patch.values), patch.size, generator))

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peftlite.core.maps import Map, beneath, maps_vectors, narrow
+from peftlite.core.maps import Map, maps_vectors, unwrap
 from peftlite.core.patch import Patch, WeightMethod, apply, trainable
 from peftlite.core.site import Site, whole_address
+from peftlite.core.tensors import narrow
 from peftlite.errors import PeftliteError
 from peftlite.fields import number, one_of
 from peftlite.kernels.sparse import added, sparse_linear
-from peftlite.table import shown
+from peftlite.table import short
 
 Select = Literal["magnitude", "random", "fish", "given"]
 
@@ -60,7 +61,7 @@ class SparsePatch(Patch):
         return added(w, self.values, self.indices)
 
     def call(self, inner: Map, input: Tensor) -> Tensor:
-        base, below = beneath(inner)
+        base, below = unwrap(inner)
         w = apply(below, base.weight)
         return sparse_linear(input, w, base.bias, self.values, self.indices, base.transposed)
 
@@ -112,7 +113,7 @@ class SparseMask(EntryMethod):
         for where in sites:
             if where.is_call:
                 raise self.refuse(where)
-        # even shares, until `begin` has seen the weights, or `resize` the file
+        # even shares, until `reset_all` has seen the weights, or `resize` the file
         ends = [0, *accumulate(where.tensor.numel() for where in sites)]
         shares = [self.count(ends[-1]) * end // max(ends[-1], 1) for end in ends]
         return [
@@ -120,7 +121,7 @@ class SparseMask(EntryMethod):
             for where, (start, stop) in zip(sites, pairwise(shares), strict=True)
         ]
 
-    def begin(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:
+    def reset_all(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:
         sizes = [w.numel() for w in tensors]
         count = self.count(sum(sizes))
         if not count or any(w.is_meta for w in tensors):
@@ -133,7 +134,7 @@ class SparseMask(EntryMethod):
         for patch, indices in zip(patches, chosen, strict=True):
             patch.place(indices)
 
-    def fit(
+    def fit_all(
         self, patches: Sequence[Any], tensors: Sequence[Any], changes: Iterable[Tensor]
     ) -> None:
         count = self.count(sum(w.numel() for w in tensors))
@@ -150,7 +151,7 @@ class SparseMask(EntryMethod):
         if not isinstance(scores, Tensor) or scores.shape != patch.shape:
             raise PeftliteError(
                 f"select={self.select!r} goes by scores[{address!r}], a tensor of shape "
-                f"{tuple(patch.shape)}, not {shown(scores)}: give a score to every entry of every "
+                f"{tuple(patch.shape)}, not {short(scores)}: give a score to every entry of every "
                 "site, as scores=pl.fish_scores(model, loss, batches) does"
             )
         return narrow(scores, patch.index)

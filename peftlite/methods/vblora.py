@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.core.patch import Patch, WeightMethod, trainable, wide
+from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
-from peftlite.fields import set_number, whole
+from peftlite.core.tensors import wide
+from peftlite.fields import integer, set_number
 from peftlite.methods.low_rank import LowRankPatch
 
 
@@ -106,10 +107,10 @@ class VBLoRA(WeightMethod):
             from it can be trained on, but for the choice.
     """
 
-    rank: int = whole(4)
+    rank: int = integer(4)
     num_vectors: int = 256
-    vector_length: int = whole(256)
-    topk: int = whole(2, least=2)
+    vector_length: int = integer(256)
+    topk: int = integer(2, least=2)
     save_only_topk_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -124,7 +125,7 @@ class VBLoRA(WeightMethod):
         banks = [Bank(site, self) for site in sites[:1]]
         return [VBLoRAPatch(site, self, banks[0]) for site in sites]
 
-    def begin(self, patches: Sequence[Any], tensors: Sequence[Tensor | None]) -> None:
+    def reset_all(self, patches: Sequence[Any], tensors: Sequence[Tensor | None]) -> None:
         for patch in patches[:1]:
             patch.bank.vectors.uniform_(-0.02, 0.02)
-        super().begin(patches, tensors)
+        super().reset_all(patches, tensors)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
-from peftlite.fields import number, whole
+from peftlite.fields import integer, number
 from peftlite.methods.low_rank import LowRankPatch, sizes
 
 
@@ -80,7 +80,7 @@ class VeRA(WeightMethod):
             site uses the first columns of A and rows of B.
     """
 
-    rank: int = whole(256)
+    rank: int = integer(256)
     d_initial: float = number(0.1, float, lambda d: 0 < abs(d) < math.inf, "finite and not 0")
     seed: int = number(0, int, lambda seed: 0 <= seed < 2**64, "in [0, 2**64)")
 

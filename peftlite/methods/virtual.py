@@ -13,7 +13,7 @@ from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.methods.features import arguments, by_name
-from peftlite.table import shown
+from peftlite.table import short
 
 POSITIONS = ("position_ids", "cache_position")
 # what virtual tokens have in the arguments that are per token; None where it is to be left
@@ -89,7 +89,7 @@ class StackPatch(Patch):
         elif not longer:
             fits = isinstance(x, Tensor) and (x.is_floating_point() or not sized)
         if not fits:
-            what = tuple(x.shape) if isinstance(x, Tensor) else shown(x)
+            what = tuple(x.shape) if isinstance(x, Tensor) else short(x)
             raise PeftliteError(
                 f"{self.address} is called with {name} {what}, which can't be made {self.n} tokens "
                 f"longer: give it as (b, t, ...) and say fill={{{name!r}: 0}}, or whatever virtual "

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftlite.errors import PeftliteError
 from peftlite.io.files import write_file
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.state import mixed
 
 Collate = Callable[[list[Any]], Any]
@@ -95,7 +95,7 @@ def check_data(name: str, data: Any) -> None:
     else:
         advice = ""
     raise PeftliteError(
-        f"{name} must be a dataset, with a length and examples by index, not {shown(data)}{advice}"
+        f"{name} must be a dataset, with a length and examples by index, not {short(data)}{advice}"
     )
 
 

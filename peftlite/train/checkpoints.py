@@ -33,7 +33,7 @@ from peftlite.io.files import (
     replacing,
     write_file,
 )
-from peftlite.table import few
+from peftlite.table import listed
 from peftlite.train.state import Tree, pack, unpack
 
 FORMAT = 1
@@ -116,7 +116,7 @@ class Checkpoints:
             return None
         state = read(path, model, deltas, self.bases)
         if others := [k for k, v in settings.items() if state["settings"].get(k) != v]:
-            told = few(f"{k}={state['settings'].get(k)!r}, not {settings[k]!r}" for k in others)
+            told = listed(f"{k}={state['settings'].get(k)!r}, not {settings[k]!r}" for k in others)
             raise FileError(
                 f"checkpoint {str(path)!r} is of a run with other settings, {told}: go on with "
                 "those, or begin anew in another folder"
@@ -153,8 +153,8 @@ def read(path: Path, model: nn.Module, deltas: Iterable[Delta], bases: Bases) ->
     names = {delta.name: delta for delta in deltas}
     if {*state["deltas"]} != {*names}:
         raise FileError(
-            f"checkpoint {str(path)!r} is of {few(map(repr, state['deltas']))}; in training here "
-            f"is {few(map(repr, names))}: attach what was attached then"
+            f"checkpoint {str(path)!r} is of {listed(map(repr, state['deltas']))}; in training "
+            f"here is {listed(map(repr, names))}: attach what was attached then"
         )
     for name in names:
         content = native.read(model, path / f"{name}.safetensors")

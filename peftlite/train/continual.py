@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlite.errors import PeftliteError
-from peftlite.table import few, shown, table
+from peftlite.table import listed, short, table
 
 Scores = Mapping[str, float | Sequence[float]]
 
@@ -64,10 +64,10 @@ def forgetting(before: Scores, after: Mapping[str, float]) -> Forgetting:
     if not isinstance(before, Mapping) or not isinstance(after, Mapping) or not before:
         raise PeftliteError(
             "forgetting takes scores by task, {'sql': 0.9, 'chat': [0.8, 0.7]}, and those of now, "
-            f"{{'sql': 0.6, 'chat': 0.7}}: not {shown(before)} and {shown(after)}"
+            f"{{'sql': 0.6, 'chat': 0.7}}: not {short(before)} and {short(after)}"
         )
     if lost := [repr(task) for task in before if task not in after]:
-        raise PeftliteError(f"there is no score after for {few(lost)}: measure every task again")
+        raise PeftliteError(f"there is no score after for {listed(lost)}: measure every task again")
     history = {task: _numbers(task, scores) for task, scores in before.items()}
     return Forgetting(
         {task: scores[0] for task, scores in history.items()},
@@ -84,5 +84,5 @@ def _numbers(task: str, given: Any) -> list[float]:
     except (TypeError, ValueError):
         found = []
     if not found or any(score != score for score in found):
-        raise PeftliteError(f"a task's score is a number, and for {task!r} it is {shown(given)}")
+        raise PeftliteError(f"a task's score is a number, and for {task!r} it is {short(given)}")
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftlite.table import brief, table
+from peftlite.table import format_cell, table
 
 Event = dict[str, Any]
 
@@ -90,7 +90,7 @@ class History:
             if name not in hidden and any(row.get(name) is not None for row in rows)
         ]  # fmt: skip
         titles = [name.replace("full_valid", "valid").replace("_", " ") for name in shown]
-        return table(titles, [[brief(row.get(name)) for name in shown] for row in rows])
+        return table(titles, [[format_cell(row.get(name)) for name in shown] for row in rows])
 
 
 def _columns(events: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.core.delta import Delta, gather
+from peftlite.core.delta import Delta
 from peftlite.core.patch import Patch
+from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
-from peftlite.table import few
+from peftlite.table import listed
 from peftlite.train import state
 from peftlite.train.batches import Batches, write_batch
 from peftlite.train.checkpoints import Checkpoints
@@ -86,7 +87,7 @@ class Run:
         self.settle()
         while not self.finished():
             losses, parts = self.backward()
-            norm = gather(nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip))
+            norm = unshard(nn.utils.clip_grad_norm_(self.parameters, self.trainer.clip))
             rests = self.rests(self.step + 1)
             if not self.sound(losses, norm, rests):
                 self.rewind(losses, norm, parts)
@@ -179,7 +180,7 @@ class Run:
         metric, event = self.trainer.metric, self.history.events[-1]
         # what the loss function itself says of training is known after the first step
         if metric not in event and (self.step or not metric.startswith(("train_", "valid_"))):
-            raise PeftliteError(f"no metric is called {metric!r}; there are {few(event, 99)}")
+            raise PeftliteError(f"no metric is called {metric!r}; there are {listed(event, 99)}")
         value, best = event.get(metric), self.best["value"]
         if value is None or self.step == 0:
             return
@@ -296,8 +297,8 @@ class Run:
             where = f"; its batch is in {str(path)!r}"
         raise PeftliteError(
             f"at step {self.step + 1} the loss is {losses.loss.item():g} and the norm of its "
-            f"gradients {norm.item():g}: {few(repr(delta.name) for delta in self.deltas)} stays as "
-            f"after step {self.step}{where}. Look at that batch, or lower lr_multiplier"
+            f"gradients {norm.item():g}: {listed(repr(delta.name) for delta in self.deltas)} stays "
+            f"as after step {self.step}{where}. Look at that batch, or lower lr_multiplier"
         )
 
 

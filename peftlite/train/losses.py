@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.core.patch import wide
+from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.modes import evaluating
 from peftlite.verbs.use import using
@@ -80,7 +80,7 @@ def contrastive(model: nn.Module, batch: Any, *, scale: float = 20.0) -> dict[st
     arXiv:1807.03748, eq. 4; the scale is of Sentence-BERT's implementation.
     """
     if not isinstance(batch, Sequence) or len(batch) != 2:
-        raise PeftliteError(f"contrastive takes batches (queries, keys), not {shown(batch)}")
+        raise PeftliteError(f"contrastive takes batches (queries, keys), not {short(batch)}")
     queries, keys = (F.normalize(_embedding(model, side), dim=-1) for side in batch)
     labels = torch.arange(len(queries), device=queries.device)
     return _cross_entropy(scale * queries @ keys.mT, labels)
@@ -156,7 +156,7 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if isinstance(batch, Sequence) and len(batch) > 1 and isinstance(batch[-1], Tensor):
         return batch[:-1], batch[-1]
-    held = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else shown(batch)
+    held = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else short(batch)
     raise PeftliteError(
         f"a batch is a mapping with 'labels', or a tuple that ends with them: not {held}"
     )
@@ -200,7 +200,7 @@ def _output(model: nn.Module, inputs: Any) -> Tensor:
     found = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     if not isinstance(found, Tensor):
         raise PeftliteError(
-            f"the model gives {shown(output)}, neither a tensor nor one with .logits: write the "
+            f"the model gives {short(output)}, neither a tensor nor one with .logits: write the "
             "loss as a function of (model, batch)"
         )
     return found
@@ -211,7 +211,7 @@ def _embedding(model: nn.Module, inputs: Any) -> Tensor:
     output = _run(model, inputs)
     h = getattr(output, "last_hidden_state", output)
     if not isinstance(h, Tensor) or h.dim() not in (2, 3):
-        raise PeftliteError(f"contrastive needs a vector for each example, not {shown(output)}")
+        raise PeftliteError(f"contrastive needs a vector for each example, not {short(output)}")
     h = h.to(wide(h))
     if h.dim() == 2:
         return h

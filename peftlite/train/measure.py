@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.batches import Batches
 from peftlite.train.modes import evaluating
 from peftlite.train.parallel import Processes
@@ -41,7 +41,7 @@ class Tally:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise PeftliteError(
                 "a loss is a function of (model, batch) that gives a tensor of one number, or a "
-                f"dict with it as 'loss': not {shown(said)}"
+                f"dict with it as 'loss': not {short(said)}"
             )
         loss = loss.reshape(())
         dtype = torch.promote_types(loss.dtype, torch.float32)
@@ -151,7 +151,7 @@ def _score(name: str, said: Any) -> float:
     try:
         return float(said)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PeftliteError(f"probe {name!r} is to give a number, not {shown(said)}") from error
+        raise PeftliteError(f"probe {name!r} is to give a number, not {short(said)}") from error
 
 
 def tokens(batch: Any, rows: int) -> int:

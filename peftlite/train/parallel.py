@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peftlite.core.delta import Delta
-from peftlite.core.site import is_sharded
+from peftlite.core.tensors import is_sharded
 from peftlite.errors import PeftliteError
 from peftlite.io.fingerprint import fingerprint
-from peftlite.table import few
+from peftlite.table import listed
 from peftlite.train.modes import blocks
 from peftlite.train.state import mixed
 
@@ -144,7 +144,7 @@ class Processes:
         for rank, other in enumerate(others, 1):
             keys = dict.fromkeys((*first, *other))
             if differing := [key for key in keys if first.get(key) != other.get(key)]:
-                told = few(f"{k} is {first.get(k)}, and {other.get(k)}" for k in differing)
+                told = listed(f"{k} is {first.get(k)}, and {other.get(k)}" for k in differing)
                 raise PeftliteError(
                     f"{what} of process 0 and of process {rank} differ: {told}: {advice}"
                 )
@@ -154,7 +154,7 @@ class Processes:
         own = crc32(repr(names).encode())
         if self.counted([own]) != [own * self.size]:  # it's every step: one number is soon told
             advice = "give all of them for every batch"
-            self.check_same("the losses", {"fields": few(names, 99)}, advice)
+            self.check_same("the losses", {"fields": listed(names, 99)}, advice)
 
     # -- what the devices add up
 

@@ -15,7 +15,7 @@ import torch
 from peftlite.core.attach import detach
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
-from peftlite.table import brief, few, shown, table
+from peftlite.table import format_cell, listed, short, table
 from peftlite.train.data.checks import check_whole
 from peftlite.train.events import Event, History
 from peftlite.train.measure import falls
@@ -72,7 +72,7 @@ class Trials:
         """The best one that was seen to the end. Raises PeftliteError if there is none."""
         done = [trial for trial in self.trials if trial.state == "done"]
         if not done:
-            errors = few(f"trial {trial.number}: {trial.error}" for trial in self.trials)
+            errors = listed(f"trial {trial.number}: {trial.error}" for trial in self.trials)
             raise PeftliteError(f"no trial came to an end: {errors}")
         return best_of(done[0].metric)(done, key=lambda trial: trial.value)
 
@@ -92,7 +92,7 @@ class Trials:
 
     def __str__(self) -> str:
         header, *rows = self._cells()
-        return table(header, [[brief(cell) for cell in row] for row in rows])
+        return table(header, [[format_cell(cell) for cell in row] for row in rows])
 
     def _cells(self) -> list[list[Any]]:
         rows = list(self.rows())
@@ -188,7 +188,7 @@ def _run(
     with random_kept(torch.device("cpu"), seed):
         trainer = build(dict(trial.choice))
     if not isinstance(trainer, Trainer):
-        raise PeftliteError(f"build makes a pl.Trainer of a choice, not {shown(trainer)}")
+        raise PeftliteError(f"build makes a pl.Trainer of a choice, not {short(trainer)}")
     trial.metric = trainer.metric
     trainer.callbacks = [*trainer.callbacks, _Watch(trial, others)]
     with _detached_after(trainer):
@@ -248,6 +248,6 @@ class _Watch:
 
 
 def _line(trial: Trial, count: int) -> str:
-    choice = ", ".join(f"{name}={brief(each)}" for name, each in plain(trial.choice).items())
-    told = trial.error or f"{trial.metric} {brief(trial.value)}"
+    choice = ", ".join(f"{name}={format_cell(each)}" for name, each in plain(trial.choice).items())
+    told = trial.error or f"{trial.metric} {format_cell(trial.value)}"
     return f"trial {trial.number} of {count}: {choice}: {told}, {trial.state}"

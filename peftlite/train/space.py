@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.study import plain
 
 How = Literal["grid", "random", "bayes"]
@@ -21,13 +21,13 @@ def check_space(space: Any, how: str) -> None:
     """Raises PeftliteError for what can't be searched."""
     if not isinstance(space, Mapping) or not space:
         raise PeftliteError(
-            f"a space is a dict of what there is to choose from, by name: not {shown(space)}"
+            f"a space is a dict of what there is to choose from, by name: not {short(space)}"
         )
     for name, given in space.items():
         if not ((isinstance(given, list) and given) or _is_range(given)):
             raise PeftliteError(
                 f"{name} must be a list, or a range (low, high) or (low, high, 'log') of numbers, "
-                f"not {shown(given)}"
+                f"not {short(given)}"
             )
         if how == "grid" and not isinstance(given, list):
             raise PeftliteError(f"a grid takes lists, and {name} is the range {given}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from peftlite.errors import FileError
 from peftlite.io.files import replacing
-from peftlite.table import few
+from peftlite.table import listed
 
 FORMAT = 1
 
@@ -60,7 +60,7 @@ class Study:
         except (ValueError, TypeError) as error:
             raise FileError(f"{str(self.path)!r} is no file of a search: {error}") from error
         if others := [key for key, value in self.about.items() if head.get(key) != value]:
-            told = few(f"{key}={head.get(key)!r}, not {self.about[key]!r}" for key in others)
+            told = listed(f"{key}={head.get(key)!r}, not {self.about[key]!r}" for key in others)
             raise FileError(
                 f"{str(self.path)!r} is of another search, {told}: go on with that one, or give "
                 "another file"

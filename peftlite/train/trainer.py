@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftlite.core.attach import require
 from peftlite.core.delta import Delta
+from peftlite.core.find import named, require
 from peftlite.errors import PeftliteError
-from peftlite.fields import check_fields, number, one_of, positive, set_number, whole
+from peftlite.fields import check_fields, integer, number, one_of, positive, set_number
 from peftlite.io.files import as_path
 from peftlite.io.native import base_of
-from peftlite.table import few, shown, table
+from peftlite.table import listed, short, table
 from peftlite.train import data, modes, parallel
 from peftlite.train.auto import learning_rate
 from peftlite.train.batches import Collate, check_data
@@ -118,7 +118,7 @@ class Trainer:
     delta: str | Sequence[str] | None = None
     epochs: int | Auto = field(default="auto", metadata=_WHOLE)
     batch_size: int | Auto = field(default="auto", metadata=_WHOLE)
-    accumulate: int = whole(1)
+    accumulate: int = integer(1)
     lr: float | Auto = field(default="auto", metadata=_RATE)
     lr_multiplier: float = positive(1.0)
     b_ratio: float = positive(1.0)
@@ -133,14 +133,14 @@ class Trainer:
     compile: bool = False
     collate: Collate = data.collate
     shuffle: bool = True
-    valid_every: int | None = whole(None)
+    valid_every: int | None = integer(None)
     metric: str = "full_valid_loss"
-    patience: int | None = whole(None)
+    patience: int | None = integer(None)
     probes: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
     folder: str | os.PathLike[str] | None = None
-    keep: int = whole(3)
-    save_every: int | None = whole(None)
-    check_every: int | None = whole(None)
+    keep: int = integer(3)
+    save_every: int | None = integer(None)
+    check_every: int | None = integer(None)
     seed: int = number(0, int, lambda n: 0 <= n < 2**63, "from 0 up to 2**63 - 1")
     callbacks: Sequence[Callback] = ()
     progress: bool = True
@@ -153,7 +153,7 @@ class Trainer:
             check_data("val", self.val)
         for name, function in {"loss": self.loss, "collate": self.collate, **self.probes}.items():
             if not callable(function):
-                raise PeftliteError(f"{name} must be a function, not {shown(function)}")
+                raise PeftliteError(f"{name} must be a function, not {short(function)}")
         if self.patience and self.val is None and self.metric.startswith("full_valid"):
             raise PeftliteError(f"patience goes by {self.metric}: give val, or another metric")
         usual = data.estimate(len(self.train))
@@ -168,16 +168,22 @@ class Trainer:
     @property
     def deltas(self) -> list[Delta]:
         """The deltas to train. Raises PeftliteError if there is none."""
-        asked = [self.delta] if isinstance(self.delta, str | Delta) else self.delta
-        _, registry = require(self.model, *(asked or ()))
+        _, registry = require(self.model)
+        given = [self.delta] if isinstance(self.delta, str | Delta) else self.delta
+        asked = None if given is None else [named(registry, each) for each in given]
         standing = registry.choice.standing
-        chosen = [registry.deltas[name] for name in standing if asked is None or name in asked]
-        trainable = [d for d in chosen if any(p.requires_grad for p in d.parameters())]
+        chosen = [registry.deltas[name] for name in standing]
+        trainable = [
+            delta
+            for delta in chosen
+            if (asked is None or delta in asked)
+            and any(p.requires_grad for p in delta.parameters())
+        ]
         if len(trainable) < (1 if asked is None else len(asked)):
-            wanted = "one" if asked is None else few(map(repr, asked))
+            wanted = "one" if asked is None else listed(repr(delta.name) for delta in asked)
             raise PeftliteError(
                 f"to train {wanted}, it has to be chosen and trainable; chosen are "
-                f"{few(map(repr, standing)) or 'none'} of {few(map(repr, registry.deltas))}: "
+                f"{listed(map(repr, standing)) or 'none'} of {listed(map(repr, registry.deltas))}: "
                 "pl.use(model, name), and pl.deltas(model)[name].requires_grad_()"
             )
         return trainable

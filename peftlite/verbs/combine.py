@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.assign import Placed, usable
-from peftlite.core.attach import Registry, check, require
-from peftlite.core.delta import Delta, Weighted
+from peftlite.core.attach import check
+from peftlite.core.delta import Delta, Registry, Weighted
+from peftlite.core.find import named, require
+from peftlite.core.merged import original
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site, whole_address
+from peftlite.core.tensors import narrow
+from peftlite.core.values import change_of
 from peftlite.errors import PeftliteError
-from peftlite.fields import check_fields, number, one_of, whole
+from peftlite.fields import check_fields, integer, number, one_of
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.methods.sparse import largest
-from peftlite.table import shown
-from peftlite.verbs.held import Factors, Held, change_of, truncated
-from peftlite.verbs.merge import original
+from peftlite.table import short
+from peftlite.verbs.held import Factors, Held, truncated
 
 How = Literal["sum", "linear", "cat", "svd", "ties", "dare", "magnitude_prune"]
 Weights = Mapping[Delta, float]
@@ -31,7 +34,7 @@ Weights = Mapping[Delta, float]
 @torch.no_grad()
 def combine(
     model: nn.Module,
-    deltas: Mapping[str, float] | Weighted,
+    deltas: Mapping[str | Delta, float] | Weighted,
     how: How = "sum",
     name: str = "combined",
     *,
@@ -84,14 +87,14 @@ def combine(
     return held.attach(root)
 
 
-def rescale(model: nn.Module, delta: str, factor: float, *, name: str) -> Delta:
+def rescale(model: nn.Module, delta: Delta | str, factor: float, *, name: str) -> Delta:
     """Attaches a delta's change of the weights times a factor, as `combine` does."""
     return combine(model, {delta: factor}, name=name)
 
 
 def resize_rank(
     model: nn.Module,
-    delta: str,
+    delta: Delta | str,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -106,7 +109,7 @@ class Options:
     """How deltas are combined, checked."""
 
     how: str = one_of("sum", How)
-    rank: int | None = whole(None)
+    rank: int | None = integer(None)
     energy: float | None = number(None, float, lambda f: 0 < f <= 1, "above 0 and at most 1")
     density: float | None = number(None, float, lambda f: 0 < f <= 1, "above 0 and at most 1")
     seed: int = number(0, int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
@@ -126,22 +129,20 @@ class Options:
 
 
 def _weights(
-    model: nn.Module, given: Mapping[str, float] | Weighted, how: str
+    model: nn.Module, given: Mapping[str | Delta, float] | Weighted, how: str
 ) -> tuple[nn.Module, Registry, Weights]:
     """What is combined, with its weights, and where."""
-    if isinstance(given, Weighted):
-        _, registry = require(model)
-        for delta in given.terms:
-            if registry.deltas.get(delta.name) is not delta:
-                raise PeftliteError(f"{delta.name!r} is no delta of this model, or no longer")
-        given = {delta.name: weight for delta, weight in given.terms.items()}
-    if not isinstance(given, Mapping) or not given:
+    terms: Any = given.terms if isinstance(given, Weighted) else given
+    if not isinstance(terms, Mapping) or not terms:
         raise PeftliteError(
             "combine takes weights by name, such as {'sql': 0.7, 'chat': -1}, or "
-            f"0.7 * sql - chat: not {shown(given)}"
+            f"0.7 * sql - chat: not {short(given)}"
         )
-    root, registry = require(model, *given)
-    weights = {registry.deltas[name]: _weight(name, weight) for name, weight in given.items()}
+    root, registry = require(model)
+    pairs = [(named(registry, each), weight) for each, weight in terms.items()]
+    weights = {delta: _weight(delta.name, weight) for delta, weight in pairs}
+    if len(weights) < len(pairs):
+        raise PeftliteError("combine takes a delta once, with one weight")
     if how == "linear":
         total = math.fsum(weights.values())
         if abs(total) <= 1e-12 * math.fsum(map(abs, weights.values())):
@@ -156,7 +157,7 @@ def _weight(name: str, given: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not math.isfinite(weight):
-        raise PeftliteError(f"the weight of {name!r} must be a finite number, not {shown(given)}")
+        raise PeftliteError(f"the weight of {name!r} must be a finite number, not {short(given)}")
     return weight
 
 
@@ -173,7 +174,7 @@ class Part:
 
     def change(self, delta: Delta) -> Tensor:
         """ΔW of one delta, in fp64."""
-        return change_of(self.site, self.whole, self.patches[delta])
+        return narrow(change_of(self.patches[delta], self.whole), self.site.index)
 
     def factors(self, weights: Weights) -> Factors | None:
         """A and B of Σ wᵢΔWᵢ, if all it adds up are products of low rank, of this very part."""

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.assign import Placed, assign, methods_in
-from peftlite.core.attach import check, find
+from peftlite.core.attach import check
 from peftlite.core.delta import Delta, misfits
-from peftlite.core.maps import narrow
+from peftlite.core.find import find
 from peftlite.core.patch import Method
 from peftlite.core.site import Site, sites, walk, whole_address
+from peftlite.core.tensors import narrow
+from peftlite.core.values import change_of
 from peftlite.errors import PeftliteError
 from peftlite.methods.lora import LoRA
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 from peftlite.verbs.combine import Options
-from peftlite.verbs.held import Held, change_of, truncated
+from peftlite.verbs.held import Held, truncated
 
 
 @torch.no_grad()
@@ -65,11 +67,11 @@ def extract(
         Placed.all([replace(where, on="meta") for where in found], how)
     taken = [where for _, found in assigned for where in found]
     if calls := [where.address for where in taken if where.is_call]:
-        raise PeftliteError(f"weights don't say how calls differ: {few(calls)}")
+        raise PeftliteError(f"weights don't say how calls differ: {listed(calls)}")
     if rest == "error" and (left := _left(before, after, taken)):
         raise PeftliteError(
-            f"tuned differs from base where no method takes it: {few(left)}; add pl.FullTuning(), "
-            "which takes the parameters that others leave, or pass rest='ignore'"
+            f"tuned differs from base where no method takes it: {listed(left)}; add "
+            "pl.FullTuning(), which takes the parameters that others leave, or pass rest='ignore'"
         )
     held = Held(name)
     for how, found in assigned:
@@ -104,9 +106,9 @@ def _hold(held: Held, how: Method, changes: Changes, energy: float | None) -> No
             held.put_product(where, truncated(where, change, rank, energy)[0], how)
     if not isinstance(how, LoRA):
         patches = held.place(changes.sites, how)
-        how.fit(patches, [where.tensor for where in changes.sites], changes)
+        how.fit_all(patches, [where.tensor for where in changes.sites], changes)
     for placed, change in zip(held.placed[first:], changes, strict=True):
-        lost = change - change_of(placed.site, placed.site.whole, [placed.patch])
+        lost = change - narrow(change_of([placed.patch], placed.site.whole), placed.site.index)
         held.energy[placed.site.address] = 1 - (lost.norm() / change.norm()).item() ** 2
 
 
@@ -137,13 +139,13 @@ def _both(
     if isinstance(tuned, nn.Module):
         found = find(tuned)
         if found and found[1].choice.standing:
-            listed = ", ".join(map(repr, found[1].choice.standing))
-            raise PeftliteError(f"tuned has unmerged deltas, {listed}: pl.merge them first")
+            names = ", ".join(map(repr, found[1].choice.standing))
+            raise PeftliteError(f"tuned has unmerged deltas, {names}: pl.merge them first")
         after = _tensors(tuned)
     elif isinstance(tuned, Mapping):
         after = dict(tuned)
     else:
-        raise PeftliteError(f"tuned must be a model or a state dict, not {shown(tuned)}")
+        raise PeftliteError(f"tuned must be a model or a state dict, not {short(tuned)}")
     for where in sites(base):
         # of a tied tensor a checkpoint may have one name alone
         given = [after[name] for name in where.names if name in after]
@@ -151,7 +153,7 @@ def _both(
     before = _tensors(base)
     unreal = [f"{key} without values in base" for key, w in before.items() if w.is_meta]
     if problems := misfits(before, after) + unreal:
-        raise PeftliteError(f"tuned doesn't match base: there is {few(problems)}")
+        raise PeftliteError(f"tuned doesn't match base: there is {listed(problems)}")
     return before, after
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.core.attach import require
 from peftlite.core.delta import Delta
+from peftlite.core.find import require
 from peftlite.core.host import base_class
 from peftlite.core.maps import Linear, kind_of
 from peftlite.errors import PeftliteError

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from peftlite.core.assign import Placed
 from peftlite.core.attach import commit
 from peftlite.core.delta import Delta
-from peftlite.core.maps import narrow
-from peftlite.core.patch import Method, Patch
+from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
 from peftlite.methods.sparse import SparseMask
-from peftlite.verbs.merge import applied
 
 Factors = tuple[Tensor, Tensor]  # of ΔW = BA: A (*stack, r, i) and B (*stack, o, r)
 
@@ -86,12 +84,6 @@ class Held:
         delta = Delta(self.name, [*methods.values()], placed).requires_grad_(False)
         delta.energy = self.energy
         return commit(root, delta)
-
-
-def change_of(where: Site, whole: Tensor, patches: Sequence[Patch]) -> Tensor:
-    """ΔW = W' − W at a site in fp64, for patches on the whole tensor or parts of it."""
-    w = whole.double()
-    return narrow(applied([*patches], w) - w, where.index)
 
 
 def truncated(

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.assign import Placed
-from peftlite.core.attach import require
 from peftlite.core.delta import Delta
-from peftlite.core.maps import narrow
-from peftlite.core.patch import wide
+from peftlite.core.find import named, require
 from peftlite.core.site import whole_address
+from peftlite.core.tensors import narrow, wide
 from peftlite.errors import PeftliteError
 from peftlite.methods.lora import LoRAPatch
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 from peftlite.verbs.use import using
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -25,7 +24,7 @@ Loss = Callable[[nn.Module, Any], Any]
 
 def initialize(
     model: nn.Module,
-    delta: Delta,
+    delta: Delta | str,
     batches: Iterable[Any] = (),
     *,
     loss: Loss | None = None,
@@ -56,15 +55,12 @@ def initialize(
     Raises:
         PeftliteError: no site goes by data, or the data for one is missing or isn't finite.
     """
-    if not isinstance(delta, Delta):
-        raise PeftliteError(f"initialize takes a delta, as pl.attach gives it, not {shown(delta)}")
-    _, registry = require(model, delta.name)
+    delta = named(require(model)[1], delta)
     sites = {a: p for a, p in delta.placed.items() if _init(p) in _STARTS}
-    if registry.deltas[delta.name] is not delta or delta.merged or not sites:
+    if delta.merged or not sites:
         raise PeftliteError(
             f"{delta.name!r} has nothing to initialize in this model: give a delta that is "
-            "attached here, not merged, and of pl.LoRA(init=...) with one of "
-            + ", ".join(map(repr, _STARTS))
+            "not merged, and of pl.LoRA(init=...) with one of " + ", ".join(map(repr, _STARTS))
         )
     found = _look(model, sites, batches, loss or _loss)
     for address, placed in _having(sites, "loftq").items():
@@ -72,13 +68,13 @@ def initialize(
         if not isinstance(whole, Tensor) or whole.shape != placed.site.whole.shape:
             raise PeftliteError(
                 f"init='loftq' goes by original[{whole_address(address)!r}], the tensor before it "
-                f"was quantised, of shape {tuple(placed.site.whole.shape)}: not {shown(whole)}"
+                f"was quantised, of shape {tuple(placed.site.whole.shape)}: not {short(whole)}"
             )
         found[address] = _finite(address, _part(placed, whole.to(placed.site.device)))
     if missing := [address for address in sites if address not in found]:
         raise PeftliteError(
-            f"the batches reached {len(found)} of {len(sites)} sites, and not {few(missing)}: give "
-            "batches that the model runs on, or leave those sites out with exclude="
+            f"the batches reached {len(found)} of {len(sites)} sites, and not {listed(missing)}: "
+            "give batches that the model runs on, or leave those sites out with exclude="
         )
     starts = {address: _start(placed, found[address]) for address, placed in sites.items()}
     for address, (a, b) in starts.items():

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from peftlite.core.attach import changeable, require
-from peftlite.core.choice import Names, Rows
+from peftlite.core.choice import Names, NamesByRow
 from peftlite.core.delta import Delta
-from peftlite.core.site import is_sharded
+from peftlite.core.find import changeable, named, require
+from peftlite.core.tensors import is_sharded
 from peftlite.errors import PeftliteError
 
+Choosable: TypeAlias = "str | Delta | Sequence[str | Delta] | None"
+"""A delta or its name, several in the order in which they apply, or None, the base."""
 
-def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
+
+def use(model: nn.Module, names: Choosable) -> None:
     """Makes a delta, or several in that order, or none (the base), the model's standing choice.
 
     It holds in every thread. It doesn't change what is trainable. Raises PeftliteError.
@@ -28,9 +31,9 @@ def use(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
 def using(
     model: nn.Module,
-    names: str | Sequence[str] | None = None,
+    names: Choosable = None,
     *,
-    rows: Sequence[str | Sequence[str] | None] | None = None,
+    rows: Sequence[Choosable] | None = None,
 ) -> AbstractContextManager[None]:
     """A `with` in which the choice is `names`, or one per batch row, for this context alone.
 
@@ -48,10 +51,10 @@ def using(
         raise PeftliteError(
             f"rows= is a list with one choice per batch row, in place of a name: not {rows!r}"
         )
-    return registry.choice.scope(Rows(tuple(_names(model, row) for row in rows)))
+    return registry.choice.scope(NamesByRow(tuple(_names(model, row) for row in rows)))
 
 
-def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
+def view(model: nn.Module, names: Choosable) -> Any:
     """A second face of the model: the same parameters and buffers, its choice fixed to `names`.
 
     Two views compile once each, export, and serve two threads. What trains or loads into one is
@@ -70,12 +73,15 @@ def view(model: nn.Module, names: str | Sequence[str] | None) -> Any:
 
 
 def _names(model: nn.Module, names: Any) -> Names:
-    if names is not None and not isinstance(names, str | list | tuple | Delta):
-        raise PeftliteError(f"a choice is a delta's name, a list of names, or None: not {names!r}")
-    chosen: Any = (
-        () if names is None else tuple(names) if isinstance(names, list | tuple) else (names,)
-    )
-    _, registry = require(model, *chosen)
+    _, registry = require(model)
+    if names is None:
+        return ()
+    if not isinstance(names, str | list | tuple | Delta):
+        raise PeftliteError(
+            f"a choice is a delta or its name, a list of these, or None: not {names!r}"
+        )
+    given = names if isinstance(names, list | tuple) else (names,)
+    chosen = tuple(named(registry, each).name for each in given)
     for name in chosen:
         if name in registry.merged:
             raise PeftliteError(

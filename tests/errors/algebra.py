@@ -65,8 +65,8 @@ CASES = [
                             (None, "None"), (10**400, "an int"))),
     Case(combining({"dba": 1}),
          "no delta is named 'dba' in this model; there are: 'sql', 'chat'"),
-    Case(lambda model, _: pl.combine(model, {delta(model): 1}),
-         "a delta goes by its name here: 'sql', not Delta('sql', LoRA, 224 parameters)"),
+    Case(lambda model, _: pl.combine(model, {delta(model): 1, "sql": 2}),
+         "combine takes a delta once, with one weight"),
     Case(lambda model, _: pl.combine(model, 2 * delta(two())),
          "'sql' is no delta of this model, or no longer"),
     Case(combining(BOTH, name="sql"), "a delta named 'sql' is attached already: choose another "

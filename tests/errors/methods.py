@@ -170,10 +170,10 @@ def summed(factor: float) -> Callable[[nn.Module, Any], Tensor]:
 
 IDS = torch.zeros(1, 3, dtype=torch.int64)
 INITIALIZE = [
-    Case(lambda model, _: pl.initialize(model, "sql", []),
-         "initialize takes a delta, as pl.attach gives it, not 'sql'"),
+    Case(lambda model, _: pl.initialize(model, 3, []),
+         "no delta is named 3 in this model; there are: 'sql', 'chat'"),
     starting(None, [], "'default' has nothing to initialize in this model: give a delta that is "
-             "attached here, not merged, and of pl.LoRA(init=...) with one of 'eva', 'lora_ga', "
+             "not merged, and of pl.LoRA(init=...) with one of 'eva', 'lora_ga', "
              "'corda', 'loftq'"),
     starting("eva", [], "the batches reached 0 of 2 sites, and not blocks.0.mlp.0.weight; "
              "blocks.0.mlp.2.weight: give batches that the model runs on, or leave those sites out "

@@ -172,7 +172,7 @@ CASES = [
             {"base_model.model.lm_head.weight": torch.ones(29, 16)}, on("gpt_tied")),
     # writing
     Case(lambda model, path: pl.export(model, path), "export takes a delta, such as "
-         "pl.deltas(model)['sql']: not a GPT"),
+         "pl.deltas(model)['sql'], or its name with model=model: not a GPT"),
     exporting(SMALL, "format must be one of …, not 'onnx'", format="onnx"),
     *(exporting(SMALL, f"settings must be a dict that JSON can hold, not {what}", settings=its)
       for its, what in (([3], "[3]"), ({"a": float("nan")}, "{'a': nan}"))),

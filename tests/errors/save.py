@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peftlite as pl
-from tests.errors.case import Case, attached, delta, linears, saving
+from tests.errors.case import Case, attached, delta, linears, saving, two
 from tests.errors.merge import RESIZED, Q, poisoned, resized
 
 
@@ -21,7 +21,7 @@ def loading_state(tensors: Callable[[dict[str, Tensor]], Any]) -> Callable[[Any,
     return lambda model, _: delta(model).load_state_dict(tensors(delta(model).state_dict()))
 
 
-A_DELTA = "save takes a delta, such as pl.deltas(model)['sql']: not "
+A_DELTA = "save takes a delta, such as pl.deltas(model)['sql'], or its name with model=model: not "
 UNFIT = "these tensors don't fit 'sql': there is "
 A_PATH = "a path is a str or an os.PathLike: not "
 
@@ -29,6 +29,10 @@ CASES = [
     Case(lambda _, path: pl.save("sql", path), A_DELTA + "'sql'"),
     Case(lambda model, path: pl.save(model, path), A_DELTA + "a GPT"),
     Case(lambda model, path: pl.save(path, delta(model)), A_DELTA + "a PosixPath"),
+    Case(lambda model, path: pl.save("dba", path, model=model),
+         "no delta is named 'dba' in this model; there are: 'sql', 'chat'"),
+    Case(lambda model, path: pl.save(delta(two()), path, model=model),
+         "'sql' is no delta of this model, or no longer"),
     Case(lambda model, _: pl.save(delta(model), None), A_PATH + "None"),
     Case(lambda model, _: pl.save(delta(model), b"sql"), A_PATH + "b'sql'"),
     saved(lambda _, path: path.parent, "can't write '…': it is a folder"),

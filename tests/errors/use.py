@@ -51,7 +51,7 @@ def merged() -> nn.Module:
 
 
 def verbs(name: Callable[[Any], Any]) -> list[Callable[[Any, Path], Any]]:
-    """Every verb that takes a delta's name."""
+    """Every verb that takes a delta of the model, or its name."""
     return [
         lambda model, _: pl.detach(model, name(model)),
         lambda model, _: pl.merge(model, name(model)),
@@ -65,13 +65,13 @@ def verbs(name: Callable[[Any], Any]) -> list[Callable[[Any, Path], Any]]:
 
 
 THERE = " in this model; there are: 'sql', 'chat'"
-BY_NAME = "a delta goes by its name here: 'sql', not Delta('sql', LoRA, 224 parameters)"
-A_CHOICE = "a choice is a delta's name, a list of names, or None: not "
+OTHERS = "'sql' is no delta of this model, or no longer"
+A_CHOICE = "a choice is a delta or its name, a list of these, or None: not "
 ROWS = "rows= is a list with one choice per batch row, in place of a name: not "
 
 CHOICES = [
     *(Case(verb, f"no delta is named 'typo'{THERE}") for verb in verbs(lambda _: "typo")),
-    *(Case(verb, BY_NAME) for verb in verbs(delta)),
+    *(Case(verb, OTHERS) for verb in verbs(lambda _: delta(two()))),
     Case(lambda model, _: pl.detach(model, None), f"no delta is named None{THERE}"),
     Case(lambda model, _: pl.detach(model, ["sql"]), f"no delta is named ['sql']{THERE}"),
     Case(lambda model, _: pl.use(model, [None]), f"no delta is named None{THERE}"),

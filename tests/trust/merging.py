@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import peftlite as pl
-from peftlite.core.site import raw
+from peftlite.core.tensors import raw
 from tests.digest import bits
 from tests.trust.tally import Tally, difference, state
 from tests.zoo import KINDS, seeded

@@ -14,9 +14,10 @@ from peftlite.bank.families.gather import rescaled
 from peftlite.bank.families.low_rank import MixedLowRank
 from peftlite.bank.families.mixed import Held
 from peftlite.bank.route import Rows, Tables
-from peftlite.core.maps import Map, narrow
-from peftlite.core.patch import Patch, wide
+from peftlite.core.maps import Map
+from peftlite.core.patch import Patch
 from peftlite.core.site import Site
+from peftlite.core.tensors import narrow, wide
 from peftlite.methods.dora import DoRAPatch
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftlite.bank.families.low_rank import MixedLowRank
 from peftlite.bank.families.mixed import per_row
 from peftlite.bank.route import Rows, Tables
-from peftlite.core.maps import Embedding, Map, beneath, kind_of
+from peftlite.core.maps import Embedding, Map, kind_of, unwrap
 from peftlite.core.site import Site
 from peftlite.errors import TargetError
 
@@ -33,7 +33,7 @@ class MixedEmbedding(MixedLowRank):
         b, scale = per_row(tables["b"], rows), per_row(tables["scale"], rows)[:, None, None]
         h = tables["a"][rows.slots[:, None], :, ids] * scale.to(b.dtype)
         change = torch.bmm(h, b.mT).to(y.dtype).view_as(y)
-        padding = beneath(inner)[0].module.padding_idx
+        padding = unwrap(inner)[0].module.padding_idx
         if padding is not None:  # it gives values and takes no gradients
             change = torch.where((input == padding)[..., None], change.detach(), change)
         return y + change

@@ -1,8 +1,7 @@
-"""Gather: what families share: vectors along outputs, changes of tensors."""
+"""Gather: what families share: vectors of each row along outputs, and what slots keep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +9,7 @@ from torch import Tensor
 
 from peftlite.bank.families.mixed import slots_of
 from peftlite.bank.route import Rows
-from peftlite.core.patch import Patch
 from peftlite.core.site import Site
-from peftlite.verbs.merge import applied
 
 
 def along(table: Tensor, rows: Rows, y: Tensor, dim: int) -> Tensor:
@@ -28,12 +25,6 @@ def rescaled(y: Tensor, bias: Tensor | None, table: Tensor, rows: Rows) -> Tenso
     """y + change ⊙ (y − b), the change of each row from a table (S, o)."""
     change = along(table, rows, y, -1).to(y.dtype)
     return torch.addcmul(y, y if bias is None else y - bias, change)
-
-
-def change_of(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """W' − W in fp64, as at inference."""
-    w = w.detach().double()
-    return applied(patches, w) - w
 
 
 def dtype_of(site: Site, patch: Any) -> torch.dtype:

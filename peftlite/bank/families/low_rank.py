@@ -11,9 +11,10 @@ from torch import Tensor
 from peftlite.bank.arena import Field
 from peftlite.bank.families.mixed import Held, Mixed, called_as_map, fold, is_whole
 from peftlite.bank.route import Rows, Tables
-from peftlite.core.maps import Map, widen
-from peftlite.core.patch import Patch, wide
+from peftlite.core.maps import Map
+from peftlite.core.patch import Patch
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide, widen
 from peftlite.errors import PeftliteError
 from peftlite.kernels.rows import Factors, groups_low_rank, rows_low_rank, runs_low_rank
 from peftlite.methods.lora import LoRAPatch

@@ -12,8 +12,9 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.mixed import Held, Mixed, called_as_map, fold, is_whole, per_row
 from peftlite.bank.route import Rows, Tables
 from peftlite.core.maps import Map
-from peftlite.core.patch import Patch, wide
+from peftlite.core.patch import Patch
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
 from peftlite.kernels.sparse import compressed
 from peftlite.methods.low_rank import sizes

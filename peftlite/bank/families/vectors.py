@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from peftlite.bank.arena import Field
 from peftlite.bank.families.affine import one_of
-from peftlite.bank.families.gather import along, change_of, rescaled
+from peftlite.bank.families.gather import along, rescaled
 from peftlite.bank.families.mixed import Held, Mixed, called_as_map, is_whole
 from peftlite.bank.route import Rows, Tables
 from peftlite.core import maps
 from peftlite.core.maps import Map
 from peftlite.core.site import Site
+from peftlite.core.values import change_of
 from peftlite.errors import TargetError
 from peftlite.methods.bitfit import AddedBiasPatch
 from peftlite.methods.features import is_called, of_layer

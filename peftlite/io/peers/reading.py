@@ -19,7 +19,7 @@ from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import At
 from peftlite.io.peft.forms import FORMS
 from peftlite.methods.lokr import LoKr
-from peftlite.table import few
+from peftlite.table import listed
 
 # what comes of asking odd tensors and metadata for what they should have
 _ODD = (PeftliteError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
@@ -93,8 +93,8 @@ class Reading:
             first = [lost[0], *self.peer.paths(lost[0])][-1]
             near = difflib.get_close_matches(first, there, n=3, cutoff=0.3)
             raise self._refuse(
-                f"of its {len(modules)} modules this model lacks {len(lost)}: {few(lost)}; nearest "
-                f"to the first: {few(path for p in near for path in there[p])}"
+                f"of its {len(modules)} modules this model lacks {len(lost)}: {listed(lost)}; "
+                f"nearest to the first: {listed(path for p in near for path in there[p])}"
             )
         return found
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from peftlite.core.assign import Placed
 from peftlite.core.delta import Delta
-from peftlite.core.patch import Method, wide
+from peftlite.core.patch import Method
+from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
 from peftlite.io.files import is_finite, write_file
 from peftlite.io.peers.peer import ALPHA, RANKS, Peer
 from peftlite.methods.dora import DoRA, DoRAPatch
 from peftlite.methods.lora import LoRA
 from peftlite.methods.low_rank import LowRankPatch
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 
 
 def write(peer: Peer, delta: Delta, path: Path, metadata: Mapping[str, Any]) -> None:
@@ -28,7 +29,7 @@ def write(peer: Peer, delta: Delta, path: Path, metadata: Mapping[str, Any]) -> 
     if not all(isinstance(x, str) for item in metadata.items() for x in item):
         raise PeftliteError(
             f"settings are a file's metadata in the format of {peer.name}, all of them text: not "
-            f"{shown(metadata)}"
+            f"{short(metadata)}"
         )
     write_file(path, _tensors(peer, delta), {"format": "pt", **metadata})
 
@@ -50,7 +51,7 @@ def _check(peer: Peer, item: Placed) -> None:
     if getattr(module, "groups", 1) > 1 and not peer.groups:
         raise _refuse(peer, item, "a change there sees the inputs of all groups")
     if len(site.owners) > 1:
-        raise _refuse(peer, item, f"it is tied to {few(site.names[1:])}")
+        raise _refuse(peer, item, f"it is tied to {listed(site.names[1:])}")
     if site.whole.is_meta:
         raise _refuse(peer, item, "it is on the meta device and has no values")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftlite.errors import FileError
-from peftlite.table import shown
+from peftlite.table import short
 
 # what says where an adapter comes from, where its tensors sit, or how it is trained: the tensors
 # themselves say where they sit, and their shapes the rank
@@ -35,7 +35,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise FileError(f"{self.at!r} has {name!r} as {shown(value)}")
+            raise FileError(f"{self.at!r} has {name!r} as {short(value)}")
         if isinstance(value, int | float) and not abs(value) <= 1e9:
             raise FileError(f"{self.at!r} has {name!r} as {value}, which no training has")
         return value
@@ -50,7 +50,7 @@ class Config:
         """A list of the ends of paths."""
         found = self.take(name, [], list)
         if not all(isinstance(entry, str) for entry in found):
-            raise FileError(f"{self.at!r} has {name!r} as {shown(found)}")
+            raise FileError(f"{self.at!r} has {name!r} as {short(found)}")
         return found
 
     def patterned(self, name: str, path: str, default: float) -> float:
@@ -72,7 +72,7 @@ class Config:
         unknown = {k: v for k, v in self.data.items() if k not in self._taken and v}
         for name, value in unknown.items():
             raise FileError(
-                f"{self.at!r} is a {self.data['peft_type']} with {name!r} as {shown(value)}, "
+                f"{self.at!r} is a {self.data['peft_type']} with {name!r} as {short(value)}, "
                 "which may change the model in a way that peftlite doesn't have"
             )
 

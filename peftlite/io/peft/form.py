@@ -19,7 +19,7 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.table import shown
+from peftlite.table import short
 
 Tensors = dict[str, Tensor]
 Parts = list[tuple[Method, dict[str, Tensor | None]]]
@@ -113,8 +113,8 @@ class Form:
                 found[_PATTERNS[name]] = {f"^{re.escape(at)}": x for at, x in own.items()}
             elif own and name != "lora_dropout":  # which is for training
                 raise PeftliteError(
-                    f"peft has one {name} for all modules, and this delta has {shown(first[name])} "
-                    f"and {shown(next(iter(own.values())))}: attach what differs as another delta"
+                    f"peft has one {name} for all modules, and this delta has {short(first[name])} "
+                    f"and {short(next(iter(own.values())))}: attach what differs as another delta"
                 )
         return found
 

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.core.patch import Method, wide
+from peftlite.core.patch import Method
 from peftlite.core.site import Site, sites, walk
 from peftlite.core.targets import select
+from peftlite.core.tensors import wide
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peft.config import Config, ends
@@ -33,7 +34,7 @@ from peftlite.methods.norm import NormTuning
 from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.sparse import SparseMask
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 START, WRAPPED = "base_model.model.", "base_model."  # the latter where there is a prompt
@@ -67,7 +68,7 @@ def read_config(folder: Path) -> Config:
     kind = data.get("peft_type") if isinstance(data, dict) else None
     if kind not in KNOWN:
         raise FileError(
-            f"{at!r} has the peft_type {shown(kind)}, which can't be read; these can: "
+            f"{at!r} has the peft_type {short(kind)}, which can't be read; these can: "
             f"{', '.join(sorted(KNOWN))}"
         )
     return Config(data, at)
@@ -79,7 +80,7 @@ def _open(path: Path) -> tuple[Config, Tensors]:
     if not (folder / CONFIG).is_file():
         names = folders(folder)
         raise FileError(
-            f"{str(folder)!r} has its adapters in folders of their own: {few(names)}; load one: "
+            f"{str(folder)!r} has its adapters in folders of their own: {listed(names)}; load one: "
             f"{str(folder / names[0])!r}"
         )
     old, new = folder / "adapter_model.bin", folder / MODEL
@@ -297,7 +298,7 @@ class Reading:
         if lost:
             raise FileError(
                 f"{self.file.path!r} lacks the tensors of {len(lost)} modules that {CONFIG} "
-                f"names: {few(lost)}"
+                f"names: {listed(lost)}"
             )
 
     def _read_whole(self, method: Method, rest: str, address: str) -> None:
@@ -325,7 +326,7 @@ class Reading:
             if isinstance(which, dict):
                 rows = next((v for name, v in which.items() if ends(path, name)), None)
             if not isinstance(rows, list) or not all(type(i) is int and i >= 0 for i in rows):
-                raise FileError(f"{self.config.at!r} has {shown(rows)} for the tokens of {path}")
+                raise FileError(f"{self.config.at!r} has {short(rows)} for the tokens of {path}")
             self._changed.add(path)
             self._read_rows(rest, f"{path}.weight", torch.tensor(rows, dtype=torch.int64))
 
@@ -438,8 +439,8 @@ class Reading:
             path = site.names[-1].rpartition(".")[0]
             others = [name for name in site.names if name not in names] or names[1:]
             raise FileError(
-                f"{self.file.path!r} changes {names[0]} apart from {few(others)}, and this model "
-                f"ties them: untie them first, model.{path}.weight = "
+                f"{self.file.path!r} changes {names[0]} apart from {listed(others)}, and this "
+                f"model ties them: untie them first, model.{path}.weight = "
                 f"torch.nn.Parameter(model.{path}.weight.detach().clone())"
             )
         for name, key in zip(names[1:], keys[1:], strict=True):

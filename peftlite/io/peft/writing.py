@@ -18,8 +18,10 @@ from torch.nn.utils import parametrize
 from peftlite.core import maps
 from peftlite.core.assign import Placed
 from peftlite.core.delta import Delta
+from peftlite.core.merged import base_tensor
 from peftlite.core.patch import apply
-from peftlite.core.site import raw, walk, whole_address
+from peftlite.core.site import walk, whole_address
+from peftlite.core.tensors import raw
 from peftlite.errors import PeftliteError
 from peftlite.io.files import (
     Tensors,
@@ -49,8 +51,7 @@ from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.ptuning import PTuning
 from peftlite.methods.sparse import SparsePatch
-from peftlite.table import few
-from peftlite.verbs.merge import base_tensor
+from peftlite.table import listed
 
 AS_IN = "0.21.2"  # the peft that this agrees with
 ALONE = "LN_TUNING"  # which trains a copy of any module, for what isn't beside another method
@@ -84,7 +85,8 @@ def _kept(names: set[str]) -> str | None:
     if not names or (CONFIG in names and names <= REPLACED):
         return None
     return (
-        f"it holds {few(sorted(names - REPLACED or names))}, and nothing but an adapter is replaced"
+        f"it holds {listed(sorted(names - REPLACED or names))}, and nothing but an adapter is "
+        "replaced"
     )
 
 
@@ -248,7 +250,7 @@ class Writing:
         if site.index is not None:
             self._refuse(item, "peft takes whole weights")
         if len(site.owners) > 1:
-            self._refuse(item, f"it is tied to {few(site.names[1:])}, and peft would untie it")
+            self._refuse(item, f"it is tied to {listed(site.names[1:])}, and peft would untie it")
         if not form.taken(site) or not at.path:
             self._refuse(item, f"peft's {self.kind} doesn't take a {type(site.module).__name__}")
         other = f"{at.name}.in_proj_weight" if at.inner else f"{at.path}.out_proj.weight"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.data.packing import IGNORED
 
 How = Literal["inverse", "effective"]
@@ -45,7 +45,7 @@ def class_weights(
     given = given[given != IGNORED]
     if given.is_floating_point() or (given < 0).any():
         raise PeftliteError(
-            f"labels are whole numbers from 0 up, or {IGNORED}: not {shown(labels)}"
+            f"labels are whole numbers from 0 up, or {IGNORED}: not {short(labels)}"
         )
     counts = torch.bincount(given, minlength=classes or 0)
     if classes is not None and len(counts) > classes:

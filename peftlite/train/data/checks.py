@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.data.jsonl import Finding, Row
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -17,7 +17,7 @@ def check_whole(**given: Any) -> None:
     """Raises PeftliteError for an argument that is neither left out nor a whole number from 1."""
     for name, number in given.items():
         if number is not None and (not isinstance(number, int) or number < 1):
-            raise PeftliteError(f"{name} must be a whole number from 1 up, not {shown(number)}")
+            raise PeftliteError(f"{name} must be a whole number from 1 up, not {short(number)}")
 
 
 def check_chat(row: Row) -> Iterator[Finding]:
@@ -30,16 +30,16 @@ def check_chat(row: Row) -> Iterator[Finding]:
         for kind, what in _check_message(message):
             yield kind, f"message {i}: {what}"
     if isinstance(messages[-1], dict) and (role := messages[-1].get("role")) != "assistant":
-        yield "last message", f"the last message is of {shown(role)}, not the assistant's"
+        yield "last message", f"the last message is of {short(role)}, not the assistant's"
 
 
 def _check_message(message: Any) -> Iterator[Finding]:
     if not isinstance(message, dict):
-        yield "messages", f"{shown(message)} is no object with a role and a content"
+        yield "messages", f"{short(message)} is no object with a role and a content"
         return
     role = message.get("role")
     if role not in ROLES:
-        yield "role", f"the role is one of {', '.join(ROLES)}, not {shown(role)}"
+        yield "role", f"the role is one of {', '.join(ROLES)}, not {short(role)}"
     yield from _check_text(message, "content")
     if "name" in message:
         yield from _check_text(message, "name")
@@ -75,4 +75,4 @@ def _check_text(row: Row, key: str) -> Iterator[Finding]:
 def _wanted(row: Row, key: str, what: str) -> str:
     if key not in row:
         return f"there is no {key!r}: the keys are {', '.join(map(repr, row)) or 'none'}"
-    return f"{key!r} is {shown(row[key])}, not {what}"
+    return f"{key!r} is {short(row[key])}, not {what}"

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.utils import _pytree as pytree
 
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.data.checks import check_whole
 from peftlite.train.data.packing import Blocks, fill
 from peftlite.train.data.split import split
@@ -189,7 +189,7 @@ class Data(Sequence[Any]):
         for value in plain:
             if not isinstance(value, PLAIN):
                 raise PeftliteError(
-                    f"a key's values are texts, numbers or tuples of them: not {shown(value)}"
+                    f"a key's values are texts, numbers or tuples of them: not {short(value)}"
                 )
         return plain
 

@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from peftlite.errors import FileError
-from peftlite.table import few
+from peftlite.table import listed
 
 Row = dict[str, Any]
 Path = str | os.PathLike[str]
@@ -149,7 +149,7 @@ class Lines(Sequence[Row]):
             if line.row is not None:
                 self.offsets.append(line.offset)
         if problems:
-            raise FileError(f"{str(path)!r} has problems: {few(map(str, problems))}")
+            raise FileError(f"{str(path)!r} has problems: {listed(map(str, problems))}")
 
     def __len__(self) -> int:
         return len(self.offsets)

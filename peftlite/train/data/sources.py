@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftlite.errors import PeftliteError
-from peftlite.table import few, shown
+from peftlite.table import listed, short
 from peftlite.train.data.checks import check_chat, check_pair, check_text, check_whole
 from peftlite.train.data.dataset import Data
 from peftlite.train.data.jsonl import MILD, Check, Lines, Path
@@ -132,15 +132,15 @@ def _rows(source: Source, check: Check, as_row: Callable[[Any], Any] | None = No
         return Lines(source, check)
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise PeftliteError(
-            f"give the path of a JSONL file, or a list of rows: not {shown(source)}"
+            f"give the path of a JSONL file, or a list of rows: not {short(source)}"
         )
     rows = source if as_row is None else list(map(as_row, source))
     wrong = []
     for i, row in enumerate(rows):
         found = (
-            check(row) if isinstance(row, Mapping) else [("row", f"it is {shown(row)}, no dict")]
+            check(row) if isinstance(row, Mapping) else [("row", f"it is {short(row)}, no dict")]
         )
         wrong += [f"row {i}: {what}" for kind, what in found if kind not in MILD]
     if wrong:
-        raise PeftliteError(f"the rows have problems: {few(wrong)}")
+        raise PeftliteError(f"the rows have problems: {listed(wrong)}")
     return rows

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from peftlite.errors import PeftliteError
-from peftlite.table import shown
+from peftlite.table import short
 from peftlite.train.data.checks import ROLES
 
 Message = Mapping[str, str]
@@ -210,7 +210,7 @@ def as_tokenizer(given: Any = None) -> Tokenizer:
         return _Function(given)
     raise PeftliteError(
         "a tokenizer is one of transformers', a function from a text to ids, or None for bytes: "
-        f"not {shown(given)}"
+        f"not {short(given)}"
     )
 
 

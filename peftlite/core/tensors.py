@@ -1,0 +1,91 @@
+"""Tensors: parts of one, shards of one, the dtype to compute in, and how far two are apart."""
+
+from __future__ import annotations
+
+import functools
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Index: TypeAlias = "tuple[int, int, int] | None"
+"""A part of a tensor, as `(dim, start, stop)`; all of it if None."""
+
+
+def raw(module: nn.Module, slot: str) -> Tensor:
+    """The tensor in a slot as the base has it, patched or not, parametrized or not."""
+    tensor = module._parameters.get(slot)
+    if tensor is None:  # made by a parametrization, or by a hook of the older kind
+        made = parametrize.is_parametrized(module, slot)
+        tensor = module.parametrizations[slot]() if made else getattr(module, slot)
+    return tensor
+
+
+def narrow(tensor: Tensor, index: Index) -> Tensor:
+    """The part of a tensor at an index, sharing its memory."""
+    if index is None:
+        return tensor
+    dim, start, stop = index
+    return tensor.narrow(dim, start, stop - start)
+
+
+def widen(left: Tensor, right: Tensor, index: Index, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The factors of a change to a part of a weight, as factors of a change to all of it."""
+    if index is None:
+        return left, right
+    dim, start, stop = index
+    if dim == 0:
+        return F.pad(left, (0, 0, start, shape[0] - stop)), right
+    return left, F.pad(right, (start, shape[1] - stop))
+
+
+def overlap(a: Index, b: Index) -> bool:
+    """Whether two parts of a tensor share entries."""
+    return a is None or b is None or a[0] != b[0] or (a[1] < b[2] and b[1] < a[2])
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute a change in, so that W' is rounded once: the widest, fp32 at least."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """max |a − b|, looked for in pieces that fit into a cache; 0 for tensors without entries."""
+    if not a.numel():
+        return 0.0
+    pieces = [(a, b)]
+    if a.dim() and not is_sharded(a):
+        step = max(1, len(a) * 2**18 // a.numel())
+        pieces = zip(a.split(step), b.split(step), strict=True)
+    dtype = wide(a, b)
+    found = [(x.to(dtype) - y.to(dtype)).abs().max() for x, y in pieces]
+    return torch.stack(found).max().item()
+
+
+# -- tensors that are spread over processes
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, spread over processes; without importing what that is."""
+    return hasattr(tensor, "placements")
+
+
+def unshard(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded over processes (every one of them has to ask)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor, sharded as another one is."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this process."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

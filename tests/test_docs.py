@@ -1,4 +1,4 @@
-"""The README and every page of the docs: their code runs, and the public names are documented."""
+"""Every page for people: its code runs, its links lead somewhere, the files it names are there."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,20 @@ from tests import methods_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# pages for who works on peftlite: they name its files
+INSIDE = [ROOT / "SECURITY.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+A_FILE = re.compile(r"`([\w./-]+(?:\.(?:py|md|toml|txt|yaml|cff)|/))`")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def title(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+each_page = pytest.mark.parametrize("page", dict.fromkeys([*PAGES, *INSIDE]), ids=title)
+
+
+@each_page
 def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
@@ -55,10 +65,35 @@ def test_every_method_is_on_the_page() -> None:
     assert ours == set(" ".join(methods_page.FAMILIES.values()).split())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", INSIDE, ids=title)
+def test_the_files_it_names_are_there(page: Path) -> None:
+    named = A_FILE.findall(page.read_text())
+    roots = (page.parent, ROOT, ROOT / "peftlite")
+    lost = [name for name in named if not any((root / name).exists() for root in roots)]
+    assert named and not lost, f"{title(page)} names {lost}"
+
+
+# -- what is said of the project in several places
+
+
+def test_the_linters_have_one_version() -> None:
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = re.findall(r'"([\w-]+==[\w.]+)"', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert pins and set(pins) <= set(constraints)
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "CITATION.cff", "SECURITY.md"])
+def test_the_project_has_one_address(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert set(re.findall(r"https://github\.com/[\w-]+/[\w-]+", text)) == {
+        "https://github.com/peftlite/peftlite"
+    }
 
 
 @pytest.mark.parametrize("name", sorted(n for n in dir(pl) if not n.startswith("_")))

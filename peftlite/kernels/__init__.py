@@ -2,4 +2,4 @@
 
 from peftlite.kernels.dispatch import backend as backend
 from peftlite.kernels.linear import lora_linear as lora_linear
-from peftlite.kernels.report import report as report
+from peftlite.kernels.reporting import report as report

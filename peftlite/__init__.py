@@ -14,12 +14,12 @@ from peftlite.errors import BaseMismatchError as BaseMismatchError
 from peftlite.errors import FileError as FileError
 from peftlite.errors import PeftliteError as PeftliteError
 from peftlite.errors import TargetError as TargetError
-from peftlite.io import Info as Info
-from peftlite.io import inspect as inspect
-from peftlite.io import load as load
-from peftlite.io import save as save
+from peftlite.io.content import Info as Info
 from peftlite.io.export import export as export
+from peftlite.io.load import inspect as inspect
+from peftlite.io.load import load as load
 from peftlite.io.merge_files import merge_files as merge_files
+from peftlite.io.native import save as save
 from peftlite.io.peft.writing import check_vllm as check_vllm
 from peftlite.methods import BOFT as BOFT
 from peftlite.methods import HRA as HRA

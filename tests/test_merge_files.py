@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 import peftlite as pl
 from peftlite.core.site import sites as sites_of
 from peftlite.core.values import checked
-from peftlite.io import checkpoint
+from peftlite.io import checkpoint, merge_files
 from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.standin import stand_in
 from tests.digest import bits
@@ -108,7 +107,7 @@ def test_one_tensor_is_in_memory_at_a_time(sharded: Any, tmp_path: Path) -> None
         seen.extend(map(weakref.ref, (w, value)))
         return value, change
 
-    with mock.patch.object(sys.modules["peftlite.io.merge_files"], "checked", watched):
+    with mock.patch.object(merge_files, "checked", watched):
         pl.merge_files(base, delta, tmp_path / "out")
     assert len(seen) == 2 * 14
 

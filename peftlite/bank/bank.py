@@ -21,8 +21,8 @@ from peftlite.core.delta import Delta
 from peftlite.core.find import require
 from peftlite.core.patch import Method
 from peftlite.errors import PeftliteError
-from peftlite.io import save
 from peftlite.io.load import CheckBase
+from peftlite.io.native import save
 from peftlite.methods.lora import LoRA
 from peftlite.table import short, size
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from peftlite.commands.local import local_model, local_tokenizer
 from peftlite.commands.outcome import Outcome
 from peftlite.errors import FileError, PeftliteError
-from peftlite.io import load
+from peftlite.io.load import load
 from peftlite.table import table
 from peftlite.train.data import as_tokenizer
 from peftlite.train.data.checks import check_chat, check_pair

@@ -16,12 +16,15 @@ from peftlite.commands.outcome import Outcome
 from peftlite.core.patch import Method
 from peftlite.core.tensors import distance
 from peftlite.errors import FileError, PeftliteError
-from peftlite.io import Info, inspect, load, native, save
+from peftlite.io import native
 from peftlite.io.checkpoint import Checkpoint
+from peftlite.io.content import Info
 from peftlite.io.convert import convert
 from peftlite.io.files import is_finite
 from peftlite.io.fingerprint import fingerprint, kind_of
+from peftlite.io.load import inspect, load
 from peftlite.io.merge_files import merge_files
+from peftlite.io.native import save
 from peftlite.io.standin import stand_in
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA

@@ -1,7 +1,1 @@
-"""Deltas on disk."""
-
-from peftlite.io.content import Info
-from peftlite.io.load import inspect, load
-from peftlite.io.native import save
-
-__all__ = ["Info", "inspect", "load", "save"]
+"""Deltas on disk: peftlite's files, its peers', and checkpoints merged without their model."""

@@ -13,9 +13,9 @@ from peftlite.core.patch import Patch
 from peftlite.core.site import whole_address
 from peftlite.core.values import by_tensor, checked, refuse_calls
 from peftlite.errors import BaseMismatchError, PeftliteError
-from peftlite.io import inspect, load
 from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.fingerprint import difference, fingerprint, kind_of
+from peftlite.io.load import inspect, load
 from peftlite.io.standin import stand_in
 from peftlite.verbs.merge import Receipt
 

@@ -13,7 +13,7 @@ import peftlite as pl
 import peftlite.train.data as data
 from peftlite import cli
 from peftlite.commands.local import local_model, local_tokenizer
-from peftlite.io import inspect
+from peftlite.io.load import inspect
 from peftlite.train import Trainer, losses
 from peftlite.train.state import random_kept
 from tests.train.chats import hf_tokenizer, llama, rows, write

@@ -29,17 +29,19 @@ CALLS = {
 HOOKS = {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"}
 
 ALLOWED = {
-    ("attach.py", "__getstate__"): "copying a model, by copy or by its user's own pickle",
-    ("attach.py", "__setstate__"): "the same",
+    ("core/delta.py", "__getstate__"): "copying a model, by copy or by its user's own pickle",
+    ("core/delta.py", "__setstate__"): "the same",
     ("__init__.py", "globals"): "the names that dir() shows",
-    ("bank/mixed.py", "__reduce_ex__"): "refusing to be copied or pickled",
+    ("bank/families/mixed.py", "__reduce_ex__"): "refusing to be copied or pickled",
     ("train/trainer.py", "compile"): "a setting's name",
     ("train/trainer.py", "torch.compile"): "the user's own model, asked for by that setting",
-    ("choice.py", "__getstate__"): "the same",
-    ("choice.py", "__setstate__"): "the same",
-    ("delta.py", "__getstate__"): "the same",
+    ("core/choice.py", "__getstate__"): "the same",
+    ("core/choice.py", "__setstate__"): "the same",
     ("kernels/dispatch.py", "importlib.util"): "asking whether triton is installed",
-    ("host.py", "__reduce_ex__"): "the same: a host's class is made anew where the copy is made",
+    (
+        "core/host.py",
+        "__reduce_ex__",
+    ): "the same: the copy makes its class anew",
     ("methods/sparse.py", "__getstate__"): "the same",
 }
 

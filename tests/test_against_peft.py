@@ -103,7 +103,7 @@ def vblora(layer: Any, placed: Any) -> dict[str, Tensor]:
 
 def lokr(layer: Any, placed: Any) -> dict[str, Tensor]:
     """Each factor is whole or a product; ours are of W as it is stored: (w1 ⊗ w2)ᵀ = w1ᵀ ⊗ w2ᵀ."""
-    turned, keys = placed.site.transposed, dict(placed.patch.named_parameters())
+    turned, keys = placed.site.layout.transposed, dict(placed.patch.named_parameters())
     sides = {"": "", "a": "_b", "b": "_a"} if turned else {"": "", "a": "_a", "b": "_b"}
     found = {key: peer(layer, f"lokr_{key[:2]}{sides[key[2:]]}") for key in keys}
     return {key: tensor.T if turned else tensor for key, tensor in found.items()}
@@ -134,7 +134,7 @@ def norm(layer: Any, placed: Any) -> dict[str, Tensor]:
 def sparse(layer: Any, placed: Any) -> dict[str, Tensor]:
     """At the entries that peft has drawn."""
     o, i = layer.shira_indices["default"].long()
-    rows, columns = (i, o) if placed.site.transposed else (o, i)
+    rows, columns = (i, o) if placed.site.layout.transposed else (o, i)
     entries, order = (rows * placed.site.shape[1] + columns).sort()
     if not torch.equal(placed.patch.indices, entries):
         placed.patch.place(entries)
@@ -397,7 +397,7 @@ def test_the_same_values_are_the_same_function(row: Row, kind: Kind) -> None:
     for placed in delta.placed.values():
         site, w = placed.site, placed.site.whole
         merged = getattr(layers[module_of(placed)].get_base_layer(), site.slot)
-        merged = merged.T if site.transposed and not row.conv1d else merged
+        merged = merged.T if site.layout.transposed and not row.conv1d else merged
         assert apart(placed.patch.value(w), merged) <= 1e-5 < apart(merged, w)
 
 

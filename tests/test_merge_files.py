@@ -186,5 +186,5 @@ def test_a_stand_in_guesses_what_no_file_tells() -> None:
     sites = {s.address: s for s in sites_of(stand_in(tensors, {}, transposed=True))}
     linear = {address for address, site in sites.items() if not site.is_call and site.linear}
     assert linear == {"h.0.c_attn.weight", "conv.weight"}
-    transposed = {a for a, site in sites.items() if not site.is_call and site.transposed}
+    transposed = {a for a, site in sites.items() if not site.is_call and site.layout.transposed}
     assert transposed == {"wte.weight", "h.0.c_attn.weight"}

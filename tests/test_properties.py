@@ -223,7 +223,7 @@ def test_lora_on_any_map(call: maps.Call, r: int) -> None:
     module, w = call.module, call.module.weight.detach().clone()
     placed = disturb(pl.attach(module, pl.LoRA(rank=r, targets="weight"))).placed["weight"]
     d = change(placed.patch)
-    explicit = w + (d.mT if placed.site.transposed else d).reshape(w.shape)
+    explicit = w + (d.mT if placed.site.layout.transposed else d).reshape(w.shape)
     y = module(call.input, **call.kwargs)
     close(module.weight.clone(), explicit)
     pl.use(module, None)
@@ -246,7 +246,7 @@ def test_a_fresh_delta_is_exactly_nothing_and_as_its_paper_says(init, data, call
     assert torch.equal(module.weight.clone(), w)
     t, site = delta.state_dict(), delta.placed["weight"].site
     a, b, w = t["weight:a"], t["weight:b"], w.flatten(1)
-    begins(init, r, factor(delta.methods[0]), a, b, w.mT if site.transposed else w)
+    begins(init, r, factor(delta.methods[0]), a, b, w.mT if site.layout.transposed else w)
 
 
 def begins(init: str, r: int, s: float, a: Tensor, b: Tensor, w: Tensor) -> None:

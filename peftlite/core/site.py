@@ -20,6 +20,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 from peftlite.core import maps
+from peftlite.core.layout import Layout
 from peftlite.core.tensors import Index, narrow, overlap, raw
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.table import short
@@ -81,16 +82,14 @@ class Site:
         return overlap(self.index, other.index)
 
     @property
-    def matrices(self) -> tuple[list[int], tuple[int, int]]:
-        """The tensor as a stack of matrices: the stack, and their rows and columns.
+    def layout(self) -> Layout:
+        """How the tensor, or the part that the site names, is made of matrices."""
+        return Layout.of(self.module, self.slot, self.shape, part=self.index is not None)
 
-        The kernel of a convolution is one matrix, its first dimension by all the rest.
-        """
-        shape = self.tensor.shape
-        if isinstance(self.module, nn.modules.conv._ConvNd):
-            return [], (shape[0], shape[1:].numel())
-        *stack, rows, columns = shape
-        return stack, (rows, columns)
+    @property
+    def cuts_inputs(self) -> bool:
+        """Whether it is a part of a matrix with some of the inputs, for all of the outputs."""
+        return self.index is not None and self.index[0] == self.layout.dim(inputs=True)
 
     @property
     def shape(self) -> torch.Size:
@@ -116,11 +115,6 @@ class Site:
         if not self.is_call:
             return self.whole
         return next((p for p in self.module.parameters() if p.is_floating_point()), None)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the tensor's first dimension is the input of a linear map, not the output."""
-        return self.slot == "weight" and maps.is_transposed(self.module)
 
     @property
     def linear(self) -> bool:
@@ -227,7 +221,7 @@ def slice_of(site: Site, part: str) -> Site:
     """A part of a tensor, from what stands in the brackets."""
     shape = site.whole.shape
     if part in ("q", "k", "v"):
-        dim = 1 if site.transposed else 0
+        dim = site.layout.dim(inputs=False)
         third, rest = divmod(shape[dim], 3)
         if rest:
             raise TargetError(

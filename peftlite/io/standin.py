@@ -87,11 +87,11 @@ def compare(its: Mapping[str, Any] | None, site: Site) -> None:
         return
     module = nn.Module()
     _become(module, its)
-    if maps.is_transposed(module) is not site.transposed:
+    if maps.is_transposed(module) is not site.layout.transposed:
         orders = ["(outputs, inputs)", "(inputs, outputs)"]
         raise TargetError(
-            f"{site.address} is stored as {orders[site.transposed]}, and was as "
-            f"{orders[not site.transposed]}, in a {its['module']}, where the delta was made"
+            f"{site.address} is stored as {orders[site.layout.transposed]}, and was as "
+            f"{orders[not site.layout.transposed]}, in a {its['module']}, where the delta was made"
         )
 
 

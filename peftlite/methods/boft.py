@@ -17,7 +17,6 @@ from peftlite.methods.oft import (
     RotationPatch,
     block_near,
     cayley,
-    neurons,
     skew,
     turn_blocks,
 )
@@ -81,7 +80,7 @@ class BOFT(RotationMethod):
     def build(self, site: Site) -> BOFTPatch:
         if not self.accepts(site):
             raise self.refuse(site)
-        rest, left_over = divmod(neurons(site)[1], 2 ** (self.m - 1))
+        rest, left_over = divmod(site.layout.neuron, 2 ** (self.m - 1))
         block = block_near(rest, self.block_size, step=1 if self.m == 1 else 2)
         if left_over or block is None:
             raise self.refuse(site)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.core.maps import Embedding, Map, unwrap
 from peftlite.core.patch import apply, trainable
@@ -27,15 +26,8 @@ class DoRAPatch(LoRAPatch):
 
     def __init__(self, site: Site, method: DoRA):
         super().__init__(site, method)
-        module, part = site.module, site.index
-        # each group of a transposed convolution has its own inputs, and taps share their output
-        apart = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        self.groups = module.groups if apart and part is None else 1
-        self.taps = math.prod(module.kernel_size) if apart else 1
-        *stack, outputs, _ = self.b.shape
-        outputs = outputs // self.taps * self.groups
-        self.m = trainable(*stack, outputs, site=site, dtype=method.dtype)
-        if part is not None and (part[0] == 0) == self.transposed:
+        self.m = trainable(*self.layout.vector(), site=site, dtype=method.dtype)
+        if site.cuts_inputs:
             self.call = None  # some of the inputs: what they add to an output is not seen apart
 
     @torch.no_grad()
@@ -46,15 +38,16 @@ class DoRAPatch(LoRAPatch):
     @torch.no_grad()
     def _norm(self, w: Tensor) -> Tensor:
         """‖W + s·BA‖ of every output, by its factors."""
-        a, b = self.factors()
-        shape = (self.i, self.o) if self.transposed else (self.o, self.i)
-        w = w.reshape(*self.stack, *shape)
-        w = w.mT if self.transposed else w
-        if self.groups > 1:
-            a, w = (z.unflatten(-1, (self.groups, -1)).movedim(-2, 0) for z in (a, w))
+        (a, b), layout = self.factors(), self.layout
+        w = layout.matrices(w)
+        if not layout.transposed:
+            return row_norms_squared(w, a, b, self.scale).sqrt()
+        # each group of a transposed convolution has its own inputs, and taps share their output
+        if layout.groups > 1:
+            a, w = (z.unflatten(-1, (layout.groups, -1)).movedim(-2, 0) for z in (a, w))
         squares = row_norms_squared(w, a, b, self.scale)
-        if self.taps > 1:
-            squares = squares.unflatten(-1, (-1, self.taps)).sum(-1)
+        if layout.taps > 1:
+            squares = squares.unflatten(-1, (-1, layout.taps)).sum(-1)
         return squares.sqrt().reshape(self.m.shape)
 
     def ratio(self, w: Tensor) -> Tensor:
@@ -66,13 +59,7 @@ class DoRAPatch(LoRAPatch):
 
     def value(self, w: Tensor) -> Tensor:
         v = super().value(w.to(wide(w, self.a)))
-        ratio = self.ratio(w).to(v.dtype)
-        if self.transposed:  # (i, o) or (g i, o, *taps)
-            ratio = ratio.view(self.groups, 1, -1, *(1 for _ in w.shape[2:]))
-            v = (v.unflatten(0, (self.groups, -1)) * ratio).flatten(0, 1)
-        else:
-            v = v * ratio[(..., *(None for _ in w.shape[ratio.dim() :]))]
-        return v.to(w.dtype)
+        return self.layout.scaled(v, self.ratio(w).to(v.dtype)).to(w.dtype)
 
     @torch.no_grad()
     def _below(self, inner: Map) -> Tensor:
@@ -89,7 +76,7 @@ class DoRAPatch(LoRAPatch):
         if self.index is not None:
             dim, start, stop = self.index
             change = F.pad(change, (start, base.weight.shape[dim] - stop))
-        embeds, tied = isinstance(base, Embedding), base.transposed is not self.transposed
+        embeds, tied = isinstance(base, Embedding), base.transposed is not self.layout.transposed
         if tied and not embeds:  # to a map the other way round: our outputs are its inputs
             return super().call(inner, rescale(input, change), *args, **kwargs)
         y = super().call(inner, input, *args, **kwargs)

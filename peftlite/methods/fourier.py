@@ -16,7 +16,6 @@ from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
 from peftlite.fields import integer, number, one_of, positive
-from peftlite.methods.low_rank import sizes
 
 Init = Literal["normal", "zero"]
 
@@ -36,11 +35,11 @@ class FourierFTPatch(Patch):
 
     def __init__(self, site: Site, method: FourierFT):
         super().__init__()
-        stack, self.i, self.o = sizes(site)
-        self.transposed, self.alpha = site.transposed, method.alpha
+        self.layout, self.alpha = site.layout, method.alpha
+        self.i, self.o = self.layout.i, self.layout.o
         self.normal, self.seed = method.init == "normal", method.seed
         self.n = min(method.n, self.o * self.i)
-        self.c = trainable(*stack, self.n, site=site, dtype=method.dtype)
+        self.c = trainable(*self.layout.stack, self.n, site=site, dtype=method.dtype)
         self._place()
         if not site.rides or self.n * self.sparse > self.o * self.i:
             self.call = None
@@ -72,9 +71,7 @@ class FourierFTPatch(Patch):
         half = half.index_add(-1, u * self.i + v, c)
         half = half.index_add(-1, u * self.i + -v % self.i, torch.where(both, c, 0))
         half = torch.fft.ifft(half.unflatten(-1, (-1, self.i)))
-        change = torch.fft.irfft(half, n=self.o, dim=-2)
-        change = change.mT if self.transposed else change
-        return (w + change.reshape(w.shape)).to(w.dtype)
+        return self.layout.add(w, torch.fft.irfft(half, n=self.o, dim=-2))
 
     def call(self, inner: Map, input: Tensor) -> Tensor:
         c, u, v, both = self._entries(input)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from peftlite.core import maps
 from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site
 from peftlite.kernels.rescale import rescale
-
-_CONVS = nn.modules.conv._ConvNd
 
 
 class ScalePatch(Patch):
@@ -25,8 +23,10 @@ class ScalePatch(Patch):
     def __init__(self, site: Site, method: IA3):
         super().__init__()
         self.inputs = method.feedforward
-        shape, self.groups, self.along = _along(site, self.inputs)
-        self.l = trainable(*shape, site=site, dtype=method.dtype)
+        # one output of a Bilinear has a matrix of weights
+        joined = isinstance(site.module, nn.Bilinear) or site.layout.joined
+        self.layout = replace(site.layout, joined=joined)
+        self.l = trainable(*self.layout.vector(self.inputs), site=site, dtype=method.dtype)
         if not _rides_beside(site):
             self.call = None
         self.behind = len(site.shape[2:])  # a convolution's dimensions of space
@@ -35,8 +35,7 @@ class ScalePatch(Patch):
         self.l.fill_(1.0)
 
     def value(self, w: Tensor) -> Tensor:
-        grouped = w.unflatten(0, (self.groups, -1))
-        return (grouped * self.l.view(self.along)).flatten(0, 1).to(w.dtype)
+        return self.layout.scaled(w, self.l, self.inputs).to(w.dtype)
 
     def call(self, inner: maps.Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         change, behind = self.l - 1, self.behind
@@ -44,22 +43,6 @@ class ScalePatch(Patch):
             return inner(rescale(input, change, None, behind), *args, **kwargs)
         # the bias has been scaled where it is to be
         return rescale(inner(input, *args, **kwargs), change, inner.bias, behind)
-
-
-def _along(site: Site, inputs: bool) -> tuple[list[int], int, list[int]]:
-    """The shape of l; a weight's groups g; and l's shape against the weight as (g, n/g, …)."""
-    w, module = site.tensor, site.module
-    first, rest = inputs == site.transposed, [1] * (w.dim() - 2)
-    if w.dim() == 1:
-        return [len(w)], 1, [1, len(w)]
-    if isinstance(module, _CONVS) and not first:  # of each group, the second dimension is its own
-        g = module.groups
-        return [g * w.shape[1]], g, [g, 1, w.shape[1], *rest]
-    if isinstance(module, _CONVS | nn.Bilinear):
-        return [len(w)], 1, [1, len(w), 1, *rest]
-    *stack, rows, columns = w.shape
-    n, matrix = (rows, [rows, 1]) if first else (columns, [1, columns])
-    return [*stack, n], 1, [1, *stack, *matrix]
 
 
 def _rides_beside(site: Site) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
-from peftlite.methods.low_rank import RankMethod, sizes
+from peftlite.methods.low_rank import RankMethod
 
 
 class LoHaPatch(Patch):
@@ -19,8 +18,8 @@ class LoHaPatch(Patch):
 
     def __init__(self, site: Site, method: LoHa):
         super().__init__()
-        self.scale, self.transposed = method.scale, site.transposed
-        stack, i, o = sizes(site)
+        self.scale, self.layout = method.scale, site.layout
+        stack, i, o = self.layout.stack, self.layout.i, self.layout.o
         self.w1a = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
         self.w1b = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
         self.w2a = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
@@ -35,9 +34,7 @@ class LoHaPatch(Patch):
     def value(self, w: Tensor) -> Tensor:
         factors = self.w1a, self.w1b, self.w2a, self.w2b
         w1a, w1b, w2a, w2b = (factor.to(wide(w, factor)) for factor in factors)
-        change = (w1a @ w1b) * (w2a @ w2b)
-        change = change.mT if self.transposed else change
-        return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
+        return self.layout.add(w, (w1a @ w1b) * (w2a @ w2b), self.scale)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch, trainable
@@ -26,17 +26,17 @@ class LoKrPatch(Patch):
 
     def __init__(self, site: Site, method: LoKr):
         super().__init__()
-        stack, (o, i) = site.matrices
-        taps = site.tensor[0, 0].numel() if isinstance(site.module, nn.modules.conv._ConvNd) else 1
-        (o1, o2), (i1, i2) = (split(n, method.factor) for n in (o, i // taps))
-        self.scale, self.transposed = method.scale, site.transposed
+        self.scale, self.layout = method.scale, site.layout
+        taps = self.layout.taps
+        sizes = self.layout.rows, self.layout.columns // taps
+        (o1, o2), (i1, i2) = (split(n, method.factor) for n in sizes)
         for name, rows, columns, low in (
             ("w1", o1, i1, method.decompose_both and 2 * method.rank < max(o1, i1)),
             ("w2", o2, i2 * taps, 2 * method.rank < max(o2, i2)),
         ):
             shapes = {name + "a": (rows, method.rank), name + "b": (method.rank, columns)}
             for key, shape in (shapes if low else {name: (rows, columns)}).items():
-                factor = trainable(*stack, *shape, site=site, dtype=method.dtype)
+                factor = trainable(*self.layout.stack, *shape, site=site, dtype=method.dtype)
                 self.register_parameter(key, factor)
         if not site.rides:
             self.call = None
@@ -63,7 +63,7 @@ class LoKrPatch(Patch):
     def call(self, inner: Map, input: Tensor) -> Tensor:
         dtype = inner.weight.dtype
         w1, w2 = self._factor("w1", dtype), self._factor("w2", dtype)
-        if self.transposed:
+        if self.layout.transposed:
             w1, w2 = w1.mT, w2.mT
         # (w1 ⊗ w2) x: one factor on each dimension of the input as (i₁, i₂)
         h = F.linear(input.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)

@@ -38,8 +38,7 @@ class LoRAPatch(LowRankPatch):
     def __init__(self, site: Site, method: LoRA):
         super().__init__(site)
         self.method, self.scale, self.dropout = method, method.scale, method.dropout
-        embeds = site.transposed and isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
-        self.a_is_zero = embeds and not method.freeze_a
+        self.a_is_zero = self.layout.embeds and not method.freeze_a
         self.a = trainable(*self.stack, method.rank, self.i, site=site, dtype=method.dtype)
         self.b = trainable(*self.stack, self.o, method.rank, site=site, dtype=method.dtype)
         self.fixed = method.init in ("pissa", "olora", "lora_ga", "corda")
@@ -53,7 +52,7 @@ class LoRAPatch(LowRankPatch):
     def reset(self, w: Tensor | None) -> None:
         a, b, init = self.a, self.b, self.method.init
         if init in ("pissa", "olora"):
-            self.start(w, *self._split(self.matrix(w)))
+            self.start(w, *self._split(self.matrices(w)))
             return
         # an embedding's rows are looked up, not multiplied: there the other factor starts at zero
         drawn, zero = (b, a) if self.a_is_zero else (a, b)
@@ -77,11 +76,9 @@ class LoRAPatch(LowRankPatch):
             if tensor is not None:
                 tensor.copy_(value)
 
-    def matrix(self, w: Tensor) -> Tensor:
-        """A tensor shaped as W, as matrices (o, i) in fp32 at least."""
-        shape = (self.i, self.o) if self.transposed else (self.o, self.i)
-        w = w.reshape(*self.stack, *shape)
-        return (w.mT if self.transposed else w).to(wide(w))
+    def matrices(self, w: Tensor) -> Tensor:
+        """A tensor shaped as W, as matrices (*stack, o, i) in fp32 at least."""
+        return self.layout.matrices(w).to(wide(w))
 
     def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of W itself: its first singular directions, or those of its QR."""
@@ -145,13 +142,14 @@ class LoRA(RankMethod):
     def build(self, site: Site) -> LoRAPatch:
         if not self.accepts(site):
             raise self.refuse(site)
-        _, matrix = site.matrices
+        layout = site.layout
         needed = 0 if self.init in ("kaiming", "gaussian") else self.rank
         needed *= 2 if self.init == "lora_ga" else 1  # A's directions and B's are different ones
-        if needed > min(matrix):
+        if needed > min(layout.o, layout.i):
             raise TargetError(
-                f"{site.address} has matrices of {matrix[0]}×{matrix[1]}, whose rank is at most "
-                f"{min(matrix)}: init={self.init!r} has no {needed} directions to take"
+                f"{site.address} has matrices of {layout.rows}×{layout.columns}, whose rank is at "
+                f"most {min(layout.o, layout.i)}: init={self.init!r} has no {needed} directions to "
+                "take"
             )
         if self.init in ("eva", "corda") and not maps.maps_vectors(site.module, site.slot):
             raise TargetError(

@@ -20,12 +20,6 @@ from peftlite.fields import integer, positive
 from peftlite.kernels.grouped import grouped_linear
 
 
-def sizes(site: Site) -> tuple[list[int], int, int]:
-    """The stack of matrices that a tensor is, and how many inputs and outputs each has."""
-    stack, (rows, columns) = site.matrices
-    return (stack, rows, columns) if site.transposed else (stack, columns, rows)
-
-
 class LowRankPatch(Patch):
     """W' = W + s·BA, with A (*stack, r, i) and B (*stack, o, r), for a `stack` of matrices.
 
@@ -39,8 +33,8 @@ class LowRankPatch(Patch):
 
     def __init__(self, site: Site):
         super().__init__()
-        self.transposed = site.transposed
-        self.stack, self.i, self.o = sizes(site)
+        self.layout = site.layout
+        self.stack, self.i, self.o = self.layout.stack, self.layout.i, self.layout.o
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B, in one dtype of their own."""
@@ -52,12 +46,11 @@ class LowRankPatch(Patch):
         if self.training and self.dropout:
             # a dropped input feature is a dropped column of A; rows of a batch share the mask
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
-        change = a.mT @ b.mT if self.transposed else b @ a
-        return torch.add(w, change.reshape(w.shape), alpha=self.scale).to(w.dtype)
+        return torch.add(w, self.layout.product(a, b), alpha=self.scale).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         a, b = self.factors()
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        left, right = self.layout.factors(a, b)
         if self.index is not None:
             left, right = widen(left, right, self.index, inner.weight.shape)
         dropout = self.dropout if self.training else 0.0

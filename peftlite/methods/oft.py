@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch, WeightMethod, trainable
@@ -25,7 +25,8 @@ class RotationPatch(Patch):
 
     def __init__(self, site: Site):
         super().__init__()
-        self.stack, self.size, self.groups = neurons(site)
+        self.layout = site.layout
+        self.stack, self.size = self.layout.stack, self.layout.neuron
         if not site.rides:
             self.call = None  # a kernel's inputs overlap; a part's are other parts' as well
 
@@ -34,33 +35,12 @@ class RotationPatch(Patch):
         raise NotImplementedError
 
     def value(self, w: Tensor) -> Tensor:
-        outputs_first = w
-        if self.groups:
-            outputs_first = w.unflatten(0, (self.groups, -1)).transpose(1, 2)
-        rows = outputs_first.to(wide(w)).reshape(*self.stack, -1, self.size)
-        change = self.turn(rows).reshape(outputs_first.shape)
-        if self.groups:
-            change = change.transpose(1, 2).flatten(0, 1)
-        return (w + change).to(w.dtype)
+        change = self.turn(self.layout.neurons(w.to(wide(w))))
+        return (w + self.layout.from_neurons(change)).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.size)
         return inner(input + self.turn(rows, transposed=True).reshape(input.shape))
-
-
-def neurons(site: Site) -> tuple[list[int], int, int]:
-    """The stack of matrices in a weight, the size of a neuron, and the groups of a transposed map.
-
-    The groups are 0 where the neurons are the rows as they are.
-    """
-    w, module = site.tensor, site.module
-    if site.transposed and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        groups = getattr(module, "groups", 1) if site.index is None else 1
-        return [], w.shape[0] // groups * math.prod(w.shape[2:]), groups
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return [], math.prod(w.shape[1:]), 0
-    *stack, _, size = w.shape
-    return stack, size, 0
 
 
 class RotationMethod(WeightMethod, abstract=True):
@@ -72,7 +52,7 @@ class RotationMethod(WeightMethod, abstract=True):
         return super().default(site) and self.accepts(site)
 
     def accepts(self, site: Site) -> bool:
-        return super().accepts(site) and neurons(site)[1] >= 2
+        return super().accepts(site) and site.layout.neuron >= 2
 
 
 def skew(q: Tensor, k: int) -> Tensor:

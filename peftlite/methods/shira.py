@@ -33,8 +33,8 @@ class SHiRA(WeightMethod):
     def build(self, site: Site) -> SparsePatch:
         if not self.accepts(site):
             raise self.refuse(site)
-        stack, (rows, columns) = site.matrices
-        count = self.rank * (rows + columns) * math.prod(stack)
+        layout = site.layout
+        count = self.rank * (layout.o + layout.i) * math.prod(layout.stack)
         return SparsePatch(site, min(count, site.tensor.numel()), self.dtype)
 
     def reset_all(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:

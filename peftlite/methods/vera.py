@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
 from peftlite.fields import integer, number
-from peftlite.methods.low_rank import LowRankPatch, sizes
+from peftlite.methods.low_rank import LowRankPatch
 
 
 class Projection(nn.Module):
@@ -88,7 +88,7 @@ class VeRA(WeightMethod):
         for site in sites:
             if not self.accepts(site):
                 raise self.refuse(site)
-        i, o = map(max, zip((0, 0), *(sizes(site)[1:] for site in sites), strict=True))
+        i, o = map(max, zip((0, 0), *((s.layout.i, s.layout.o) for s in sites), strict=True))
         devices = dict.fromkeys(site.device for site in sites)
         shared: dict[Any, Projection] = {on: Projection(self, i, o, on) for on in devices}
         return [VeRAPatch(site, self, shared[site.device]) for site in sites]

@@ -244,8 +244,7 @@ def _added(parts: Sequence[Part], weights: Weights, options: Options) -> Iterato
         elif options.how in ("cat", "svd") or sum(map(torch.numel, factors)) <= site.shape.numel():
             yield factors
         else:
-            a, b = factors
-            yield (a.mT @ b.mT if site.transposed else b @ a).reshape(site.shape)
+            yield site.layout.product(*factors)
 
 
 def _pruned(parts: Sequence[Part], weights: Weights, options: Options) -> Iterator[Tensor]:

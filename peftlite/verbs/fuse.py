@@ -101,7 +101,7 @@ def _patches(delta: Delta) -> Iterator[tuple[nn.Module, LowRankPatch]]:
     """The linear maps whose A is a tensor that is kept, each with the patch that keeps it."""
     for placed in delta.placed.values():
         patch = placed.patch
-        if isinstance(patch, LowRankPatch) and patch.index is None and not patch.transposed:
+        if isinstance(patch, LowRankPatch) and patch.index is None and not patch.layout.transposed:
             for module, slot in placed.site.owners:
                 rides = slot == "weight" and kind_of(module) is Linear
                 if rides and patch.factors()[0] is patch.factors()[0]:

@@ -95,9 +95,7 @@ def truncated(
     its squares together.
     """
     if isinstance(change, Tensor):
-        stack, matrix = where.matrices
-        w = change.reshape(*stack, *matrix)
-        u, s, v = torch.linalg.svd(w.mT if where.transposed else w, full_matrices=False)
+        u, s, v = torch.linalg.svd(where.layout.matrices(change), full_matrices=False)
     else:  # no larger than its rank is the matrix that has the spectrum of a product
         a, b = change
         (qa, ra), (qb, rb) = torch.linalg.qr(a.mT), torch.linalg.qr(b)

@@ -101,7 +101,7 @@ def _finite(address: str, data: Tensor) -> Tensor:
 
 def _part(placed: Placed, whole: Tensor) -> Tensor:
     """What of a whole tensor a site takes, as its matrices (o, i)."""
-    return placed.patch.matrix(narrow(whole, placed.site.index))
+    return placed.patch.matrices(narrow(whole, placed.site.index))
 
 
 # -- looking
@@ -147,9 +147,8 @@ def _learning(tensors: Iterable[Tensor]) -> Iterator[None]:
 @contextlib.contextmanager
 def _listening(seen: dict[str, Any], address: str, placed: Placed) -> Iterator[None]:
     """Takes in what the site's module is called with."""
-    patch, (dim, *part) = placed.patch, placed.site.index or (0, 0, 0)
-    columns = placed.site.index is not None and (dim == 0) == patch.transposed
-    start, stop = part if columns else (0, None)
+    patch, site = placed.patch, placed.site
+    start, stop = site.index[1:] if site.index and site.cuts_inputs else (0, None)
     kind = Covariance if patch.method.init == "corda" else Directions
 
     @torch.no_grad()
@@ -157,7 +156,7 @@ def _listening(seen: dict[str, Any], address: str, placed: Placed) -> Iterator[N
         x = (*args, *kwargs.values())[0][..., start:stop].flatten(0, -2)
         seen.setdefault(address, kind(patch.method.rank)).add(_finite(address, x.to(wide(x))))
 
-    handle = placed.site.module.register_forward_pre_hook(listen, with_kwargs=True)
+    handle = site.module.register_forward_pre_hook(listen, with_kwargs=True)
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ def attached(
 def direction(patch: nn.Module, w: Tensor) -> Tensor:
     """V = W + s·BA, formed."""
     product = patch.b @ patch.a
-    return w + patch.scale * (product.mT if patch.transposed else product).reshape(w.shape)
+    return w + patch.scale * (product.mT if patch.layout.transposed else product).reshape(w.shape)
 
 
 def along(m: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -37,9 +37,9 @@ def test_the_equation(name: str) -> None:
     with seeded():
         delta = pl.attach(KIND[name].model(), method)
     for placed in delta.placed.values():
-        w, patch = placed.site.tensor, placed.patch
-        change = (patch.value(w) - w).reshape(-1, *placed.site.matrices[1])
-        change = change.mT if placed.site.transposed else change
+        w, patch, layout = placed.site.tensor, placed.patch, placed.site.layout
+        change = (patch.value(w) - w).reshape(-1, layout.rows, layout.columns)
+        change = change.mT if layout.transposed else change
         for made, c in zip(change, patch.c.view(len(change), -1), strict=True):
             close(made, literal(c, *made.shape, method))
 

@@ -24,7 +24,7 @@ def test_the_equation(name: str) -> None:
     for placed in delta.placed.values():
         w, patch = placed.site.tensor, placed.patch
         made = 1.5 * (patch.w1a @ patch.w1b) * (patch.w2a @ patch.w2b)
-        made = made.mT if placed.site.transposed else made
+        made = made.mT if placed.site.layout.transposed else made
         close(patch.value(w) - w, made.reshape(w.shape))
 
 

@@ -27,7 +27,7 @@ def rows_of(w: Tensor, site: pl.Site) -> Tensor:
         return torch.stack([part[:, o].flatten() for part in by_group for o in range(w.shape[1])])
     if isinstance(module, nn.Conv2d):
         return torch.stack([neuron.flatten() for neuron in w])
-    return w.mT if site.transposed and not isinstance(module, nn.Embedding) else w
+    return w.mT if site.layout.transposed and not isinstance(module, nn.Embedding) else w
 
 
 def rotation(patch: nn.Module, q: Tensor) -> Tensor:

@@ -42,9 +42,9 @@ def test_the_equation(name: str) -> None:
     model, delta = attached(name, method)
     (bank,) = banks(model)
     for placed in delta.placed.values():
-        w, patch = placed.site.tensor, placed.patch
-        change = (patch.value(w) - w).reshape(-1, *placed.site.matrices[1])
-        change = change.mT if placed.site.transposed else change
+        w, patch, layout = placed.site.tensor, placed.patch, placed.site.layout
+        change = (patch.value(w) - w).reshape(-1, layout.rows, layout.columns)
+        change = change.mT if layout.transposed else change
         pairs = (logits.flatten(0, -4) for logits in (patch.logits_a[None], patch.logits_b[None]))
         for made, a, b in zip(change, *pairs, strict=True):
             o, i = made.shape

@@ -40,7 +40,7 @@ def test_the_equation(name: str) -> None:
         change = patch.value(w) - w
         stack = w.shape[: patch.d.dim() - 1]
         change = change.reshape(*stack, w.shape[len(stack)], -1)
-        if placed.site.transposed:
+        if placed.site.layout.transposed:
             change = change.mT
         o, i = change.shape[-2:]
         made = patch.b.diag_embed() @ shared.b[:o] @ patch.d.diag_embed() @ shared.a[:, :i]

@@ -30,7 +30,7 @@ class MixedDense(Mixed):
     def __init__(self, site: Site, patch: Patch, max_rank: int):
         super().__init__(site, patch, max_rank)
         called_as_map(site)
-        self.site, self.transposed = site, site.transposed
+        self.site = site
         self.dtype = dtype_of(site, patch)
 
     def fields(self) -> dict[str, Field]:
@@ -50,7 +50,7 @@ class MixedDense(Mixed):
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         y, d = inner(input, *args, **kwargs), tables["d"]
-        d = d if self.transposed else d.mT  # (S, i, o)
+        d = d if self.site.layout.transposed else d.mT  # (S, i, o)
         x, flat = fold(input, rows).to(d.dtype), fold(y, rows)
         if not self.by_runs(rows, tables, x, y):
             return (flat + torch.bmm(x, per_row(d, rows)).to(y.dtype)).view_as(y)

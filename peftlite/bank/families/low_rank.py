@@ -18,7 +18,7 @@ from peftlite.core.tensors import wide, widen
 from peftlite.errors import PeftliteError
 from peftlite.kernels.rows import Factors, groups_low_rank, rows_low_rank, runs_low_rank
 from peftlite.methods.lora import LoRAPatch
-from peftlite.methods.low_rank import LowRankPatch, sizes
+from peftlite.methods.low_rank import LowRankPatch
 
 FEW = 8
 """Tokens of a row, up to which the rows are brought together by their slots on a CPU."""
@@ -33,8 +33,8 @@ class MixedLowRank(Mixed):
     def __init__(self, site: Site, patch: LowRankPatch, max_rank: int):
         super().__init__(site, patch, max_rank)
         self.suits(site)
-        (_, self.i, self.o), self.max_rank = sizes(site), max_rank
-        self.transposed, self.shape = site.transposed, site.shape
+        self.layout, self.max_rank = site.layout, max_rank
+        self.i, self.o = self.layout.i, self.layout.o
         method: Any = getattr(patch, "method", None)
         self.dtype = getattr(method, "dtype", None) or site.tensor.dtype
         self._widest: tuple[Rows | None, int, int] = (None, 0, 0)
@@ -62,9 +62,9 @@ class MixedLowRank(Mixed):
     def _factors(self, patch: Any) -> tuple[Tensor, Tensor, float]:
         """A (r, i), B (o, r) and s of a patch, as of all of the tensor."""
         a, b = patch.factors()
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        left, right = widen(left, right, patch.index, self.shape)
-        a, b = (left.mT, right.mT) if self.transposed else (right, left)
+        left, right = self.layout.factors(a, b)
+        left, right = widen(left, right, patch.index, self.layout.shape)
+        a, b = self.layout.factors(left, right)  # the same way back
         return a, b, patch.scale
 
     def trains(self, patches: Sequence[Any]) -> bool:

@@ -17,7 +17,6 @@ from peftlite.core.site import Site
 from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
 from peftlite.kernels.sparse import compressed
-from peftlite.methods.low_rank import sizes
 from peftlite.methods.search import SearchPatch
 from peftlite.methods.sparse import SparsePatch
 
@@ -30,8 +29,8 @@ class MixedSparse(Mixed):
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
         called_as_map(site)
-        self.shape, self.transposed = site.shape, site.transposed
-        _, self.i, self.o = sizes(site)
+        self.shape, self.layout = site.shape, site.layout
+        self.i, self.o = self.layout.i, self.layout.o
         self.kind, self.dtype = patch.kind, patch.values.dtype
         self.n = patch.count if isinstance(patch, SearchPatch) else len(patch.values)
 
@@ -111,7 +110,7 @@ class MixedSparse(Mixed):
     def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs and the inputs of entries."""
         first, second = indices // self.shape[1], indices % self.shape[1]
-        return (second, first) if self.transposed else (first, second)
+        return (second, first) if self.layout.transposed else (first, second)
 
     def _is_few(self, x: Tensor) -> bool:
         """Whether what the entries read of x is less than their matrices."""
@@ -128,4 +127,4 @@ class MixedSparse(Mixed):
         """The same by the matrices D themselves, in which that has less to read and write."""
         d = values.new_zeros(len(x), self.shape.numel()).scatter_add(1, indices, values)
         d = d.view(-1, *self.shape)
-        return torch.bmm(x.to(d.dtype), d if self.transposed else d.mT)
+        return torch.bmm(x.to(d.dtype), d if self.layout.transposed else d.mT)

@@ -32,7 +32,7 @@ class MixedOutputs(Mixed):
     def __init__(self, site: Site, patch: ScalePatch, max_rank: int):
         super().__init__(site, patch, max_rank)
         called_as_map(site)
-        self.dim = int(patch.inputs is not site.transposed)  # of W, along which l lies
+        self.dim = site.layout.dim(patch.inputs)  # of W, along which l lies
         self.width, self.dtype = site.shape[self.dim], patch.l.dtype
 
     def fields(self) -> dict[str, Field]:

@@ -128,7 +128,7 @@ class Reading:
         """Adds what the file has of one module."""
         kind, own = self._kind(name, keys)
         lie = {p: self.file.entries[key].meta for p, key in own.items()}
-        turned = self.peer.turns and (site.transposed if site else _as_weight(**lie))
+        turned = self.peer.turns and (site.layout.transposed if site else _as_weight(**lie))
         views = {p: self._view(p, turned) for p in own}
         t = {p: views[p](x) for p, x in lie.items()}
         method = self._method(kind, name, keys, t)

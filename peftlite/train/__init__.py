@@ -8,6 +8,6 @@ from peftlite.train.events import Callback as Callback
 from peftlite.train.events import TensorBoard as TensorBoard
 from peftlite.train.events import WandB as WandB
 from peftlite.train.history import History as History
-from peftlite.train.search import Trials as Trials
-from peftlite.train.search import search as search
 from peftlite.train.trainer import Trainer as Trainer
+from peftlite.train.trials import Trials as Trials
+from peftlite.train.trials import search as search

@@ -17,9 +17,9 @@ from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
 from peftlite.table import listed
 from peftlite.train import state
-from peftlite.train.batches import Batches, write_batch
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Log
+from peftlite.train.loader import Batches, write_batch
 from peftlite.train.measure import Judge, Tally, falls, memory, tokens
 from peftlite.train.parallel import Processes
 from peftlite.train.schedule import adamw, groups, pace

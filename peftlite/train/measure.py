@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
-from peftlite.train.batches import Batches
+from peftlite.train.loader import Batches
 from peftlite.train.modes import evaluating
 from peftlite.train.parallel import Processes
 from peftlite.train.state import random_kept

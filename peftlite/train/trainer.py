@@ -21,10 +21,10 @@ from peftlite.io.native import base_of
 from peftlite.table import listed, short, table
 from peftlite.train import data, modes, parallel
 from peftlite.train.auto import learning_rate
-from peftlite.train.batches import Collate, check_data
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Callback, Log, Progress
 from peftlite.train.history import History
+from peftlite.train.loader import Collate, check_data
 from peftlite.train.loop import Run
 from peftlite.train.measure import Loss
 from peftlite.train.parallel import Parallel, Processes

@@ -15,7 +15,7 @@ import peftlite.train.data as data
 from peftlite import cli
 from peftlite.train import Trainer, losses
 from peftlite.train.continual import forgetting
-from peftlite.train.search import search
+from peftlite.train.trials import search
 from tests.errors.case import Case, bare
 from tests.train.chats import hf_tokenizer, llama
 

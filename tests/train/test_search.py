@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import peftlite as pl
 from peftlite.demo.gpt import GPT
 from peftlite.train import losses
-from peftlite.train.search import STARTED, Trials, search
 from peftlite.train.space import at_random, by_optuna, from_grid, grid_size
+from peftlite.train.trials import STARTED, Trials, search
 from tests.train.tiny import texts, values
 
 SPACE = {"lr": (1e-4, 1e-1, "log"), "rank": (1, 8), "method": [pl.LoRA(rank=2), pl.IA3()]}

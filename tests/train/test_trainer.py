@@ -19,9 +19,9 @@ from torch.utils.data import TensorDataset
 
 import peftlite as pl
 from peftlite.train import losses
-from peftlite.train.batches import Batches
 from peftlite.train.data import collate
 from peftlite.train.events import Log
+from peftlite.train.loader import Batches
 from peftlite.train.schedule import pace
 from tests.digest import assert_same, digest
 from tests.train.test_losses import llama

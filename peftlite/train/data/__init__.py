@@ -2,9 +2,9 @@
 
 from peftlite.train.data import augment as augment
 from peftlite.train.data.balance import class_weights as class_weights
-from peftlite.train.data.collate import collate as collate
 from peftlite.train.data.dataset import Data as Data
 from peftlite.train.data.packing import block_mask as block_mask
+from peftlite.train.data.padding import collate as collate
 from peftlite.train.data.report import Estimate as Estimate
 from peftlite.train.data.report import Report as Report
 from peftlite.train.data.report import estimate as estimate

@@ -26,8 +26,8 @@ from peftlite.train import History, Trainer, data, losses
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.data.jsonl import scan
 from peftlite.train.events import Progress
-from peftlite.train.parallel import is_first, local_device, spreads
-from peftlite.train.state import random_kept
+from peftlite.train.parallel import is_first, local_device, will_shard
+from peftlite.train.state import fork_rng
 from peftlite.verbs.plan import plan
 
 PIECE = 512  # tokens of a text, where none are given
@@ -93,7 +93,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
-    """What trains a new delta of the model; what it is going to do is told."""
+    """A trainer of a new delta of the model; prints the plan and the settings."""
     device = _device(args.device or local_device())
     tokenizer, config = local_tokenizer(args.model), local_config(args.model)
     most = getattr(config, "max_position_embeddings", None)
@@ -103,10 +103,10 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
     )
     train, val = _parts(args, read)
     model = (local_encoder if paired else local_model)(args.model)
-    if not spreads(args.parallel, model):  # or each process takes its shard
+    if not will_shard(args.parallel, model):  # or each process takes its shard
         model = model.to(device)
-    shown = plan(model, method)
-    with random_kept(device, args.seed):
+    what = plan(model, method)
+    with fork_rng(device, args.seed):
         attach(model, method, args.name or out.resolve().name)
     given = {name: getattr(args, name) for name in SETTINGS}
     pad = partial(data.collate, pad=data.as_tokenizer(tokenizer).pad)
@@ -122,7 +122,7 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
         **{name: value for name, value in given.items() if value is not None},
     )
     if is_first():
-        print(shown, trainer, sep="\n\n", file=sys.stderr)
+        print(what, trainer, sep="\n\n", file=sys.stderr)
     return trainer
 
 
@@ -144,8 +144,8 @@ def _parts(
         share = float(args.validation)
     except ValueError:
         return train, read(args.validation)
-    rest, held = train.split(share, seed=args.seed)
-    return rest, held
+    rest, val = train.split(share, seed=args.seed)
+    return rest, val
 
 
 def _examples(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:
@@ -198,9 +198,8 @@ def _outcome(trainer: Trainer, history: History, out: Path) -> Outcome:
         file.write(((history.best or last) / path.name).read_bytes())
     best = None if history.best is None else history.best.name
     kept = "as after the last step" if best is None else f"as in {best}, the best"
-    told = f"written to {path}: {size(path.stat().st_size)}, {kept}"
     return Outcome(
-        f"{history}\n{told}",
+        f"{history}\nwritten to {path}: {size(path.stat().st_size)}, {kept}",
         {
             "delta": str(path), "parameters": delta.num_parameters, "best": best,
             "stopped": history.stopped, "settings": trainer.settings(), "epochs": history.epochs,

@@ -4,7 +4,7 @@
         sql.safetensors             the delta, for pl.load
         training.state.safetensors  the tensors of optimizer, generators, …
         training.state.json         all else
-        manifest.json               the SHA-256 of each, written last: without it, it's none
+        manifest.json               the SHA-256 of each, written last: without it, nothing counts
 
 No pickle. An older one is deleted only after a newer one is whole.
 """
@@ -47,27 +47,27 @@ MANIFEST, STATE = "manifest.json", "training.state"
 class Checkpoints:
     """The checkpoints in a folder; `keep` of those at the end of an epoch, and of those between.
 
-    The bases were looked at before training: once they are spread over processes, that takes all
-    of these, and one alone writes.
+    The bases are fingerprinted before training: once they are sharded, that takes all processes,
+    and the first alone writes.
     """
 
     def __init__(self, folder: Path, keep: int, bases: Bases | None = None) -> None:
         self.folder, self.keep, self.bases = folder, keep, bases or {}
 
-    def there(self) -> list[Path]:
-        """All that may be checkpoints, the oldest first, unfinished ones among them."""
+    def candidates(self) -> list[Path]:
+        """All folders named as checkpoints, the oldest first, unfinished ones among them."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         steps = {path: match for path in found if (match := NAME.fullmatch(path.name))}
         return sorted(steps, key=lambda path: int(steps[path][1]))
 
     def finished(self) -> list[str]:
-        """The names of those that were written to the end."""
-        return [path.name for path in self.there() if (path / MANIFEST).exists()]
+        """The names of the checkpoints that were written to the end."""
+        return [path.name for path in self.candidates() if (path / MANIFEST).exists()]
 
     def write(self, name: str, deltas: Sequence[Delta], state: dict[str, Tree], best: str) -> None:
-        """Writes one, then deletes those that needn't be kept: not the `best`."""
+        """Writes a checkpoint, then deletes those that needn't be kept: not the `best`."""
         path = self.folder / name
-        _delete(path)  # a run was here before, and was taken up again from further back
+        _delete(path)  # of a run that went on from an earlier checkpoint
         path.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         unsaved = {}
@@ -75,9 +75,8 @@ class Checkpoints:
         for delta in deltas:
             base = self.bases[delta.name]
             native.write(delta, path / f"{delta.name}.safetensors", base, notes=place)
-            kept = delta.saved()
-            own = state["deltas"][delta.name]
-            unsaved[delta.name] = {key: t for key, t in own.items() if key not in kept}
+            saved, own = delta.saved(), state["deltas"][delta.name]
+            unsaved[delta.name] = {key: t for key, t in own.items() if key not in saved}
         plain = pack({**state, "deltas": unsaved}, tensors)
         write_file(path / f"{STATE}.safetensors", tensors)
         _write(path / f"{STATE}.json", json.dumps({"format": FORMAT, **plain}, indent=1))
@@ -90,7 +89,7 @@ class Checkpoints:
         ends = [name for name in finished if "epoch" in name]
         between = [name for name in finished if name not in ends]
         kept = kept.union(ends[-self.keep :], between[-self.keep :])
-        for path in self.there():
+        for path in self.candidates():
             if path.name not in kept:
                 _delete(path)
 
@@ -116,21 +115,25 @@ class Checkpoints:
             return None
         state = read(path, model, deltas, self.bases)
         if others := [k for k, v in settings.items() if state["settings"].get(k) != v]:
-            told = listed(f"{k}={state['settings'].get(k)!r}, not {settings[k]!r}" for k in others)
+            theirs = state["settings"]
+            differences = listed(f"{k}={theirs.get(k)!r}, not {settings[k]!r}" for k in others)
             raise FileError(
-                f"checkpoint {str(path)!r} is of a run with other settings, {told}: go on with "
-                "those, or begin anew in another folder"
+                f"checkpoint {str(path)!r} is of a run with other settings, {differences}: go on "
+                "with those, or begin anew in another folder"
             )
         return state
 
     def newest(self) -> Path | None:
-        """The newest that is whole; warns of newer ones. Raises FileError if no other is there."""
+        """The newest undamaged checkpoint; warns of newer ones. Raises FileError if all are
+        damaged."""
         damaged: dict[str, str] = {}
-        for path in self.there()[::-1]:
+        for path in self.candidates()[::-1]:
             if (damage := _damage(path)) is None:
                 for name, why in damaged.items():
-                    told = f"checkpoint {name!r} is not whole: {why}; going on from {path.name!r}"
-                    warnings.warn(told, stacklevel=7)
+                    warnings.warn(
+                        f"checkpoint {name!r} is not whole: {why}; going on from {path.name!r}",
+                        stacklevel=8,
+                    )
                 return path
             damaged[path.name] = damage
         if self.finished():

@@ -8,27 +8,26 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from peftlite.io.files import replacing
 from peftlite.train.history import FIELDS, Event, History
-from peftlite.train.measure import Tally
-from peftlite.train.state import random_kept
-
-if TYPE_CHECKING:
-    from peftlite.train.trainer import Trainer
+from peftlite.train.measure import Metrics
+from peftlite.train.settings import Training
+from peftlite.train.state import fork_rng
 
 
 class Callback(Protocol):
-    """Whoever wants to know: three methods. What they draw at random doesn't change the training.
+    """Three methods that are called while a model trains.
 
-    `trainer.stop()` ends training after the step at hand.
+    What they draw at random doesn't change the training. `trainer.stop()` ends it after the step
+    at hand; the trainer that is given is the `pl.Trainer` itself.
     """
 
-    def start(self, trainer: Trainer, history: History) -> None:
+    def start(self, trainer: Training, history: History) -> None:
         """Before the first step, or the first after a resume; `history` has what was before."""
 
     def event(self, event: Event) -> None:
@@ -41,7 +40,7 @@ class Callback(Protocol):
 class Log:
     """The events of a run: to memory, to a JSONL file if there is one, and to callbacks.
 
-    Values may be tensors, and tallies by prefix; they are fetched when it is flushed.
+    Values may be tensors, and metrics by prefix: they are fetched when the log is flushed.
     """
 
     def __init__(
@@ -49,28 +48,28 @@ class Log:
     ) -> None:
         self.history, self.path, self.callbacks = History(), path, callbacks
         self.device = device
-        self._pending: list[tuple[Event, dict[str, Tally]]] = []
-        self._file = None
+        self._pending: list[tuple[Event, dict[str, Metrics]]] = []
+        self._file: IO[str] | None = None
 
     @contextmanager
-    def told(self, trainer: Trainer, step: int) -> Iterator[None]:
-        """What happens inside is told, from a step on."""
-        begun: list[Callback] = []
+    def opened(self, trainer: Training, step: int) -> Iterator[None]:
+        """The file is open and the callbacks started, for events after a step."""
+        started: list[Callback] = []
         try:
             self._open(step)
-            with random_kept(self.device):
+            with fork_rng(self.device):
                 for callback in self.callbacks:
                     callback.start(trainer, self.history)
-                    begun.append(callback)
+                    started.append(callback)
             yield
         finally:
-            for callback in begun:
+            for callback in started:
                 callback.end(self.history)
             if self._file is not None:
                 self._file.close()
 
     def _open(self, step: int) -> None:
-        """Takes up what the file has up to a step; what came after is forgotten."""
+        """Opens the file to go on after a step: its events up to there stay, later ones go."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,34 +79,35 @@ class Log:
             file.writelines(_line(event).encode() for event in self.history.events)
         self._file = self.path.open("a")
 
-    def add(self, event: Event, tallies: dict[str, Tally]) -> None:
-        self._pending.append((event, tallies))
+    def add(self, event: Event, metrics: dict[str, Metrics]) -> None:
+        """Takes up an event, to be fetched and passed on when the log is flushed."""
+        self._pending.append((event, metrics))
 
     def drop(self) -> None:
-        """Forgets what wasn't flushed."""
+        """Forgets the events that weren't flushed."""
         self._pending.clear()
 
     def flush(self, **more: Any) -> None:
-        """Fetches what is pending, adds `more`, and tells of it. The device is waited for."""
+        """Fetches the pending events, adds `more`, and passes them on. The host waits here."""
         pending, self._pending = self._pending, []
-        for values, tallies in pending:
-            means = {
-                k: v for prefix, each in tallies.items() for k, v in each.means(prefix).items()
-            }
+        for values, metrics in pending:
+            means: Event = {}
+            for prefix, each in metrics.items():
+                means |= each.means(prefix)
             event = {**dict.fromkeys(FIELDS), **values, **means, **more}
             event = {key: _plain(value) for key, value in event.items()}
             self.history.events.append(event)
             if self._file is not None:
                 self._file.write(_line(event))
             if self.callbacks:
-                with random_kept(self.device):
+                with fork_rng(self.device):
                     for callback in self.callbacks:
                         callback.event(event)
         if self._file is not None:
             self._file.flush()
 
     def sync(self) -> None:
-        """Makes what was flushed last."""
+        """Makes flushed events outlast a power cut."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -117,7 +117,7 @@ def _line(event: Event) -> str:
 
 
 def _event(line: bytes) -> Event:
-    """What a line says; nothing if it was torn."""
+    """The event of a line; an empty one if the line was torn."""
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError):
@@ -125,7 +125,7 @@ def _event(line: bytes) -> Event:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON holds; a number that isn't finite is none."""
+    """A value as JSON holds it; a number that isn't finite is None."""
     value = value.item() if isinstance(value, Tensor) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
 class Progress:
     """A progress bar, in a terminal or a notebook."""
 
-    def start(self, trainer: Trainer, history: History) -> None:
+    def start(self, trainer: Training, history: History) -> None:
         from tqdm.auto import tqdm
 
         done = history.events[-1]["step"] if history.events else 0
@@ -155,7 +155,7 @@ class TensorBoard:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder
 
-    def start(self, trainer: Trainer, history: History) -> None:
+    def start(self, trainer: Training, history: History) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(os.fspath(self.folder))
@@ -174,7 +174,7 @@ class WandB:
     def __init__(self, **options: Any) -> None:
         self.options = options
 
-    def start(self, trainer: Trainer, history: History) -> None:
+    def start(self, trainer: Training, history: History) -> None:
         import wandb  # type: ignore
 
         self.run = wandb.init(**{"config": trainer.settings(), **self.options})

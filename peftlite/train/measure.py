@@ -12,36 +12,41 @@ from torch import Tensor, nn
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
-from peftlite.train.loader import Batches
+from peftlite.train.loader import Loader
 from peftlite.train.modes import evaluating
 from peftlite.train.parallel import Processes
-from peftlite.train.state import random_kept
+from peftlite.train.state import fork_rng
 
 Loss = Callable[[nn.Module, Any], Any]
 
 
-def falls(metric: str) -> bool:
+def lower_is_better(metric: str) -> bool:
     """Whether a metric is the better the lower it is, by its name."""
     return metric.endswith(("loss", "perplexity"))
 
 
-class Tally:
-    """What a loss function said of some batches: sums that stay on the device."""
+class Metrics:
+    """What a loss function gave for some batches: sums that stay on the device."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.parts: list[Tensor] = []
 
-    def add(self, said: Any, rows: int) -> tuple[Tensor, Tensor]:
-        """Takes up a batch of `rows` examples; gives its loss, and what that is the mean over."""
-        given = dict(said) if isinstance(said, Mapping) else {"loss": said}
-        if not rows:  # a stand-in
+    def add(self, output: Any, examples: int) -> tuple[Tensor, Tensor]:
+        """Adds a batch; gives its mean loss, and the count that this is the mean over.
+
+        Args:
+            output: of the loss function, a tensor or a dict.
+            examples: of the batch; 0 for a stand-in.
+        """
+        given = dict(output) if isinstance(output, Mapping) else {"loss": output}
+        if not examples:
             given |= dict.fromkeys({"count", "correct"} & given.keys(), 0)
         loss = given.pop("loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise PeftliteError(
                 "a loss is a function of (model, batch) that gives a tensor of one number, or a "
-                f"dict with it as 'loss': not {short(said)}"
+                f"dict with it as 'loss': not {short(output)}"
             )
         loss = loss.reshape(())
         dtype = torch.promote_types(loss.dtype, torch.float32)
@@ -51,7 +56,7 @@ class Tally:
                 return value.detach().to(loss.device, dtype)
             return torch.full((), value, dtype=dtype, device=loss.device)  # no copy to wait for
 
-        count = number(given.pop("count", rows))
+        count = number(given.pop("count", examples))
         sums = {"count": count, "loss": number(loss) * count}
         if "correct" in given:
             sums["correct"] = number(given.pop("correct"))
@@ -60,12 +65,12 @@ class Tally:
         self.parts.append(torch.stack(list(sums.values())))
         return loss, count
 
-    def over(self, processes: Processes) -> Tally:
-        """Adds what the other processes counted. Raises PeftliteError for other fields there."""
+    def all_reduce(self, processes: Processes) -> Metrics:
+        """Adds the sums of the other processes. Raises PeftliteError for other fields there."""
         if processes.size > 1:
-            processes.check_said(self.names)
+            processes.check_fields(self.names)
             self.parts = [torch.stack(self.parts).sum(0)]
-            processes.add(self.parts)
+            processes.all_reduce(self.parts)
         return self
 
     @property
@@ -91,8 +96,8 @@ class Tally:
         return means
 
 
-class Judge:
-    """What a model can do: the loss of a validation set, and probes of what it could before.
+class Validator:
+    """What a model can do: the loss of a validation set, and probes of earlier skills.
 
     Args:
         model: the user's, for probes.
@@ -105,7 +110,7 @@ class Judge:
         model: nn.Module,
         wrapped: nn.Module,
         loss: Loss,
-        val: Batches | None,
+        val: Loader | None,
         probes: Mapping[str, Callable[[nn.Module], float]],
         device: torch.device,
         processes: Processes,
@@ -113,56 +118,56 @@ class Judge:
         self.model, self.wrapped, self.loss = model, wrapped, loss
         self.val, self.probes, self.device = val, probes, device
         self.processes = processes
-        self.before: dict[str, float] = {}  # what the probes said before training
+        self.before: dict[str, float] = {}  # the probes' scores before training
 
-    def whole(self) -> dict[str, float]:
-        """The whole of the validation set, and the probes. The host waits for the device."""
+    def validate(self) -> dict[str, float]:
+        """All of the validation set, and the probes. The host waits for the device."""
         found: dict[str, float] = {}
         if self.val is not None:
-            tally = self._tally(self.val.all())
-            found = tally.means("full_valid")
-            if "correct" in tally.names:
+            metrics = self._metrics(self.val.epoch())
+            found = metrics.means("full_valid")
+            if "correct" in metrics.names:
                 found["full_valid_perplexity"] = math.exp(min(found["full_valid_loss"], 700))
-        with torch.no_grad(), random_kept(self.device), evaluating(self.model):
+        with torch.no_grad(), fork_rng(self.device), evaluating(self.model):
             for name, probe in self.probes.items():
                 score = _score(name, probe(self.model))
-                found[name] = self.processes.told(score)  # what draws at random differs in each
+                # a probe that draws at random gives each process another score
+                found[name] = self.processes.broadcast(score)
                 self.before.setdefault(name, found[name])
                 found[f"{name} forgotten"] = self.before[name] - found[name]
         return found
 
-    def glance(self, turn: int) -> dict[str, Tally]:
-        """One batch of the validation set, if there is one."""
-        return (
-            {}
-            if self.val is None
-            else {"valid": self._tally(self.val.of(turn % self.val.per_epoch))}
-        )
+    def validate_batch(self, number: int) -> dict[str, Metrics]:
+        """One batch of the validation set, if there is one, each in its turn."""
+        if self.val is None:
+            return {}
+        batches = self.val.micro_batches(number % self.val.steps_per_epoch)
+        return {"valid": self._metrics(batches)}
 
-    def _tally(self, batches: Iterable[tuple[Any, int]]) -> Tally:
-        found = Tally()
-        with torch.no_grad(), random_kept(self.device), evaluating(self.wrapped):
-            for batch, rows in batches:
-                found.add(self.loss(self.wrapped, batch), rows)
-        return found.over(self.processes)
+    def _metrics(self, batches: Iterable[tuple[Any, int]]) -> Metrics:
+        found = Metrics()
+        with torch.no_grad(), fork_rng(self.device), evaluating(self.wrapped):
+            for batch, examples in batches:
+                found.add(self.loss(self.wrapped, batch), examples)
+        return found.all_reduce(self.processes)
 
 
-def _score(name: str, said: Any) -> float:
+def _score(name: str, given: Any) -> float:
     try:
-        return float(said)
+        return float(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PeftliteError(f"probe {name!r} is to give a number, not {short(said)}") from error
+        raise PeftliteError(f"probe {name!r} is to give a number, not {short(given)}") from error
 
 
-def tokens(batch: Any, rows: int) -> int:
+def count_tokens(batch: Any, examples: int) -> int:
     """The tokens of a batch, padding among them; its examples where there are no `input_ids`."""
-    if not rows:
+    if not examples:
         return 0
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    return ids.numel() if isinstance(ids, Tensor) else rows
+    return ids.numel() if isinstance(ids, Tensor) else examples
 
 
-def memory(device: torch.device) -> int | None:
+def peak_memory(device: torch.device) -> int | None:
     """The most bytes held so far: on the device, or by the process where that is the CPU."""
     if device.type != "cpu":
         most = getattr(torch.get_device_module(device), "max_memory_allocated", None)

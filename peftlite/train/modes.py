@@ -36,17 +36,17 @@ def training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _mode(model: nn.Module, flag: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
+    before = {module: module.training for module in model.modules()}
     model.train(flag)
     try:
         yield
     finally:
-        for module, was in before:
-            module.training = was
+        for module, own in before.items():
+            module.training = own
 
 
 @contextmanager
-def alone(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def others_frozen(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Nothing else of the model gets gradients; there are none before, and none are left."""
     own = {id(p): p for p in parameters}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -64,21 +64,22 @@ def alone(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None
 
 
 @contextmanager
-def checkpointing(model: nn.Module) -> Iterator[None]:
+def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     """The blocks keep no activations: the backward pass computes them again.
 
     By the model's own `gradient_checkpointing_enable`, as transformers' have it, or else by
     `blocks`. Raises PeftliteError if there is neither.
     """
     enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is not None:
-        was = model.is_gradient_checkpointing
+    disable = getattr(model, "gradient_checkpointing_disable", None)
+    if enable is not None and disable is not None:
+        was_enabled = model.is_gradient_checkpointing
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             yield
         finally:
-            if not was:
-                model.gradient_checkpointing_disable()
+            if not was_enabled:
+                disable()
         return
     found = blocks(model)
     if not found:
@@ -87,7 +88,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
             "none: use torch.utils.checkpoint in its forward"
         )
     for block in found:
-        block.forward = functools.partial(_again, block.forward)
+        block.forward = functools.partial(_recomputed, block.forward)
     try:
         yield
     finally:
@@ -96,12 +97,12 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What the `nn.ModuleList`s of a model hold, each once; not those within another's block."""
+    """The members of a model's `nn.ModuleList`s, each once, but for those inside another member."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    held = dict.fromkeys(block for each in lists for block in each if block not in lists)
-    inner = {module for block in held for module in block.modules() if module is not block}
-    return [block for block in held if block not in inner]
+    members = dict.fromkeys(block for each in lists for block in each if block not in lists)
+    inner = {module for block in members for module in block.modules() if module is not block}
+    return [block for block in members if block not in inner]
 
 
-def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

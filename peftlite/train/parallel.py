@@ -1,4 +1,4 @@
-"""Processes: what those that train one model together tell one another.
+"""Processes: several that train one model together, and what they exchange.
 
 Each has the whole of the delta and a share of every batch. A delta is small, so its gradients are
 summed once, after the backward pass: nothing is put around the model, any parameter may be left out
@@ -25,7 +25,7 @@ from peftlite.errors import PeftliteError
 from peftlite.io.fingerprint import fingerprint
 from peftlite.table import listed
 from peftlite.train.modes import blocks
-from peftlite.train.state import mixed
+from peftlite.train.state import mix_seeds
 
 Parallel = Literal["auto", "ddp", "fsdp", None]
 Result = TypeVar("Result")
@@ -34,8 +34,8 @@ LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, and others as it does, put into the environment."""
 
 
-def started(parallel: Parallel) -> int:
-    """How many processes train together. Raises PeftliteError if more were meant than there are."""
+def world_size(parallel: Parallel) -> int:
+    """How many processes train together. Raises PeftliteError for a way that needs several."""
     if parallel is not None and dist.is_available():
         if dist.is_initialized():
             return dist.get_world_size()
@@ -55,23 +55,23 @@ def is_first() -> bool:
 
 
 def local_device() -> torch.device:
-    """The device of this process where it has one of its own: by its number on the machine."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
+    """The accelerator with this process's number on its machine, or the CPU where there is none."""
     found = torch.accelerator.current_accelerator()
+    if found is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
     return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager
-def together(parallel: Parallel) -> Iterator[Processes]:
+def process_group(parallel: Parallel) -> Iterator[Processes]:
     """The processes for as long as they train; where one ends early, the others don't wait."""
-    if started(parallel) == 1:
+    if world_size(parallel) == 1:
         yield Processes(0, 1)
         return
     if not dist.is_initialized():
         dist.init_process_group()
         atexit.register(_leave)
-    hosts = dist.new_group(backend="gloo")  # what they say doesn't wait for a device
+    hosts = dist.new_group(backend="gloo")  # objects and numbers don't wait for a device
     processes = Processes(dist.get_rank(), dist.get_world_size(), hosts)
     try:
         yield processes
@@ -86,51 +86,56 @@ def _leave() -> None:
 
 
 class Processes:
-    """Those that train together, as one of them sees them; all have to ask alike, in one order."""
+    """The processes that train together, as one of them sees them.
+
+    Every method is a collective: all processes have to call it, in one order.
+
+    Args:
+        hosts: the group by which the CPUs exchange objects and numbers.
+    """
 
     def __init__(self, rank: int, size: int, hosts: Any = None) -> None:
         self.rank, self.size, self.hosts = rank, size, hosts
 
     @property
     def first(self) -> bool:
+        """Whether this process is the first."""
         return self.rank == 0
 
     def seed(self, seed: int) -> int:
         """One for each process, so that dropout differs; the first has the seed itself."""
-        if self.first:
-            return seed
-        return mixed(seed, 0, self.rank) >> 1
+        return seed if self.first else mix_seeds(seed, 0, self.rank) >> 1
 
-    # -- what the hosts say
+    # -- between the hosts
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value of each process."""
-        found = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, value, group=self.hosts)
-        return found
+            dist.all_gather_object(values, value, group=self.hosts)
+        return values
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The value of the first process."""
-        found = [value]
+        values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(found, group=self.hosts)
-        return found[0]
+            dist.broadcast_object_list(values, group=self.hosts)
+        return values[0]
 
-    def once(self, act: Callable[[], Result]) -> Result:
-        """What comes of an act of the first process: in all of them its result, or its error."""
+    def on_first(self, function: Callable[[], Result]) -> Result:
+        """A function called in the first process: all have its result, or raise its error."""
         value, error = None, None
         if self.first:
             try:
-                value = act()
+                value = function()
             except Exception as raised:
                 error = raised
-        value, error = self.told((value, error))
+        value, error = self.broadcast((value, error))
         if error is not None:
             raise error
         return value
 
-    def counted(self, numbers: Sequence[int]) -> list[int]:
+    def sum(self, numbers: Sequence[int]) -> list[int]:
         """Each number summed over the processes."""
         if self.size == 1:
             return list(numbers)
@@ -140,57 +145,62 @@ class Processes:
 
     def check_same(self, what: str, own: Mapping[str, Any], advice: str) -> None:
         """Raises PeftliteError, in all processes, unless each has the same."""
-        first, *others = self.gathered(dict(own))
+        first, *others = self.all_gather(dict(own))
         for rank, other in enumerate(others, 1):
             keys = dict.fromkeys((*first, *other))
             if differing := [key for key in keys if first.get(key) != other.get(key)]:
-                told = listed(f"{k} is {first.get(k)}, and {other.get(k)}" for k in differing)
+                differences = listed(
+                    f"{k} is {first.get(k)}, and {other.get(k)}" for k in differing
+                )
                 raise PeftliteError(
-                    f"{what} of process 0 and of process {rank} differ: {told}: {advice}"
+                    f"{what} of process 0 and of process {rank} differ: {differences}: {advice}"
                 )
 
-    def check_said(self, names: Sequence[str]) -> None:
+    def check_fields(self, names: Sequence[str]) -> None:
         """Raises PeftliteError, in all processes, unless a loss gave the same fields in each."""
-        own = crc32(repr(names).encode())
-        if self.counted([own]) != [own * self.size]:  # it's every step: one number is soon told
+        checksum = crc32(repr(names).encode())
+        if self.sum([checksum]) != [checksum * self.size]:  # every step: a number is quickly summed
             advice = "give all of them for every batch"
             self.check_same("the losses", {"fields": listed(names, 99)}, advice)
 
-    # -- what the devices add up
+    # -- between the devices
 
-    def add(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Sums tensors over the processes, in place: those of a device and dtype at a time."""
         if self.size == 1:
             return
         alike: dict[Any, list[Tensor]] = {}
         for tensor in tensors:
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for each in alike.values():
-            sums = torch.cat([tensor.reshape(-1) for tensor in each])
+        for bucket in alike.values():
+            sums = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.all_reduce(sums)
-            for tensor, part in zip(each, sums.split([t.numel() for t in each]), strict=True):
+            parts = sums.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sums gradients; a parameter has one if it has one anywhere, as in one process."""
         if self.size == 1:
             return
-        held = self.counted([p.grad is not None for p in parameters])
-        for parameter, count in zip(parameters, held, strict=True):
+        counts = self.sum([p.grad is not None for p in parameters])
+        for parameter, count in zip(parameters, counts, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.add(p.grad for p in parameters if p.grad is not None)
+        self.all_reduce(p.grad for p in parameters if p.grad is not None)
 
     # -- the model
 
-    def share(self, model: nn.Module, deltas: Sequence[Delta], device: torch.device) -> None:
+    def broadcast_deltas(
+        self, model: nn.Module, deltas: Sequence[Delta], device: torch.device
+    ) -> None:
         """Gives all processes the first one's deltas.
 
         Raises PeftliteError if the bases differ, or two processes are on one device.
         """
         if self.size == 1:
             return
-        places = self.gathered((socket.gethostname(), device))
+        places = self.all_gather((socket.gethostname(), device))
         if device.type != "cpu" and len({*places}) < self.size:
             raise PeftliteError(
                 f"several processes train on {device} of {places[self.rank][0]}: begin the script "
@@ -198,7 +208,7 @@ class Processes:
             )
         for delta in deltas:
             own = {key: tensor.cpu() for key, tensor in delta.state_dict().items()}
-            delta.load_state_dict(self.told(own))
+            delta.load_state_dict(self.broadcast(own))
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.check_same(
             "the models",
@@ -208,10 +218,10 @@ class Processes:
 
 
 def shard(model: nn.Module, deltas: Sequence[Delta]) -> None:
-    """Spreads all but the deltas over the processes, by FSDP2; it stays so.
+    """Shards all but the deltas over the processes, by FSDP2; the model stays so.
 
-    A block of an `nn.ModuleList` is whole only while it computes. A model on the CPU comes to each
-    process's own device, if it has one, a shard of a block at a time.
+    A block of an `nn.ModuleList` is gathered only while it computes. A model on the CPU comes to
+    each process's own device, if it has one, a shard of a block at a time.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -221,23 +231,23 @@ def shard(model: nn.Module, deltas: Sequence[Delta]) -> None:
     device = local_device()
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)
-    whole = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
-    whole["ignored_params"] = {p for delta in deltas for p in delta.parameters()}
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    own = {parameter for delta in deltas for parameter in delta.parameters()}
     for module in [*blocks(model), model]:
-        fully_shard(module, **whole)
-    for parameter in whole["ignored_params"]:
+        fully_shard(module, mesh=mesh, ignored_params=own)
+    for parameter in own:
         parameter.data = parameter.data.to(device)
 
 
-def spreads(parallel: Parallel, model: nn.Module) -> bool:
-    """Whether there are several processes, and the base is to be spread over them."""
-    if started(parallel) == 1:
+def will_shard(parallel: Parallel, model: nn.Module) -> bool:
+    """Whether there are several processes, and the base is to be sharded over them."""
+    if world_size(parallel) == 1:
         return False
     return parallel == "fsdp" or (parallel == "auto" and _is_large(model))
 
 
 def _is_large(model: nn.Module) -> bool:
-    """Whether it takes more than half of a device's memory, where that can be asked."""
+    """Whether a model takes more than half of a device's memory, where that can be asked."""
     device = local_device()
     if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
         return False
@@ -245,8 +255,8 @@ def _is_large(model: nn.Module) -> bool:
     return sum(p.nbytes for p in model.parameters()) > total / 2
 
 
-def check_whole(deltas: Iterable[Delta]) -> None:
-    """Raises PeftliteError for a delta that is itself spread over processes."""
+def check_unsharded(deltas: Iterable[Delta]) -> None:
+    """Raises PeftliteError for a delta that is itself sharded over processes."""
     for delta in deltas:
         if any(is_sharded(parameter) for parameter in delta.parameters()):
             raise PeftliteError(

@@ -1,4 +1,4 @@
-"""The optimizer's groups, and the learning rate from step to step."""
+"""The optimizer's parameter groups, and the learning rate from step to step."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ DECLINES: dict[str, Callable[[float], float]] = {
 }
 
 
-def pace(step: int, total: int, warmup: float, schedule: Schedule) -> float:
+def lr_factor(step: int, total_steps: int, warmup: float, schedule: Schedule) -> float:
     """The learning rate of a step, counted from 0, as a share of its peak.
 
     It rises linearly over the first `warmup` of the steps, then declines towards 0 at the end.
     """
-    rise = round(warmup * total)
+    rise = round(warmup * total_steps)
     if step < rise:
         return (step + 1) / (rise + 1)
-    return DECLINES[schedule]((step - rise) / (total - rise))
+    return DECLINES[schedule]((step - rise) / (total_steps - rise))
 
 
-def groups(
+def parameter_groups(
     deltas: Iterable[Delta], lr: float, b_ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """The trainable parameters of deltas for an optimizer: only matrices decay."""

@@ -40,7 +40,7 @@ def grid_size(space: Space) -> int:
 def from_grid(space: Space, number: int) -> Choice:
     """One of all combinations; the last name varies fastest."""
     choice = {}
-    for name, options in reversed(space.items()):
+    for name, options in reversed([*space.items()]):
         number, i = divmod(number, len(options))
         choice[name] = options[i]
     return {name: choice[name] for name in space}
@@ -48,12 +48,12 @@ def from_grid(space: Space, number: int) -> Choice:
 
 def at_random(space: Space, seed: str) -> Choice:
     """A choice that follows from the seed."""
-    draw = random.Random(seed)
-    return {name: _draw(given, draw) for name, given in space.items()}
+    rng = random.Random(seed)
+    return {name: _draw(given, rng) for name, given in space.items()}
 
 
 def by_optuna(
-    space: Space, tried: Sequence[tuple[Choice, float | None]], falls: bool, seed: int
+    space: Space, tried: Sequence[tuple[Choice, float | None]], minimise: bool, seed: int
 ) -> Choice:
     """What tree-structured Parzen estimators propose after choices and their values, None where
     one failed; a function of these and the seed. Raises PeftliteError without optuna."""
@@ -64,22 +64,27 @@ def by_optuna(
     kinds = {name: _distribution(optuna.distributions, given) for name, given in space.items()}
     sampler = optuna.samplers.TPESampler(seed=seed)
     with _quiet(optuna.logging):
-        study = optuna.create_study(direction="minimize" if falls else "maximize", sampler=sampler)
+        study = optuna.create_study(
+            direction="minimize" if minimise else "maximize", sampler=sampler
+        )
         for choice, value in tried:
             state = optuna.trial.TrialState["FAIL" if value is None else "COMPLETE"]
-            params = {name: _place(space[name], each) for name, each in choice.items()}
+            params = {name: _to_optuna(space[name], each) for name, each in choice.items()}
             study.add_trial(
                 optuna.trial.create_trial(
                     state=state, value=value, params=params, distributions=kinds
                 )
             )
-        asked = study.ask(kinds).params
-    return {name: _at(space[name], place) for name, place in asked.items()}
+        proposed = study.ask(kinds).params
+    return {name: _from_optuna(space[name], value) for name, value in proposed.items()}
 
 
 def restored(space: Space, choice: Choice) -> Choice:
     """A choice as JSON holds it, with the values that are in the space."""
-    return {name: _at(space[name], _place(space[name], each)) for name, each in choice.items()}
+    return {
+        name: _from_optuna(space[name], _to_optuna(space[name], each))
+        for name, each in choice.items()
+    }
 
 
 def _is_range(given: Any) -> bool:
@@ -91,36 +96,36 @@ def _is_range(given: Any) -> bool:
     return -math.inf < low < high < math.inf and (len(given) == 2 or low > 0)
 
 
-def _is_whole(given: tuple[Any, ...]) -> bool:
+def _is_integer(given: tuple[Any, ...]) -> bool:
     return isinstance(given[0], int) and isinstance(given[1], int)
 
 
-def _draw(given: Any, draw: random.Random) -> Any:
+def _draw(given: Any, rng: random.Random) -> Any:
     if isinstance(given, list):
-        return draw.choice(given)
+        return rng.choice(given)
     low, high = given[:2]
     if len(given) == 2:
-        return draw.randint(low, high) if _is_whole(given) else draw.uniform(low, high)
+        return rng.randint(low, high) if _is_integer(given) else rng.uniform(low, high)
     # a whole number stands for the half on each side of it
-    edge = 0.5 if _is_whole(given) else 0.0
-    x = math.exp(draw.uniform(math.log(low - edge), math.log(high + edge)))
+    edge = 0.5 if _is_integer(given) else 0.0
+    x = math.exp(rng.uniform(math.log(low - edge), math.log(high + edge)))
     return min(max(round(x) if edge else x, low), high)
 
 
 def _distribution(kinds: Any, given: Any) -> Any:
     if isinstance(given, list):
         return kinds.CategoricalDistribution(range(len(given)))
-    kind = kinds.IntDistribution if _is_whole(given) else kinds.FloatDistribution
+    kind = kinds.IntDistribution if _is_integer(given) else kinds.FloatDistribution
     return kind(*given[:2], log=len(given) == 3)
 
 
-def _place(given: Any, value: Any) -> Any:
-    """A value as optuna knows it: by its place, if it is of a list."""
+def _to_optuna(given: Any, value: Any) -> Any:
+    """A value as optuna has it: of a list, its index."""
     return [*map(plain, given)].index(plain(value)) if isinstance(given, list) else value
 
 
-def _at(given: Any, place: Any) -> Any:
-    return given[place] if isinstance(given, list) else place
+def _from_optuna(given: Any, value: Any) -> Any:
+    return given[value] if isinstance(given, list) else value
 
 
 @contextmanager

@@ -38,14 +38,17 @@ def set_random_state(state: dict[str, Tree], device: torch.device) -> None:
     _set_generators((*given, state["torch"], state["device"]), device)
 
 
-def mixed(*numbers: int) -> int:
-    """A seed, below 2⁶⁴, of several numbers."""
+def mix_seeds(*numbers: int) -> int:
+    """One seed, below 2⁶⁴, out of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
-def random_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Draws nothing from the generators as they are outside; inside they begin from a seed."""
+def fork_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """The generators inside begin from a seed; outside they are as before: nothing was drawn.
+
+    `torch.random.fork_rng`, with Python's and NumPy's too. None leaves them where they are.
+    """
     before = _generators(device)
     try:
         if seed is not None:
@@ -53,19 +56,19 @@ def random_kept(device: torch.device, seed: int | None = None) -> Iterator[None]
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
             if device.type != "cpu":
-                of = torch.get_device_module(device)
-                getattr(of, "manual_seed_all", of.manual_seed)(seed)
+                kind = torch.get_device_module(device)
+                getattr(kind, "manual_seed_all", kind.manual_seed)(seed)
         yield
     finally:
         _set_generators(before, device)
 
 
 def _generators(device: torch.device) -> tuple[Any, ...]:
-    """As Python, NumPy and torch themselves tell of them."""
+    """The states as Python, NumPy and torch have them."""
     others = []
     if device.type != "cpu":
-        of = torch.get_device_module(device)  # of all its kind: a model may be on several
-        others = getattr(of, "get_rng_state_all", lambda: [of.get_rng_state()])()
+        kind = torch.get_device_module(device)  # all of a kind: a model may be on several
+        others = getattr(kind, "get_rng_state_all", lambda: [kind.get_rng_state()])()
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), others
 
 
@@ -75,39 +78,39 @@ def _set_generators(states: tuple[Any, ...], device: torch.device) -> None:
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
     if device.type != "cpu":
-        of = torch.get_device_module(device)
-        getattr(of, "set_rng_state_all", lambda states: of.set_rng_state(*states))(others)
+        kind = torch.get_device_module(device)
+        getattr(kind, "set_rng_state_all", lambda states: kind.set_rng_state(*states))(others)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tree]:
     state = optimizer.state_dict()
     # JSON's keys are strings
-    return {**state, "state": {str(index): its for index, its in state["state"].items()}}
+    return {**state, "state": {str(index): slots for index, slots in state["state"].items()}}
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Tree]) -> None:
-    own = {int(index): its for index, its in state["state"].items()}
+    own = {int(index): slots for index, slots in state["state"].items()}
     optimizer.load_state_dict({**state, "state": own})
 
 
-def copied(tree: Tree) -> Tree:
-    """A tree whose tensors are copies, where they are."""
+def clone(tree: Tree) -> Tree:
+    """A tree whose tensors are copies, each on its own device."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):
-        return {key: copied(value) for key, value in tree.items()}
-    return [copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        return {key: clone(value) for key, value in tree.items()}
+    return [clone(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-def pack(tree: Tree, tensors: dict[str, Tensor], at: str = "") -> Any:
+def pack(tree: Tree, tensors: dict[str, Tensor], path: str = "") -> Any:
     """The tree as JSON, its tensors put into `tensors` and named instead."""
     if isinstance(tree, Tensor):
-        tensors[at] = tree
-        return {"tensor": at}
+        tensors[path] = tree
+        return {"tensor": path}
     if isinstance(tree, dict):
-        return {key: pack(value, tensors, f"{at}/{key}") for key, value in tree.items()}
+        return {key: pack(value, tensors, f"{path}/{key}") for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [pack(value, tensors, f"{at}/{i}") for i, value in enumerate(tree)]
+        return [pack(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]
     return tree
 
 

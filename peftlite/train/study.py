@@ -34,7 +34,7 @@ class Study:
         if self.path is None:
             yield []
             return
-        lines = self._lines()
+        lines = self._lines(self.path)
         with replacing(self.path) as file:  # without a line that was torn
             file.writelines(_line(line) for line in [self.about, *lines])
         with self.path.open("ab") as self._file:
@@ -46,23 +46,23 @@ class Study:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self, path: Path) -> list[dict[str, Any]]:
         try:
-            raw = self.path.read_bytes().splitlines(True)
+            raw = path.read_bytes().splitlines(True)
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise FileError(f"{str(self.path)!r} can't be read: {error.strerror}") from error
-        # a line is whole once it ends
-        whole = [line for line in raw if line.endswith(b"\n")]
+            raise FileError(f"{str(path)!r} can't be read: {error.strerror}") from error
+        complete = [line for line in raw if line.endswith(b"\n")]
         try:
-            head, *lines = [dict(json.loads(line)) for line in whole] or [self.about]
+            head, *lines = [dict(json.loads(line)) for line in complete] or [self.about]
         except (ValueError, TypeError) as error:
-            raise FileError(f"{str(self.path)!r} is no file of a search: {error}") from error
+            raise FileError(f"{str(path)!r} is no file of a search: {error}") from error
         if others := [key for key, value in self.about.items() if head.get(key) != value]:
-            told = listed(f"{key}={head.get(key)!r}, not {self.about[key]!r}" for key in others)
+            about = self.about
+            differences = listed(f"{k}={head.get(k)!r}, not {about[k]!r}" for k in others)
             raise FileError(
-                f"{str(self.path)!r} is of another search, {told}: go on with that one, or give "
+                f"{str(path)!r} is of another search, {differences}: go on with that one, or give "
                 "another file"
             )
         return lines
@@ -83,5 +83,5 @@ def plain(value: Any) -> Any:
     if not is_dataclass(value):
         return repr(value)
     given = {each.name: getattr(value, each.name) for each in fields(value)}
-    told = [f"{e.name}={given[e.name]!r}" for e in fields(value) if given[e.name] != e.default]
-    return f"{type(value).__name__}({', '.join(told)})"
+    shown = [f"{e.name}={given[e.name]!r}" for e in fields(value) if given[e.name] != e.default]
+    return f"{type(value).__name__}({', '.join(shown)})"

@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,20 +25,17 @@ from peftlite.train.auto import learning_rate
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Callback, Log, Progress
 from peftlite.train.history import History
-from peftlite.train.loader import Collate, check_data
+from peftlite.train.loader import Collate, Loader, check_dataset
 from peftlite.train.loop import Run
-from peftlite.train.measure import Loss
+from peftlite.train.measure import Loss, Validator
 from peftlite.train.parallel import Parallel, Processes
-from peftlite.train.schedule import Schedule
-from peftlite.train.state import random_kept
+from peftlite.train.schedule import Schedule, adamw, parameter_groups
+from peftlite.train.settings import Autocast, Cadence, Settings
+from peftlite.train.state import Tree, fork_rng
 
 Auto = Literal["auto"]
-
-SETTINGS = (
-    "accumulate", "lr_multiplier", "b_ratio", "weight_decay", "schedule", "warmup", "clip",
-    "autocast", "shuffle", "metric", "patience", "seed",
-)  # fmt: skip
-"""What the numbers depend on, beside model and data."""
+Resume = bool | str | os.PathLike[str]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _or_auto(kind: type, allowed: Callable[[Any], bool], what: str) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def _or_auto(kind: type, allowed: Callable[[Any], bool], what: str) -> dict[str,
     return {"check": check}
 
 
-_WHOLE = _or_auto(int, lambda n: n >= 1, "a whole number from 1 up")
+_COUNT = _or_auto(int, lambda n: n >= 1, "a whole number from 1 up")
 _RATE = _or_auto(float, lambda x: 0 < x < math.inf, "finite and above 0")
 
 
@@ -116,8 +114,8 @@ class Trainer:
     val: Any = None
     _: KW_ONLY
     delta: str | Sequence[str] | None = None
-    epochs: int | Auto = field(default="auto", metadata=_WHOLE)
-    batch_size: int | Auto = field(default="auto", metadata=_WHOLE)
+    epochs: int | Auto = field(default="auto", metadata=_COUNT)
+    batch_size: int | Auto = field(default="auto", metadata=_COUNT)
     accumulate: int = integer(1)
     lr: float | Auto = field(default="auto", metadata=_RATE)
     lr_multiplier: float = positive(1.0)
@@ -127,7 +125,7 @@ class Trainer:
     schedule: Schedule = one_of("cosine", Schedule)
     warmup: float = number(0.03, float, lambda x: 0 <= x < 1, "in [0, 1)")
     clip: float = number(1.0, float, lambda x: x > 0, "above 0")
-    autocast: Literal["bf16", "fp16"] | None = one_of(None, Literal["bf16", "fp16"])
+    autocast: Autocast | None = one_of(None, Autocast)
     parallel: Parallel = one_of("auto", Parallel)
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -148,22 +146,21 @@ class Trainer:
     def __post_init__(self) -> None:
         self.stopping = False
         check_fields(self)
-        check_data("train", self.train)
+        check_dataset("train", self.train)
         if self.val is not None:
-            check_data("val", self.val)
+            check_dataset("val", self.val)
         for name, function in {"loss": self.loss, "collate": self.collate, **self.probes}.items():
             if not callable(function):
                 raise PeftliteError(f"{name} must be a function, not {short(function)}")
         if self.patience and self.val is None and self.metric.startswith("full_valid"):
             raise PeftliteError(f"patience goes by {self.metric}: give val, or another metric")
         usual = data.estimate(len(self.train))
-        self.passes = usual.epochs if self.epochs == "auto" else self.epochs
-        self.size = usual.batch_size if self.batch_size == "auto" else self.batch_size
-        self.rate = (
+        self._epochs = usual.epochs if self.epochs == "auto" else self.epochs
+        self._batch_size = usual.batch_size if self.batch_size == "auto" else self.batch_size
+        self._lr = (
             learning_rate(self.model, self.deltas, self.b_ratio) if self.lr == "auto" else self.lr
         )
-        self.processes = parallel.started(self.parallel)
-        self.part = math.ceil(self.size / self.accumulate / self.processes)
+        self._processes = parallel.world_size(self.parallel)
 
     @property
     def deltas(self) -> list[Delta]:
@@ -190,15 +187,20 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.passes * math.ceil(len(self.train) / self.size)
+        """Steps of the optimizer, in all."""
+        return self._epochs * math.ceil(len(self.train) / self._batch_size)
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON holds it."""
-        numbers = {"epochs": self.passes, "batch_size": self.size, "lr": self.rate}
-        counts = {
-            "examples": len(self.train), "steps": self.total_steps, "processes": self.processes
+        return self._settings().plain()
+
+    def _settings(self) -> Settings:
+        decided = {
+            "epochs": self._epochs, "batch_size": self._batch_size, "lr": self._lr,
+            "examples": len(self.train), "steps": self.total_steps, "processes": self._processes,
         }  # fmt: skip
-        return numbers | {name: getattr(self, name) for name in SETTINGS} | counts
+        given = {each.name: getattr(self, each.name, None) for each in fields(Settings)}
+        return Settings(**{**given, **decided})
 
     def __str__(self) -> str:
         def how(name: str) -> str:
@@ -211,8 +213,8 @@ class Trainer:
         """Ends training after the step at hand; `fit(resume=True)` goes on."""
         self.stopping = True
 
-    def fit(self, resume: bool | str | os.PathLike[str] = False) -> History:
-        """Trains to the end, or until it stops early, and tells what was measured.
+    def fit(self, resume: Resume = False) -> History:
+        """Trains to the end, or until it stops early, and gives what was measured.
 
         Args:
             resume: True goes on from the newest whole checkpoint in `folder`, or begins if there is
@@ -225,39 +227,72 @@ class Trainer:
             PeftliteError: as the class says. The deltas are then as after the last good step.
         """
         self.stopping = False
-        with parallel.together(self.parallel) as processes:
-            return processes.told(self._fit(resume, processes))
+        with parallel.process_group(self.parallel) as processes:
+            return processes.broadcast(self._fit(resume, processes))
 
-    def _fit(self, resume: bool | str | os.PathLike[str], processes: Processes) -> History:
+    def _fit(self, resume: Resume, processes: Processes) -> History:
         """What each of the processes does."""
-        deltas, store, state = self.deltas, None, None
-        parallel.check_whole(deltas)
+        deltas = self.deltas
+        parallel.check_unsharded(deltas)
         processes.check_same("the settings", self.settings(), "give all processes the same")
-        if self.folder is not None:
-            bases = {delta.name: base_of(delta, "sha256") for delta in deltas}
-            store = Checkpoints(as_path(self.folder), self.keep, bases)
-            given = (resume, self.model, deltas, self.settings())
-            state = processes.once(lambda: store.resume(*given))
-        elif resume:
-            raise PeftliteError("resume goes by checkpoints: give the Trainer a folder")
+        store, state = self._checkpoints(resume, deltas, processes)
         parameters = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
-        processes.share(self.model, deltas, parameters[0].device)
+        device = parameters[0].device
+        processes.broadcast_deltas(self.model, deltas, device)
         with (
-            modes.alone(self.model, parameters),
+            modes.others_frozen(self.model, parameters),
             modes.training(self.model),
             self._wrapped(deltas) as model,
-            random_kept(device := parameters[0].device, processes.seed(self.seed)),
+            fork_rng(device, processes.seed(self.seed)),
             self._advised(),
         ):
-            log = self._log(store, device, processes)
-            run = Run(self, model, deltas, log, store, processes)
+            run = self._run(model, deltas, store, processes, device)
             if state is not None:
                 run.restore({**state, "random": state["random"][processes.rank]})
-            with log.told(self, run.step):
+            with run.log.opened(self, run.step):
                 run.train()
                 if store is not None and run.best["name"]:
-                    log.history.best = store.folder / run.best["name"]
-        return log.history
+                    run.history.best = store.folder / run.best["name"]
+        return run.history
+
+    def _checkpoints(
+        self, resume: Resume, deltas: list[Delta], processes: Processes
+    ) -> tuple[Checkpoints | None, dict[str, Tree] | None]:
+        """Where checkpoints go, and the state to go on from; None for neither."""
+        if self.folder is None:
+            if resume:
+                raise PeftliteError("resume goes by checkpoints: give the Trainer a folder")
+            return None, None
+        bases = {delta.name: base_of(delta, "sha256") for delta in deltas}
+        store = Checkpoints(as_path(self.folder), self.keep, bases)
+        given = (resume, self.model, deltas, self.settings())
+        return store, processes.on_first(lambda: store.resume(*given))
+
+    def _run(
+        self,
+        model: nn.Module,
+        deltas: list[Delta],
+        store: Checkpoints | None,
+        processes: Processes,
+        device: torch.device,
+    ) -> Run:
+        """All that the run takes of these settings, made for it."""
+        settings, log = self._settings(), self._log(store, device, processes)
+        loss, every = self.loss, self.check_every or (1 if device.type == "cpu" else 16)
+        if self.autocast is not None:
+            loss = torch.autocast(device.type, AUTOCAST[self.autocast])(loss)
+        shard = {"rank": processes.rank, "processes": processes.size}
+        loader = partial(Loader, collate=self.collate, device=device, **shard)
+        val = None if self.val is None else loader(self.val, settings.micro_batch)
+        groups = parameter_groups(
+            deltas, settings.lr * self.lr_multiplier, self.b_ratio, self.weight_decay
+        )
+        return Run(
+            settings, Cadence(self.valid_every, self.save_every, every), model, deltas, loss,
+            loader(self.train, settings.batch_size, seed=self.seed if self.shuffle else None),
+            Validator(self.model, model, loss, val, self.probes, device, processes),
+            (self.optimizer or adamw)(groups), log, store, processes, lambda: self.stopping,
+        )  # fmt: skip
 
     def _log(self, store: Checkpoints | None, device: torch.device, processes: Processes) -> Log:
         """Where events go: from the first process alone."""
@@ -270,11 +305,11 @@ class Trainer:
 
     @contextmanager
     def _wrapped(self, deltas: list[Delta]) -> Iterator[nn.Module]:
-        """The model as it runs: the one place where something is put around it."""
+        """The model as it runs: the one place where it is wrapped."""
         with ExitStack() as stack:
             if self.gradient_checkpointing:
-                stack.enter_context(modes.checkpointing(self.model))
-            if parallel.spreads(self.parallel, self.model):
+                stack.enter_context(modes.gradient_checkpointing(self.model))
+            if parallel.will_shard(self.parallel, self.model):
                 parallel.shard(self.model, deltas)
                 stack.callback(self.model.reshard)  # a forward pass leaves the root as it was
             yield torch.compile(self.model) if self.compile else self.model  # type: ignore
@@ -288,13 +323,14 @@ class Trainer:
             known = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not known and "DefaultCPUAllocator" not in str(error):
                 raise
+            most = math.ceil(self._settings().micro_batch / self._processes)
             ways = {
-                f"accumulate={2 * self.accumulate}, for the same result": self.part > 1,
-                "shorter examples": self.part == 1,
+                f"accumulate={2 * self.accumulate}, for the same result": most > 1,
+                "shorter examples": most == 1,
                 "gradient_checkpointing=True": not self.gradient_checkpointing,
                 "autocast='bf16'": self.autocast is None,
             }
-            told = ", or ".join(way for way, is_left in ways.items() if is_left)
+            advice = ", or ".join(way for way, is_left in ways.items() if is_left)
             raise PeftliteError(
-                f"out of memory with {self.part} examples at a time: try {told}"
+                f"out of memory with {most} examples at a time: try {advice}"
             ) from error

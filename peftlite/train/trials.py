@@ -1,4 +1,4 @@
-"""search: trials over learning rate, rank, method and the rest."""
+"""Trials: a search over learning rate, rank, method and the rest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from peftlite.core.attach import detach
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
 from peftlite.table import format_cell, listed, short, table
-from peftlite.train.data.checks import check_whole
-from peftlite.train.events import Event, History
-from peftlite.train.measure import falls
-from peftlite.train.parallel import together
+from peftlite.train.data.checks import check_counts
+from peftlite.train.history import Event, History
+from peftlite.train.measure import lower_is_better
+from peftlite.train.parallel import process_group
+from peftlite.train.settings import Training
 from peftlite.train.space import (
     Choice,
     How,
@@ -31,11 +32,11 @@ from peftlite.train.space import (
     grid_size,
     restored,
 )
-from peftlite.train.state import random_kept
+from peftlite.train.state import fork_rng
 from peftlite.train.study import Study, plain
 from peftlite.train.trainer import Trainer
 
-STARTED = 4
+STARTUP = 4
 """Trials that are seen to the end before one is stopped for being worse than they were."""
 
 
@@ -141,19 +142,20 @@ def search(
     check_space(space, how)
     if trials is None and how != "grid":
         raise PeftliteError(f"say how many trials: {how!r} has no end of its own")
-    check_whole(trials=trials)
+    check_counts(trials=trials)
     count = trials or grid_size(space)
     count = min(count, grid_size(space)) if how == "grid" else count
     about = {"how": how, "seed": seed, "prune": prune, "space": plain(dict(space))}
-    with together("auto") as processes:
+    with process_group("auto") as processes:
         study = Study(file if processes.first else None, about)
         with study.opened() as own:
-            lines = processes.told(own)[:count]
+            lines = processes.broadcast(own)[:count]
             found = [Trial(**{**line, "choice": restored(space, line["choice"])}) for line in lines]
             while len(found) < count:
                 trial = Trial(len(found) + 1, _choose(space, how, found, seed))
                 _run(build, trial, found if prune else [], seed)
-                vars(trial).update(processes.told(_result(trial)))  # callbacks run in the first
+                # callbacks run in the first process alone
+                vars(trial).update(processes.broadcast(_result(trial)))
                 found.append(trial)
                 study.add(vars(trial))
                 if progress and processes.first:
@@ -162,13 +164,13 @@ def search(
 
 
 def _result(trial: Trial) -> dict[str, Any]:
-    """What came of it."""
+    """A trial's fields, but for its choice."""
     return {name: value for name, value in vars(trial).items() if name != "choice"}
 
 
 def best_of(metric: str) -> Any:
-    """`min` or `max`."""
-    return min if falls(metric) else max
+    """`min` or `max`, as the metric has it."""
+    return min if lower_is_better(metric) else max
 
 
 def _choose(space: Space, how: str, found: Sequence[Trial], seed: int) -> Choice:
@@ -177,20 +179,20 @@ def _choose(space: Space, how: str, found: Sequence[Trial], seed: int) -> Choice
         return from_grid(space, number)
     if how == "random":
         return at_random(space, f"{seed} {number}")
-    minimise = any(falls(trial.metric) for trial in found)
+    minimise = any(lower_is_better(trial.metric) for trial in found)
     return by_optuna(space, [(t.choice, t.value) for t in found], minimise, seed + number)
 
 
 def _run(
     build: Callable[[Choice], Trainer], trial: Trial, others: Sequence[Trial], seed: int
 ) -> None:
-    """Trains, and leaves nothing behind but what the trial says."""
-    with random_kept(torch.device("cpu"), seed):
+    """Trains, and leaves nothing behind but the trial's fields."""
+    with fork_rng(torch.device("cpu"), seed):
         trainer = build(dict(trial.choice))
     if not isinstance(trainer, Trainer):
         raise PeftliteError(f"build makes a pl.Trainer of a choice, not {short(trainer)}")
     trial.metric = trainer.metric
-    trainer.callbacks = [*trainer.callbacks, _Watch(trial, others)]
+    trainer.callbacks = [*trainer.callbacks, _Pruner(trial, others)]
     with _detached_after(trainer):
         if trainer.val is None and trainer.metric.startswith("full_valid"):
             raise PeftliteError(
@@ -215,13 +217,13 @@ def _detached_after(trainer: Trainer) -> Iterator[None]:
 
 
 @dataclass
-class _Watch:
+class _Pruner:
     """A callback: notes the metric after each epoch, and stops a trial that is worse than most."""
 
     trial: Trial
     others: Sequence[Trial]
 
-    def start(self, trainer: Trainer, history: History) -> None:
+    def start(self, trainer: Training, history: History) -> None:
         self.trainer = trainer
         for event in history.events:
             self.event(event)
@@ -238,7 +240,7 @@ class _Watch:
     def _is_worse(self) -> bool:
         best, epochs = best_of(self.trial.metric), len(self.trial.values)
         theirs = [best(t.values[:epochs]) for t in self.others if t.state == "done"]
-        if len(theirs) < STARTED:
+        if len(theirs) < STARTUP:
             return False
         own, median = best(self.trial.values), float(np.median(theirs))
         return own != median and best(own, median) == median
@@ -249,5 +251,5 @@ class _Watch:
 
 def _line(trial: Trial, count: int) -> str:
     choice = ", ".join(f"{name}={format_cell(each)}" for name, each in plain(trial.choice).items())
-    told = trial.error or f"{trial.metric} {format_cell(trial.value)}"
-    return f"trial {trial.number} of {count}: {choice}: {told}, {trial.state}"
+    outcome = trial.error or f"{trial.metric} {format_cell(trial.value)}"
+    return f"trial {trial.number} of {count}: {choice}: {outcome}, {trial.state}"

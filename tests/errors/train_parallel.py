@@ -1,4 +1,4 @@
-"""The errors of training in several processes, as one of them tells of them."""
+"""The errors of training in several processes, as one of them raises them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import nn
 
 import peftlite as pl
 from peftlite.train import Trainer
-from peftlite.train.parallel import Processes, check_whole
+from peftlite.train.parallel import Processes, check_unsharded
 from tests.errors.case import Case, two
 from tests.errors.train import TEXTS, fitting
 
@@ -18,27 +18,27 @@ ALONE = "is for several processes, and this one was started alone: torchrun --np
 
 
 def beside(other: Any) -> Processes:
-    """The first of two, the other of which has something else to say."""
+    """The first of two processes, of which the other has another value."""
 
     class Beside(Processes):
-        def gathered(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return [value, other(value)]
 
     return Beside(0, 2)
 
 
 def on_one_device(model: nn.Module, _: Path) -> None:
-    beside(lambda place: place).share(model, [], torch.device("cuda:0"))
+    beside(lambda place: place).broadcast_deltas(model, [], torch.device("cuda:0"))
 
 
-def told(error: Exception) -> Callable[[Any, Path], Any]:
-    """In the second process, of what the first one met."""
+def failing_first(error: Exception) -> Callable[[Any, Path], Any]:
+    """The second process, where the first one met an error."""
 
-    class Told(Processes):
-        def told(self, value: Any) -> Any:
+    class Second(Processes):
+        def broadcast(self, value: Any) -> Any:
             return None, error
 
-    return lambda *_: Told(1, 2).once(lambda: None)
+    return lambda *_: Second(1, 2).on_first(lambda: None)
 
 
 def sharded(model: nn.Module, _: Path) -> None:
@@ -46,7 +46,7 @@ def sharded(model: nn.Module, _: Path) -> None:
     for parameter in deltas[0].parameters():
         parameter.placements = ()  # as a DTensor has them
     try:
-        check_whole(deltas)
+        check_unsharded(deltas)
     finally:
         for parameter in deltas[0].parameters():
             del parameter.placements
@@ -67,7 +67,7 @@ CASES = [
     Case(on_one_device,
          "several processes train on cuda:0 of …: begin the script with "
          "torch.cuda.set_device(int(os.environ['LOCAL_RANK']))"),
-    Case(told(pl.FileError("no room")), "no room", pl.FileError),
+    Case(failing_first(pl.FileError("no room")), "no room", pl.FileError),
     Case(sharded,
          "the parameters of 'sql' are sharded: leave fully_shard to Trainer(parallel='fsdp'), or "
          "give it ignored_params=set(delta.parameters())"),

@@ -71,7 +71,8 @@ def test_a_model_of_parts_is_as_wide_as_its_text_model() -> None:
 
 def test_a_model_without_a_config_is_as_wide_as_most_of_its_matrices() -> None:
     wide = 5e-4 * (2000 / 16) ** 0.781
-    assert trainer(gpt(pl.LoRA(rank=32)), lr="auto").rate == pytest.approx(wide, rel=0.05)
+    settings = trainer(gpt(pl.LoRA(rank=32)), lr="auto").settings()
+    assert settings["lr"] == pytest.approx(wide, rel=0.05)
 
 
 def test_every_method_with_a_rate_of_its_own_is_known() -> None:

@@ -30,15 +30,15 @@ class Killed(BaseException):
 
 
 class Kill:
-    """Ends it all when a step is told of."""
+    """Ends it all at the event of a step."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def start(self, *_: Any) -> None: ...
 
     def event(self, event: Any) -> None:
-        if event["step"] == self.at:
+        if event["step"] == self.step:
             raise Killed
 
     def end(self, _: Any) -> None: ...
@@ -272,7 +272,7 @@ def test_random_numbers_of_a_device(several: bool, monkeypatch: pytest.MonkeyPat
     fake = Devices() if several else Device()
     monkeypatch.setattr(torch, "get_device_module", lambda device: fake)
     device = torch.device("cuda")
-    with state.random_kept(device, seed=3):
+    with state.fork_rng(device, seed=3):
         assert fake.state == 3
         inside = state.random_state(device)
     assert fake.state == 7

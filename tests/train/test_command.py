@@ -15,7 +15,7 @@ from peftlite import cli
 from peftlite.commands.local import local_model, local_tokenizer
 from peftlite.io.load import inspect
 from peftlite.train import Trainer, losses
-from peftlite.train.state import random_kept
+from peftlite.train.state import fork_rng
 from tests.train.chats import hf_tokenizer, llama, rows, write
 from tests.zoo import seeded
 
@@ -52,7 +52,7 @@ def test_is_the_trainers_own_run(run: Run) -> None:
     )  # fmt: skip
     model, tokenizer = local_model("model"), local_tokenizer("model")
     train, val = data.chat("chats.jsonl", tokenizer, max_length=64).split(0.25, seed=3)
-    with random_kept(torch.device("cpu"), 3):
+    with fork_rng(torch.device("cpu"), 3):
         delta = pl.attach(model, pl.LoRA(rank=4, dropout=0.1, targets=["q_proj", "v_proj"]), "sql")
     trainer = Trainer(
         model, losses.causal_lm, train, val, epochs=2, batch_size=8, lr_multiplier=2, seed=3,

@@ -15,7 +15,7 @@ import peftlite as pl
 from peftlite.demo.gpt import GPT
 from peftlite.train import losses
 from peftlite.train.space import at_random, by_optuna, from_grid, grid_size
-from peftlite.train.trials import STARTED, Trials, search
+from peftlite.train.trials import STARTUP, Trials, search
 from tests.train.tiny import texts, values
 
 SPACE = {"lr": (1e-4, 1e-1, "log"), "rank": (1, 8), "method": [pl.LoRA(rank=2), pl.IA3()]}
@@ -160,13 +160,13 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoints(tmp_path: Path) -> No
 
 
 def test_worse_trials_are_stopped() -> None:
-    scores = [0.0, 0.5, 0.6] * STARTED + [0.0, 0.4] + [0.0, 0.5, 0.4] + [0.0, 0.7, 0.1]
-    found = scored(scores, trials=STARTED + 3)
-    states = [(trial.state, trial.values) for trial in found.trials[STARTED:]]
+    scores = [0.0, 0.5, 0.6] * STARTUP + [0.0, 0.4] + [0.0, 0.5, 0.4] + [0.0, 0.7, 0.1]
+    found = scored(scores, trials=STARTUP + 3)
+    states = [(trial.state, trial.values) for trial in found.trials[STARTUP:]]
     assert states == [("pruned", [0.4]), ("done", [0.5, 0.4]), ("done", [0.7, 0.1])]
     assert found.best is found.trials[-1] and found.best.value == 0.7
-    few = scored([0.0, 0.5, 0.6] * (STARTED - 1) + [0.0, 0.4, 0.4], trials=STARTED)
-    kept = scored([0.0, 0.5, 0.6] * STARTED + [0.0, 0.4, 0.4], trials=STARTED + 1, prune=False)
+    few = scored([0.0, 0.5, 0.6] * (STARTUP - 1) + [0.0, 0.4, 0.4], trials=STARTUP)
+    kept = scored([0.0, 0.5, 0.6] * STARTUP + [0.0, 0.4, 0.4], trials=STARTUP + 1, prune=False)
     assert {trial.state for trial in (*few.trials, *kept.trials)} == {"done"}
 
 

@@ -21,8 +21,8 @@ import peftlite as pl
 from peftlite.train import losses
 from peftlite.train.data import collate
 from peftlite.train.events import Log
-from peftlite.train.loader import Batches
-from peftlite.train.schedule import pace
+from peftlite.train.loader import Loader
+from peftlite.train.schedule import lr_factor
 from tests.digest import assert_same, digest
 from tests.train.test_losses import llama
 from tests.train.tiny import LORA, gpt, texts, timeless, trainer, values
@@ -39,15 +39,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def by_hand(model: nn.Module, epochs: int = 3, size: int = 4, lr: float = 1e-2) -> None:
     """The same training, written out."""
-    batches = Batches(texts(), size, collate, CPU, seed=0)
+    loader = Loader(texts(), size, collate, CPU, seed=0)
     parameters = list(pl.deltas(model)["sql"].parameters())
     adamw = torch.optim.AdamW(parameters, lr, weight_decay=0.01, fused=True)
     model.train()
     torch.manual_seed(0)
-    steps = epochs * batches.per_epoch
+    steps = epochs * loader.steps_per_epoch
     for step in range(steps):
         adamw.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        ((batch, _),) = batches.of(step)
+        ((batch, _),) = loader.micro_batches(step)
         logits = model(batch["input_ids"])[:, :-1]
         losses = nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
@@ -118,11 +118,12 @@ def test_groups() -> None:
 
 
 @given(st.integers(1, 200), st.floats(0, 0.9), st.sampled_from(["cosine", "linear", "constant"]))
-def test_the_pace_rises_and_then_declines(total: int, warmup: float, schedule: Any) -> None:
-    paces = [pace(step, total, warmup, schedule) for step in range(total)]
+def test_the_rate_rises_and_then_declines(total: int, warmup: float, schedule: Any) -> None:
+    factors = [lr_factor(step, total, warmup, schedule) for step in range(total)]
     rise = round(warmup * total)
-    assert paces[:rise] == sorted(set(paces[:rise])) and paces[rise:] == sorted(paces[rise:])[::-1]
-    assert all(0 < share <= 1 for share in paces) and (rise == total or paces[rise] == 1)
+    assert factors[:rise] == sorted(set(factors[:rise]))
+    assert factors[rise:] == sorted(factors[rise:])[::-1]
+    assert all(0 < share <= 1 for share in factors) and (rise == total or factors[rise] == 1)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -280,7 +281,7 @@ def test_what_is_not_finite_is_undone(check_every: int, what: str, tmp_path: Pat
     assert same(values(expected), values(model))
     assert all(p.grad is None for p in model.parameters())
     saved = load_file(tmp_path / "not-finite-00000006.safetensors")
-    (expected_batch,) = (batch for batch, _ in Batches(texts(), 4, collate, CPU, seed=0).of(5))
+    ((expected_batch, _),) = Loader(texts(), 4, collate, CPU, seed=0).micro_batches(5)
     for key, tensor in expected_batch.items():
         assert torch.equal(saved[f"[0]['{key}']"], tensor)
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
@@ -290,14 +291,14 @@ def test_what_is_not_finite_is_undone(check_every: int, what: str, tmp_path: Pat
 class Stop:
     """Stops after a step."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def start(self, trainer: Any, _: Any) -> None:
         self.trainer = trainer
 
     def event(self, event: Any) -> None:
-        if event["step"] == self.at:
+        if event["step"] == self.step:
             self.trainer.stop()
 
     def end(self, _: Any) -> None: ...
@@ -306,8 +307,8 @@ class Stop:
 class Faulty:
     """A loss that goes wrong with the batch of a step, whenever that comes."""
 
-    def __init__(self, at: int, what: str) -> None:
-        ((bad, _),) = Batches(texts(), 4, collate, CPU, seed=0).of(at - 1)
+    def __init__(self, step: int, what: str) -> None:
+        ((bad, _),) = Loader(texts(), 4, collate, CPU, seed=0).micro_batches(step - 1)
         self.bad, self.what = bad["input_ids"], what
 
     def __call__(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -332,10 +333,10 @@ def test_looking_seldom_changes_nothing() -> None:
 
 
 def test_numbers_go_by_the_size_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
-    given = trainer(epochs="auto", batch_size="auto", progress=True)
-    assert (given.passes, given.size, given.total_steps) == (9, 1, 108)
-    given.passes = 1
-    given.fit()
+    given = trainer(epochs="auto", batch_size="auto")
+    settings = given.settings()
+    assert (settings["epochs"], settings["batch_size"], given.total_steps) == (9, 1, 108)
+    trainer(epochs=1, batch_size="auto", progress=True).fit()
     assert "lr_multiplier" in capsys.readouterr().out
 
 

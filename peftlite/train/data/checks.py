@@ -13,7 +13,7 @@ ROLES = ("system", "user", "assistant", "tool")
 KEYS = ("role", "content", "name")
 
 
-def check_whole(**given: Any) -> None:
+def check_counts(**given: Any) -> None:
     """Raises PeftliteError for an argument that is neither left out nor a whole number from 1."""
     for name, number in given.items():
         if number is not None and (not isinstance(number, int) or number < 1):

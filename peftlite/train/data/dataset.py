@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
-from peftlite.train.data.checks import check_whole
+from peftlite.train.data.checks import check_counts
 from peftlite.train.data.packing import Blocks, fill
 from peftlite.train.data.split import split
 
@@ -132,7 +132,7 @@ class Data(Sequence[Any]):
                 `data.lengths`.
             stages: parts of equal size, each shuffled for itself; left out, nothing is shuffled.
         """
-        check_whole(stages=stages)
+        check_counts(stages=stages)
         values = self.values(key)
         picks = [self.picks[i] for i in sorted(range(len(self)), key=values.__getitem__)]
         return replace(self, _picks=picks, _stages=stages or len(self))

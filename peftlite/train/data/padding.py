@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
-from peftlite.train.data.checks import check_whole
+from peftlite.train.data.checks import check_counts
 from peftlite.train.data.packing import IGNORED, block_mask
 
 Side = Literal["right", "left"]
@@ -45,7 +45,7 @@ def collate(
             alone, as transformers' do under flash attention (with no cache: `use_cache=False`).
     """
     check_given("side", side, get_args(Side))
-    check_whole(multiple=multiple)
+    check_counts(multiple=multiple)
     if not isinstance(examples[0], Mapping) or "input_ids" not in examples[0]:
         try:
             return default_collate(list(examples))

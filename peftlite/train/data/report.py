@@ -13,7 +13,7 @@ import numpy as np
 
 from peftlite.errors import PeftliteError
 from peftlite.table import table
-from peftlite.train.data.checks import check_chat, check_whole
+from peftlite.train.data.checks import check_chat, check_counts
 from peftlite.train.data.jsonl import Path, Problem, Row, scan
 from peftlite.train.data.tokens import Tokenizer, as_tokenizer
 
@@ -127,7 +127,7 @@ def validate(
 
     Raises FileError if a file can't be read at all.
     """
-    check_whole(max_length=max_length)
+    check_counts(max_length=max_length)
     coder = as_tokenizer(tokenizer)
     train, seen = _read(path, coder, max_length, progress)
     name = "bytes" if tokenizer is None else type(tokenizer).__name__

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftlite.errors import PeftliteError
 from peftlite.table import listed, short
-from peftlite.train.data.checks import check_chat, check_pair, check_text, check_whole
+from peftlite.train.data.checks import check_chat, check_counts, check_pair, check_text
 from peftlite.train.data.dataset import Data
 from peftlite.train.data.jsonl import MILD, Check, Lines, Path
 from peftlite.train.data.packing import IGNORED
@@ -44,7 +44,7 @@ def chat(
     Raises FileError, or PeftliteError for rows, if a row is no chat, of which `validate` tells all;
     and PeftliteError if the tokenizer's template doesn't take the first one.
     """
-    check_whole(max_length=max_length)
+    check_counts(max_length=max_length)
     make = partial(_chat, as_tokenizer(tokenizer), assistant_only, max_length)
     chats = Data(_rows(source, check_chat), make)
     if len(chats):
@@ -64,7 +64,7 @@ def pairs(
     No template is put around them: an example is the prompt, the response and the token that ends
     a text. The arguments are those of `chat`.
     """
-    check_whole(max_length=max_length)
+    check_counts(max_length=max_length)
     make = partial(_pair, as_tokenizer(tokenizer), response_only, max_length)
     return Data(_rows(source, check_pair, _pair_row), make)
 
@@ -75,7 +75,7 @@ def text(source: Source, tokenizer: Any = None, *, length: int | None = None) ->
     A text is an example, or as many as it has pieces of `length` tokens, the last one shorter.
     The tokens are made now, and kept.
     """
-    check_whole(length=length)
+    check_counts(length=length)
     coder, pieces = as_tokenizer(tokenizer), []
     for row in _rows(source, check_text, _text_row):
         ids = torch.tensor([*coder.start, *coder.encode(row["text"]), *coder.end])

@@ -1,0 +1,79 @@
+"""Settings: what the numbers of a run depend on, how often it looks up, and who may end it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from peftlite.train.schedule import Schedule
+
+Autocast = Literal["bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers of a run depend on, beside its model, data and functions.
+
+    In this order they are printed, and stand in checkpoints, which go on with no others.
+
+    Attributes:
+        epochs, batch_size, lr: as `Trainer` has them, with a number in place of "auto".
+        examples: of the training set.
+        steps: of the optimizer, in all.
+        processes: that train together.
+        others: as the arguments of `Trainer`.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    accumulate: int
+    lr_multiplier: float
+    b_ratio: float
+    weight_decay: float
+    schedule: Schedule
+    warmup: float
+    clip: float
+    autocast: Autocast | None
+    shuffle: bool
+    metric: str
+    patience: int | None
+    seed: int
+    examples: int
+    steps: int
+    processes: int
+
+    @property
+    def micro_batch(self) -> int:
+        """The most examples that all processes together have at a time."""
+        return math.ceil(self.batch_size / self.accumulate)
+
+    def plain(self) -> dict[str, Any]:
+        """All of them by name, as JSON holds them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps between losses on a batch of `val`, checkpoints, and looks at whether all is finite."""
+
+    valid_every: int | None
+    save_every: int | None
+    check_every: int
+
+
+class Training(Protocol):
+    """What a callback is given, the `Trainer` as far as callbacks go by it."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the optimizer, in all."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on, as JSON holds it."""
+        ...
+
+    def stop(self) -> None:
+        """Ends training after the step at hand; `fit(resume=True)` goes on."""

@@ -153,6 +153,8 @@ class DeltaBank:
             y = model(x)
         rows.set(names)
         graph.replay()
+
+        Raises PeftliteError if `b` is no positive whole number.
         """
         _positive("b", b)
         return Static(self, b, self._arena.devices[0])

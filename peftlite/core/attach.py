@@ -22,7 +22,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
-    """The deltas of a model by name, in the order in which they were attached."""
+    """The deltas of a model by name, in the order in which they were attached; none if it has none.
+
+    Raises PeftliteError if several modules inside this one have deltas.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.BitFit(), name="sql")
+        assert list(pl.deltas(model)) == ["sql"]
+    """
     found = find(model)
     return dict(found[1].deltas) if found else {}
 
@@ -41,6 +49,11 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
         TargetError: a target names nothing, or something the method can't take.
         PeftliteError: the name is taken or ill-formed, a module can't be patched, or gradients
             can't flow here (under `torch.inference_mode`). The model is as it was.
+
+    Example:
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        delta = pl.attach(model, pl.LoRA(rank=2), name="sql")
+        optimizer = torch.optim.AdamW(delta.parameters(), lr=1e-3)
     """
     methods = methods_in(method)
     check(model, name)
@@ -144,7 +157,13 @@ def detach(model: nn.Module, delta: Delta | str) -> Delta:
     """Takes a delta off the model, which is exactly as if it had never been attached.
 
     A merged delta is unmerged first. If it was chosen, the base is the choice. With the last delta,
-    the base's `requires_grad` is as it was before the first.
+    the base's `requires_grad` is as it was before the first. Raises PeftliteError; the model is
+    then as it was.
+
+    Example:
+        model = nn.Linear(4, 2)
+        delta = pl.attach(model, pl.LoRA(rank=2), name="sql")
+        pl.detach(model, delta)  # or its name
     """
     root, registry, delta = require_delta(model, delta)
     record = registry.merged.get(delta.name)

@@ -112,6 +112,7 @@ class Delta(Weighted):
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers it trains, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
     @property

@@ -47,14 +47,18 @@ class Patch(nn.Module):
     before. At a tensor of a linear map, `inner` is the `peftlite.core.maps.Map` itself."""
 
     def value(self, w: Tensor) -> Tensor:
-        """The tensor as read, in the shape and dtype of `w`, the tensor as it was."""
+        """The tensor as read, in the shape of `w`, the tensor as it was, and in its dtype."""
         raise PeftliteError(f"{type(self).__name__} changes calls, not tensors")
 
     def reset(self, w: Tensor | None) -> None:
-        """Fills the parameters as the method begins; `w` is the base tensor, None at a call."""
+        """Fills the parameters as the method begins; `w` is the base tensor, in the shape of
+        its site; None at a call."""
 
     def fit(self, w: Tensor, change: Tensor) -> None:
-        """Fills the parameters so that W' is `w + change`, or as near to it as they allow."""
+        """Fills the parameters so that W' is `w + change`, or as near to it as they allow.
+
+        `change` is in the shape of `w`, in fp64. Raises PeftliteError where a method can't.
+        """
         raise PeftliteError(
             f"{type(self).__name__} can't be fitted to a change of weights: extract with methods "
             "such as pl.LoRA, pl.FullTuning or pl.SparseMask"
@@ -88,6 +92,9 @@ class Method:
         targets: the sites to take (see `docs/concepts.md`, "Targets"); the method's own if None.
         exclude: sites not to take, in the same language.
         dtype: of the patch's parameters; by default the tensor's own, or fp32 where that is half.
+
+    Raises:
+        PeftliteError: a setting is none of those allowed.
     """
 
     targets: Targets = None
@@ -121,7 +128,10 @@ class Method:
         raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `accepts`")
 
     def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
-        """The sites to take, given those picked; override it where one depends on the others."""
+        """The sites to take, given those picked; override it where one depends on the others.
+
+        Raises TargetError if there is nothing to go by.
+        """
         return picked
 
     def build(self, site: Site) -> Patch:
@@ -129,23 +139,35 @@ class Method:
         raise PeftliteError(f"{type(self).__name__} is no method: it doesn't override `build`")
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
-        """A patch for each of a delta's sites; override it to share parameters among them."""
+        """A patch for each of a delta's sites; override it to share parameters among them.
+
+        Raises TargetError.
+        """
         return [self.build(site) for site in sites]
 
     def reset_all(self, patches: Sequence[Patch], tensors: Sequence[Tensor | None]) -> None:
-        """Fills a fresh delta's parameters; override it where one site depends on the others."""
+        """Fills a fresh delta's parameters; override it where one site depends on the others.
+
+        `tensors` are the base's, each in the shape of its site. Raises PeftliteError.
+        """
         for patch, w in zip(patches, tensors, strict=True):
             patch.reset(w)
 
     def fit_all(
         self, patches: Sequence[Patch], tensors: Sequence[Tensor], changes: Iterable[Tensor]
     ) -> None:
-        """Fits patches to changes of their tensors, which are formed anew on each pass."""
+        """Fits patches to changes of their tensors, which are formed anew on each pass.
+
+        A change is in the shape of its tensor, in fp64. Raises PeftliteError where it can't.
+        """
         for patch, w, change in zip(patches, tensors, changes, strict=True):
             patch.fit(w, change)
 
     def step(self, patches: Sequence[Patch]) -> None:
-        """What the method does to its patches of one delta after each step of the optimizer."""
+        """What the method does to its patches of one delta after each step of the optimizer.
+
+        Raises PeftliteError.
+        """
 
     def refuse(self, site: Site) -> TargetError:
         """The error to raise for a site that was spelled out and can't be taken."""

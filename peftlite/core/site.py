@@ -50,6 +50,7 @@ class Site:
 
     @property
     def module(self) -> nn.Module:
+        """The first of its owners."""
         return self.owners[0][0]
 
     @property
@@ -59,16 +60,17 @@ class Site:
 
     @property
     def is_call(self) -> bool:
+        """Whether it is a module's call, and no tensor."""
         return self.slot == CALL
 
     @property
     def whole(self) -> Tensor:
-        """The base tensor, no patch applied."""
+        """The base tensor, no patch applied: (o, i) for a linear map, and so on."""
         return raw(self.module, self.slot)
 
     @property
     def tensor(self) -> Tensor:
-        """The part of the base tensor that the site names, no patch applied."""
+        """The part of the base tensor that the site names, no patch applied: (o, i) or a part."""
         return narrow(self.whole, self.index)
 
     @property
@@ -93,6 +95,7 @@ class Site:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the tensor, or of the part of it that the site names."""
         return self.tensor.shape
 
     @property

@@ -57,6 +57,7 @@ class Info:
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers its tensors hold."""
         return sum(numel(shape) for _, shape in self.tensors.values())
 
     def __str__(self) -> str:

@@ -48,6 +48,10 @@ def export(
     Raises:
         FileError: the path can't be written.
         PeftliteError: the peer has nothing that is this delta.
+
+    Example:
+        delta = pl.attach(nn.Sequential(nn.Linear(4, 2)), pl.LoRA(rank=2))
+        pl.export(delta, "sql", format="peft")
     """
     delta = given_delta("export", delta, model)
     check_given("format", format, get_args(Format))

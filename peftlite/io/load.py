@@ -29,7 +29,12 @@ CheckBase = Literal["error", "warn", "off"]
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
-    """What is in a file, without a model. Raises FileError."""
+    """What is in a file, without a model. Raises FileError.
+
+    Example:
+        pl.save(pl.attach(nn.Linear(4, 2), pl.LoRA(rank=2)), "sql.safetensors")
+        print(pl.inspect("sql.safetensors"))
+    """
     where = as_path(path)
     return _reader(where).inspect(where)
 
@@ -57,6 +62,11 @@ def load(
         BaseMismatchError: the delta was made for other weights.
         FileError: the file is no delta, is damaged, or doesn't fit.
         PeftliteError: the name is taken.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.save(pl.attach(model, pl.LoRA(rank=2)), "sql.safetensors")
+        sql = pl.load(model, "sql.safetensors", name="sql", trainable=True)
     """
     check_mode(check_base)
     if isinstance(path, nn.Module):

@@ -43,6 +43,14 @@ def merge_files(
         BaseMismatchError: the delta was made for other weights.
         FileError: a file is missing or damaged, or can't be written, or doesn't fit the other.
         PeftliteError: the delta changes calls, or a weight would not be finite.
+
+    Example:
+        from safetensors.torch import save_file
+
+        model = nn.Linear(4, 2)
+        save_file(model.state_dict(), "base.safetensors")
+        pl.save(pl.attach(model, pl.LoRA(rank=2)), "sql.safetensors")
+        print(pl.merge_files("base.safetensors", "sql.safetensors", "out.safetensors"))
     """
     if check_base not in ("error", "warn", "off"):
         raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")

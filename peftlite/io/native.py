@@ -81,6 +81,10 @@ def save(
     Raises:
         FileError: the file can't be written.
         PeftliteError: a value isn't finite, or is on the meta device; an argument isn't of these.
+
+    Example:
+        delta = pl.attach(nn.Linear(4, 2), pl.LoRA(rank=2), name="sql")
+        pl.save(delta, "sql.safetensors", notes={"epochs": 3})
     """
     delta = given_delta("save", delta, model)
     check_given("pack", pack, (None, *packing.PACKINGS))

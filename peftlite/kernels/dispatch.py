@@ -36,6 +36,15 @@ def backend(name: Path | None) -> AbstractContextManager[None]:
     Args:
         name: "reference", plain torch that autograd differentiates; "torch", with a backward pass
             of its own; "triton", with kernels of its own on a GPU; None, whichever is best.
+
+    Raises:
+        PeftliteError: there is no such path, or triton isn't installed.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2))
+        with pl.kernels.backend("reference"):
+            y = model(torch.randn(3, 4))
     """
     global _forced
     if name not in (None, *get_args(Path)):

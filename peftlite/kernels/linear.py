@@ -40,6 +40,10 @@ def lora_linear(
     and rounded once, to y and to dx. Under autocast all is in its dtype. `seed`, an int64 tensor on
     the device of x, decides the mask of a dropout; without one it is drawn from torch's generator
     of that device. Without W, it is the low-rank part alone.
+
+    Example:
+        x, w, a, b = torch.randn(5, 4), torch.randn(2, 4), torch.randn(1, 4), torch.randn(2, 1)
+        y = pl.kernels.lora_linear(x, w, None, a, b, scale=2.0)
     """
     if dispatch.by_autograd(x, dropout):
         return reference.lora_linear(x, w, bias, a, b, scale, dropout, seed)

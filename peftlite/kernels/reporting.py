@@ -15,6 +15,11 @@ def report(model: nn.Module) -> str:
     """A table of the modules with patches on a weight, the path that each takes, and why.
 
     The paths are those of `backend`, and "read": there W' is formed, and the module uses it.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2))
+        print(pl.kernels.report(model))
     """
     rows = []
     for address, module in model.named_modules():

@@ -111,6 +111,10 @@ class AdaLoRA(WeightMethod):
         orth_reg_weight: γ.
         alpha: s = alpha/init_rank. Default: equal to `init_rank`.
         dropout: probability of dropping an input feature of Q, in training.
+
+    Raises:
+        PeftliteError: `target_rank` is above `init_rank`, or `total_steps` leaves none between
+            `t_init` and `t_final`.
     """
 
     total_steps: int = field(kw_only=True)

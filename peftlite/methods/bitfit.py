@@ -33,7 +33,7 @@ class AddedBiasPatch(Patch):
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """b' = b + d: trains the biases, here as differences that start at zero.
+    """b' = b + d: trains the biases, here as differences d (o) that start at zero.
 
     By default it takes every bias of the model. Ben Zaken et al., "BitFit", arXiv:2106.10199, §3.
 

@@ -61,10 +61,10 @@ class BOFT(RotationMethod):
     """W' = diag(s) W Rᵀ, R = B_m … B₁; B_i turns pairs of half-blocks that are 2ⁱ⁻¹ apart.
 
     Liu et al., arXiv:2311.06243, §4. Each B is one of OFT's rotations in blocks, with the inputs
-    permuted between them as in a fast Fourier transform, so that R is dense after enough of them;
-    s, one scale per neuron, is 1 at first. Any m works here on any device; peft's falls to m = 1
-    where its CUDA extension doesn't build. By default it takes every weight of a linear map but the
-    output head's; further dimensions are a stack of matrices, each with its own R and s.
+    permuted between them as in a fast Fourier transform, so that R (i, i) is dense after enough of
+    them; s (o), one scale per neuron, is 1 at first. Any m works here on any device; peft's falls
+    to m = 1 where its CUDA extension doesn't build. By default it takes every weight of a linear
+    map but the output head's; further dimensions are a stack of matrices, each with its own R, s.
 
     Args:
         block_size: b, the size of the blocks; where it doesn't fit the inputs, the nearest that

@@ -83,6 +83,8 @@ class Place(NamedTuple):
 class BottleneckAdapter(CallMethod):
     """y + s·up(f(down(y))): two small linear maps with biases, at the output y of a sublayer.
 
+    `down` is (r, o) and `up` (o, r), of an output of o features; in parallel `down` is (r, i).
+
     Presets, at the calls they take by default:
 
     - "houlsby" (Houlsby et al., arXiv:1902.00751, §2.1): after attention and feed-forward, before

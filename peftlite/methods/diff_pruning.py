@@ -74,8 +74,8 @@ class DiffPruningPatch(SearchPatch):
 class DiffPruning(SearchMethod):
     """W' = W + z⊙w, with gates z in [0, 1] that learn to be zero. Guo et al., arXiv:2012.07463, §3.
 
-    z = clamp(σ(α + log u − log(1−u))·(r − l) + l, 0, 1), with u uniform in (0, 1), drawn anew
-    whenever W' is formed in training; in evaluation log u − log(1−u) is 0. Add
+    w and z are (o, i). z = clamp(σ(α + log u − log(1−u))·(r − l) + l, 0, 1), with u uniform in
+    (0, 1), drawn anew whenever W' is formed in training; in evaluation log u − log(1−u) is 0. Add
     `delta.regularizer()` to the loss: λ·E‖z‖₀. After `steps` calls of `delta.step()` the entries
     with the largest |z⊙w|, of all sites taken together, are kept at that value, and from then on
     they alone train, without gates (§3.2). By default it takes every weight of a linear map but the

@@ -95,9 +95,9 @@ class DoRAPatch(LoRAPatch):
 class DoRA(LoRA):
     """W' = m ⊙ (W + s·BA) / ‖W + s·BA‖. Liu et al., arXiv:2402.09353, §4.1.
 
-    m, the norms of W at first, has a number for every output: peft, too, reads the paper's "column"
-    so. The norm takes no gradient (§4.3), and on linear maps W + s·BA is never formed for it. The
-    bias is not scaled. Arguments and default targets are LoRA's.
+    m (o), the norms of W at first, has a number for every output: peft, too, reads the paper's
+    "column" so. The norm takes no gradient (§4.3), and on linear maps W + s·BA is never formed for
+    it. The bias is not scaled. Arguments and default targets are LoRA's.
 
     `dropout` is of BA alone: y = m/‖V‖ ⊙ (Wx + s·BA·drop(x)) + bias. peft drops x for W, too,
     wherever m/‖V‖ differs from 1.

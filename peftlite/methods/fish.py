@@ -24,6 +24,17 @@ def fish_scores(
         loss: gives the losses of a batch's examples, one each: `reduction="none"`. A single number
             counts as one example's.
         batches: what `loss(model, batch)` is given in turn.
+
+    Returns:
+        Scores by address, in the shape of the parameter, in fp32 or wider.
+
+    Raises:
+        PeftliteError: there are no batches, or no parameter that requires gradients.
+
+    Example:
+        model, x = nn.Linear(4, 2), torch.randn(8, 4)
+        scores = pl.fish_scores(model, lambda model, x: model(x).square().sum(-1), [x])
+        pl.attach(model, pl.SparseMask(fraction=0.5, select="fish", scores=scores))
     """
     found = {where.address: where.whole for where in sites(model) if not where.is_call}
     found = {address: w for address, w in found.items() if w.requires_grad and w.is_leaf}

@@ -39,12 +39,14 @@ class AddPatch(Patch):
 class FullTuning(Method):
     """W' = W + D, with D as large as W: full fine-tuning of the chosen tensors, as a delta.
 
-    The base stays as it is, so the delta detaches, swaps and merges like any other. By default it
-    takes every floating-point parameter; `targets="head"` is the usual use.
+    D is (o, i) at a weight, zero at first. The base stays as it is, so the delta detaches, swaps
+    and merges like any other. By default it takes every floating-point parameter; `targets="head"`
+    is the usual use.
 
     Args:
         top_layers: k, to take only what is in the last k layers, by their numbers in the list that
-            they are in; k of each list where a model has several. None for all.
+            they are in; k of each list where a model has several; the variable fine-tuning that
+            Houlsby et al., arXiv:1902.00751, measure adapters against. None for all.
     """
 
     top_layers: int | None = integer(None)

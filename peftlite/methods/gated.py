@@ -108,8 +108,8 @@ class Gated(Method):
 
     The gates of UniPELT (Mao et al., arXiv:2110.07577, §3.2), each for a site of its own: write
     `[pl.Gated(pl.BottleneckAdapter()), pl.Gated(pl.LoRA(rank=8))]`. At a call, x is what it is
-    given; at an embedding or a convolution g is a number that is learned. At a tensor g is such a
-    number too, W + g·(W' − W), so that it can be merged; the paper's depends on x.
+    given, and G (1, i); at an embedding or a convolution g is a number that is learned. At a tensor
+    g is such a number too, W + g·(W' − W), so that it can be merged; the paper's depends on x.
     Where a method changes how a call is made, as a prefix does, it is made with and without, so no
     cache can be filled in it.
 
@@ -117,6 +117,9 @@ class Gated(Method):
         method: what is gated. Its targets, exclude and dtype hold here, where none are given.
         per: "sequence": the paper's, σ(Gx + c) averaged over all but the first dimension, the
             batch; "token": one g at each place, for models that may not look ahead.
+
+    Raises:
+        PeftliteError: what is gated is no method.
     """
 
     method: Method

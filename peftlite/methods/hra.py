@@ -67,11 +67,11 @@ def _pairs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class HRA(RotationMethod):
     """W' = W H₁ … H_r with H = I − 2uuᵀ/|u|². Yuan et al., arXiv:2405.17484, §3.1.
 
-    The chain begins as pairs of equal reflections, which undo one another. It is I + AB with A and
-    B of rank r, so a linear map turns its inputs as cheaply as LoRA: y = W(x + A(Bx)). The paper's
-    regularizer, λ‖UᵀU − I‖², is a term of the loss: `u` holds the vectors. By default it takes
-    every weight of a linear map but the output head's; further dimensions are a stack of matrices,
-    each with its own reflections.
+    The chain begins as pairs of equal reflections, which undo one another. It is I + AB with
+    A (i, r) and B (r, i), so a linear map turns its inputs as cheaply as LoRA: y = W(x + A(Bx)).
+    The paper's regularizer, λ‖UᵀU − I‖², is a term of the loss: `u` holds the vectors. By default
+    it takes every weight of a linear map but the output head's; further dimensions are a stack of
+    matrices, each with its own reflections.
 
     Args:
         rank: r, the number of reflections, even.

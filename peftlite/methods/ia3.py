@@ -60,9 +60,9 @@ def _weight_slot(site: Site) -> str:
 class IA3(Method):
     """y' = l ⊙ (Wx + b), or y' = W(l ⊙ x) + b. Liu et al., arXiv:2205.05638, §3.3.
 
-    l is 1 at first. At linear maps W' is never formed. By default it takes every weight of a linear
-    map but the output head's, with its bias. The paper scales keys, values and what enters the down
-    map of a feed-forward network:
+    l, (o) or (i), is 1 at first. At linear maps W' is never formed. By default it takes every
+    weight of a linear map but the output head's, with its bias. The paper scales keys, values and
+    what enters the down map of a feed-forward network:
 
         [pl.IA3(targets=["k_proj", "v_proj"]), pl.IA3(targets="down_proj", feedforward=True)]
 

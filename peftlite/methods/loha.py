@@ -41,10 +41,10 @@ class LoHaPatch(Patch):
 class LoHa(RankMethod):
     """W' = W + s·(w1a w1b) ⊙ (w2a w2b), of rank up to r². Hyeon-Woo et al., arXiv:2108.06098, §2.
 
-    s = alpha/r. A weight of more than two dimensions is a stack of matrices, each with its own
-    factors; a convolution's kernel is one matrix of its first dimension by the rest (the paper's
-    Proposition 1; its Proposition 3, a Tucker form of kernels, isn't here). By default it takes
-    every weight of a linear map but the output head's.
+    s = alpha/r; w1a and w2a are (o, r), w1b and w2b (r, i). A weight of more than two dimensions is
+    a stack of matrices, each with its own factors; a convolution's kernel is one matrix of its
+    first dimension by the rest (the paper's Proposition 1; its Proposition 3, a Tucker form of
+    kernels, isn't here). By default it takes every weight of a linear map but the output head's.
 
     Args:
         rank: r, of each of the two products: twice the parameters of LoRA at the same r.

@@ -81,11 +81,11 @@ def split(n: int, most: int | None) -> tuple[int, int]:
 class LoKr(RankMethod):
     """W' = W + s·w1 ⊗ w2, w2 = w2a w2b. Yeh et al. (LyCORIS), arXiv:2309.14859.
 
-    Each dimension n of W is split as u·v with u ≤ v; w1 has the smaller parts, w2 the larger, and
-    ΔW the product of their ranks. w2 is of rank r where r is below half its larger dimension, and
-    full otherwise; a convolution's taps belong to w2. s = alpha/r, even where both are full. As in
-    the authors' code w2 starts at zero, where peft has w1 do so, and u ≤ v holds for any `factor`.
-    By default it takes every weight of a linear map but the output head's.
+    Each dimension n of W (o, i) is split as u·v with u ≤ v; w1 has the smaller parts, w2 the
+    larger, and ΔW the product of their ranks. w2 is of rank r where r is below half its larger
+    dimension, and full otherwise; a convolution's taps belong to w2. s = alpha/r, even where both
+    are full. As in the authors' code w2 starts at zero, where peft has w1 do so, and u ≤ v holds
+    for any `factor`. By default it takes every weight of a linear map but the output head's.
 
     Args:
         rank: r.

@@ -123,6 +123,9 @@ class LoReFT(CallMethod):
         init: "linear": the paper's, R of a random subspace, W and b uniform in ±1/√d; "identity":
             W = R and b = 0, so that nothing changes at first.
         width: d, where it can't be told from a module's layers.
+
+    Raises:
+        PeftliteError: `positions` can't be read.
     """
 
     rank: int = integer(4)

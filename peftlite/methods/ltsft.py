@@ -22,10 +22,11 @@ class LTSFTPatch(SearchPatch):
 class LTSFT(SearchMethod):
     """W' = W + D, with D zero but where full fine-tuning moved the weights the most.
 
-    Lottery-ticket sparse fine-tuning, Ansell et al., arXiv:2110.07560, §3: D is dense at first;
-    after `steps` calls of `delta.step()` the entries with the largest |D|, of all sites taken
-    together, are kept, everything goes back to zero, and from then on only those train. By default
-    it takes every weight of a linear map but the output head's; deltas compose by being added up.
+    Lottery-ticket sparse fine-tuning, Ansell et al., arXiv:2110.07560, §3: D (o, i) is dense at
+    first; after `steps` calls of `delta.step()` the entries with the largest |D|, of all sites
+    taken together, are kept, everything goes back to zero, and from then on only those train. By
+    default it takes every weight of a linear map but the output head's; deltas compose by being
+    added up.
 
     Training needs the memory of full fine-tuning in both phases, since its parameters stay the
     ones that the optimizer holds. The file has the kept entries alone, and so has memory once it is

@@ -19,8 +19,8 @@ _NAMED = re.compile(r"Norm(?![a-z])")  # LlamaRMSNorm, T5LayerNorm; not a Normal
 class NormTuning(Method):
     """γ' = γ + dγ and β' = β + dβ: trains the scale and the shift of every normalisation layer.
 
-    They are kept as differences that start at zero. A normalisation layer is one of torch's, or a
-    module with the word Norm in its class name and no parameters but of 1 dimension. Zhao et al.,
+    They are kept as differences (o) that start at zero. A normalisation layer is one of torch's, or
+    a module with the word Norm in its class name and no parameters but of 1 dimension. Zhao et al.,
     "Tuning LayerNorm in Attention", arXiv:2312.11420, §3.
     """
 

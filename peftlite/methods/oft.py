@@ -123,9 +123,9 @@ class OFT(RotationMethod):
     """W' = W Rᵀ, R = diag(R₁, R₂, …), Rⱼ = (I−Qⱼ)(I+Qⱼ)⁻¹ with Qⱼᵀ = −Qⱼ, zero at first.
 
     Qiu et al., arXiv:2306.07280, §3; on linear maps the inputs are turned, y = W(Rᵀx): Qiu et al.,
-    arXiv:2506.19847. R is a rotation, so the angles between neurons stay. By default it takes
-    every weight of a linear map but the output head's; further dimensions are a stack of matrices,
-    each with its own R.
+    arXiv:2506.19847. R (i, i) is a rotation, of k inputs at a time, so the angles between neurons
+    stay. By default it takes every weight of a linear map but the output head's; further dimensions
+    are a stack of matrices, each with its own R.
 
     Args:
         block_size: k, the size of the blocks; where it doesn't divide the inputs, the nearest size

@@ -196,6 +196,9 @@ class PromptTuning(PromptMethod):
             as it is.
         cut: whether outputs lose the virtual positions. An encoder of your own whose decoder
             attends to them has to keep them; transformers' are known.
+
+    Raises:
+        PeftliteError: `init_ids` is missing, or there for another `init` than "text".
     """
 
     init: Init = one_of("random", Init)

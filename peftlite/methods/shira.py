@@ -17,7 +17,7 @@ from peftlite.methods.sparse import SparsePatch, draw
 
 @dataclass(frozen=True)
 class SHiRA(WeightMethod):
-    """W' = W + D, with D zero but at r·(i + o) random entries of each matrix.
+    """W' = W + D, with D zero but at r·(i + o) random entries of each matrix (o, i).
 
     Bhardwaj et al., arXiv:2406.13175, §3 (SHiRA-Rand). Its other masks, by magnitude or by scores,
     are `SparseMask`'s. By default it takes every weight of a linear map but the output head's.

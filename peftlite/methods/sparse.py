@@ -86,8 +86,8 @@ class EntryMethod(WeightMethod, abstract=True):
 class SparseMask(EntryMethod):
     """W' = W + D, with D zero but at a fraction of the entries of all sites taken together.
 
-    They are chosen once, at the start, and the file holds only their indices and differences. By
-    default it takes every weight of a linear map but the output head's.
+    D is (o, i) at a weight. They are chosen once, at the start, and the file holds only their
+    indices and differences. By default it takes every weight of a linear map but the output head's.
 
     Args:
         fraction: of the entries that train. FISH (Sung et al., arXiv:2111.09839, §4): 0.005.

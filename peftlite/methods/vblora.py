@@ -105,6 +105,9 @@ class VBLoRA(WeightMethod):
         save_only_topk_weights: whether a file has, of the logits, only the choice and the weights
             of what is chosen, as the paper stores it (§3.4). It gives the same bits; what is loaded
             from it can be trained on, but for the choice.
+
+    Raises:
+        PeftliteError: `num_vectors` is below `topk`.
     """
 
     rank: int = integer(4)

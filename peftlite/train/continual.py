@@ -60,6 +60,10 @@ def forgetting(before: Scores, after: Mapping[str, float]) -> Forgetting:
         after: by task, its score now. Tasks that aren't in `before` had nothing to lose.
 
     Raises PeftliteError if a score is missing, or no number.
+
+    Example:
+        lost = pl.forgetting({"sql": 0.9, "chat": [0.8, 0.7]}, {"sql": 0.6, "chat": 0.7})
+        print(lost)
     """
     if not isinstance(before, Mapping) or not isinstance(after, Mapping) or not before:
         raise PeftliteError(

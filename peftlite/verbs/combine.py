@@ -72,6 +72,12 @@ def combine(
     Raises:
         PeftliteError: a delta changes calls, or is another model's; an argument is missing, or not
             one of these; a value would not be finite. The model is as it was.
+
+    Example:
+        model = nn.Linear(4, 2)
+        sql = pl.attach(model, pl.LoRA(rank=2), name="sql")
+        chat = pl.attach(model, pl.LoRA(rank=1), name="chat")
+        both = pl.combine(model, 0.7 * sql - chat, name="both")
     """
     options = Options(how, rank, energy, density, seed)
     root, registry, weights = _weights(model, deltas, how)
@@ -88,7 +94,13 @@ def combine(
 
 
 def rescale(model: nn.Module, delta: Delta | str, factor: float, *, name: str) -> Delta:
-    """Attaches a delta's change of the weights times a factor, as `combine` does."""
+    """Attaches a delta's change of the weights times a factor, as `combine` does.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2), name="sql")
+        half = pl.rescale(model, "sql", 0.5, name="half")
+    """
     return combine(model, {delta: factor}, name=name)
 
 
@@ -100,7 +112,13 @@ def resize_rank(
     energy: float | None = None,
     name: str,
 ) -> Delta:
-    """Attaches the nearest delta of another rank, which is `combine`'s "svd" of one delta."""
+    """Attaches the nearest delta of another rank, which is `combine`'s "svd" of one delta.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2), name="sql")
+        small = pl.resize_rank(model, "sql", rank=1, name="small")
+    """
     return combine(model, {delta: 1.0}, "svd", name, rank=rank, energy=energy)
 
 

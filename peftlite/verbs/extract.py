@@ -51,6 +51,11 @@ def extract(
         TargetError: a target names nothing, or something the method can't take.
         PeftliteError: `tuned` is another kind of model, or differs elsewhere, or nowhere; a method
             can't be fitted to a change; a value is not finite. The base is as it was.
+
+    Example:
+        base, tuned = nn.Linear(4, 2), nn.Linear(4, 2)
+        delta = pl.extract(base, tuned, [pl.LoRA(rank=1), pl.FullTuning()])
+        print(delta.energy)
     """
     if rest not in ("error", "ignore"):
         raise PeftliteError(f"rest must be 'error' or 'ignore', not {rest!r}")

@@ -64,6 +64,11 @@ def fuse(model: nn.Module, groups: Collection[Names] | None = None) -> Fused:
 
     Raises:
         PeftliteError: `groups` names no two low-rank maps of one module. Nothing has changed.
+
+    Example:
+        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "qkv"})
+        pl.attach(model, pl.LoRA(rank=2, targets="*"))
+        print(pl.fuse(model, groups=["qkv"]))
     """
     _, registry = require(model)
     found: list[dict[str, LowRankPatch]] = []
@@ -90,7 +95,16 @@ def fuse(model: nn.Module, groups: Collection[Names] | None = None) -> Fused:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Takes `fuse` back: every linear map multiplies its input by itself, as before."""
+    """Takes `fuse` back: every linear map multiplies its input by itself, as before.
+
+    Raises PeftliteError if the model has no deltas.
+
+    Example:
+        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "qkv"})
+        pl.attach(model, pl.LoRA(rank=2, targets="*"))
+        pl.fuse(model, groups=["qkv"])
+        pl.unfuse(model)
+    """
     _, registry = require(model)
     for delta in registry.deltas.values():
         for _, patch in _patches(delta):

@@ -54,6 +54,11 @@ def initialize(
 
     Raises:
         PeftliteError: no site goes by data, or the data for one is missing or isn't finite.
+
+    Example:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        delta = pl.attach(model, pl.LoRA(rank=2, init="eva"))
+        pl.initialize(model, delta, [torch.randn(8, 4)], loss=lambda model, x: model(x).sum())
     """
     delta = named(require(model)[1], delta)
     sites = {a: p for a, p in delta.placed.items() if _init(p) in _STARTS}

@@ -73,6 +73,11 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
     Raises:
         PeftliteError: the delta changes calls, a weight would not be finite, or the model is on
             the meta device. The model is as it was.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2), name="sql")
+        print(pl.merge(model, "sql", backup="host"))
     """
     root, registry, delta = require_delta(model, delta)
     name = delta.name
@@ -104,6 +109,11 @@ def unmerge(model: nn.Module, delta: Delta | str) -> None:
 
     The delta is chosen again if it was when it was merged. Raises PeftliteError; the model is then
     as it was.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.merge(model, pl.attach(model, pl.LoRA(rank=2), name="sql"))
+        pl.unmerge(model, "sql")
     """
     root, registry, delta = require_delta(model, delta)
     name = delta.name

@@ -27,6 +27,7 @@ class Plan:
 
     @property
     def addresses(self) -> list[str]:
+        """The sites that would have a patch."""
         return list(self.delta.placed)
 
     @property
@@ -48,7 +49,12 @@ class Plan:
 
 
 def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
-    """What `attach` would do: the sites, counts and bytes. Changes nothing. Raises TargetError."""
+    """What `attach` would do: the sites, counts and bytes. Changes nothing. Raises TargetError.
+
+    Example:
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        print(pl.plan(model, [pl.LoRA(rank=2), pl.BitFit()]))
+    """
     methods = methods_in(method)
     placed = [
         item

@@ -23,6 +23,11 @@ def use(model: nn.Module, names: Choosable) -> None:
     """Makes a delta, or several in that order, or none (the base), the model's standing choice.
 
     It holds in every thread. It doesn't change what is trainable. Raises PeftliteError.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2), name="sql")
+        pl.use(model, None)  # the base, until another is chosen
     """
     _, registry = require(model)
     changeable(registry)
@@ -42,6 +47,12 @@ def using(
     argument with `len(rows)` as its first dimension is split.
     `torch.compile`d code honours it by running eagerly, and refuses it under `fullgraph=True`; to
     compile it in, open it inside the compiled function. Raises PeftliteError.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2), name="sql")
+        with pl.using(model, rows=["sql", None]):
+            y = model(torch.randn(2, 4))
     """
     _, registry = require(model)
     changeable(registry)
@@ -59,6 +70,11 @@ def view(model: nn.Module, names: Choosable) -> Any:
 
     Two views compile once each, export, and serve two threads. What trains or loads into one is
     seen by all. Attach, detach, choose and merge on the model itself. Raises PeftliteError.
+
+    Example:
+        model = nn.Linear(4, 2)
+        pl.attach(model, pl.LoRA(rank=2), name="sql")
+        base, sql = pl.view(model, None), pl.view(model, "sql")
     """
     _, registry = require(model)
     checked = _names(model, names)

@@ -356,6 +356,10 @@ def check_vllm(what: Delta | str | os.PathLike[str], max_lora_rank: int = 16) ->
 
     Raises:
         FileError: there is no such directory.
+
+    Example:
+        delta = pl.attach(nn.Sequential(nn.Linear(4, 2)), pl.LoRA(rank=2))
+        print(pl.check_vllm(delta, max_lora_rank=8) or "it can be served")
     """
     if isinstance(what, Delta):
         try:

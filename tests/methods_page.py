@@ -1,26 +1,22 @@
-"""docs/methods.md, made of the methods themselves: `python -m tests.methods_page` writes it.
+"""docs/methods.md and README's table, made of the cards: `python -m tests.methods_page` writes.
 
 What a method says of itself is its docstring; what it does on the models of the zoo is tried out.
 """
 
 import dataclasses
+import functools
 import inspect
 import re
 from pathlib import Path
 
 import peftlite as pl
-from tests.test_contract import METHODS
+from tests.cards import FAMILIES
+from tests.cards.card import Card
 from tests.zoo import KINDS
 
-PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
-FAMILIES = {
-    "Low rank": "LoRA DoRA AdaLoRA VeRA VBLoRA LoHa LoKr FourierFT",
-    "Orthogonal": "OFT BOFT HRA",
-    "Additive": "BottleneckAdapter Compacter PrefixTuning PromptTuning PTuning LoReFT",
-    "Scaling": "IA3",
-    "Selective": "BitFit NormTuning SparseMask SHiRA LTSFT DiffPruning FullTuning",
-    "Wrapping": "Gated",
-}
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "methods.md", ROOT / "README.md"
+TABLE = re.compile(r"\| family \| methods \|\n(?:\|.*\n)+")
 HEAD = """\
 # Methods
 
@@ -45,35 +41,59 @@ tokens.
 def render() -> str:
     """The whole page."""
     sections = [HEAD, _overview()]
-    for family, names in FAMILIES.items():
+    for family, cards in FAMILIES.items():
         sections.append(f"## {family}\n")
-        sections += [_section(getattr(pl, name)) for name in names.split()]
+        sections += [_section(card) for card in cards]
     return "\n".join(sections)
+
+
+def render_readme() -> str:
+    """README, with its table as the cards have it."""
+    rows = [
+        f"| {family.lower()} | {', '.join(_mention(card) for card in cards)} |"
+        for family, cards in FAMILIES.items()
+    ]
+    table = "\n".join(["| family | methods |", "|---|---|", *rows, ""])
+    return TABLE.sub(lambda _: table, README.read_text(), count=1)
+
+
+def _mention(card: Card) -> str:
+    return f"`{card.name}`" + f" ({card.variants})" * bool(card.variants)
 
 
 def _overview() -> str:
     rows = ["| method | in one line | merges | kinds of models |", "|---|---|---|---|"]
-    for name in " ".join(FAMILIES.values()).split():
-        method = getattr(pl, name)
-        line = _prose(method).split(". ")[0].split("\n\n")[0].replace("\n", " ").rstrip(".:")
+    for card in (card for cards in FAMILIES.values() for card in cards):
+        line = _prose(card.method).split(". ")[0].split("\n\n")[0].replace("\n", " ").rstrip(".:")
         line = line.replace("|", r"\|")
-        merges, served = _tried(method)
-        link = f"[`{name}`](#{name.lower()})"
+        merges, served = _tried(card)
+        link = f"[`{card.name}`](#{card.name.lower()})"
         rows.append(f"| {link} | {line} | {merges} | {len(served)} of {len(KINDS)} |")
     return "\n".join(rows) + "\n"
 
 
-def _section(method: type[pl.Method]) -> str:
-    settings = [f for f in dataclasses.fields(method) if f.name not in _COMMON]
+def _section(card: Card) -> str:
+    settings = [f for f in dataclasses.fields(card.method) if f.name not in _COMMON]
     call = ", ".join(_signature(setting) for setting in settings)
-    lines = [f"### {method.__name__}\n", f"`pl.{method.__name__}({call})`\n", _prose(method), ""]
-    if meanings := _arguments(method):
+    lines = [f"### {card.name}\n", f"`pl.{card.name}({call})`\n", _prose(card.method), ""]
+    if meanings := _arguments(card.method):
         lines += ["| argument | meaning |", "|---|---|"]
         lines += [f"| `{name}` | {meaning} |" for name, meaning in meanings.items()] + [""]
-    merges, served = _tried(method)
+    merges, served = _tried(card)
     missing = [kind.name for kind in KINDS if kind.name not in served]
-    lines += [f"Takes {method.takes}. Merges: {merges}. {_kinds(missing)}", ""]
+    lines += [
+        f"Takes {card.method.takes}. Merges: {merges}. {_kinds(missing)} {_answers(card)}",
+        "",
+    ]
     return "\n".join(lines)
+
+
+def _answers(card: Card) -> str:
+    """What the card says of PEFT and of the learning rate."""
+    none, _, why = card.peft.partition("none: ")
+    peft = f"Not in PEFT: {why}." if not none else f"In PEFT it is `{card.peft}`."
+    rate = card.rate if isinstance(card.rate, str) else f"{card.rate} times LoRA's"
+    return f'{peft} `lr="auto"` is {rate}.'
 
 
 _COMMON = {field.name for field in dataclasses.fields(pl.Method)}
@@ -110,13 +130,13 @@ def _arguments(method: type[pl.Method]) -> dict[str, str]:
     return {name: meaning.replace("|", r"\|") for name, meaning in found.items()}
 
 
-def _tried(method: type[pl.Method]) -> tuple[str, list[str]]:
+@functools.cache
+def _tried(card: Card) -> tuple[str, list[str]]:
     """Whether its deltas merge, and the kinds of models that take it, by its first row."""
-    row = next(row for row in METHODS if type(row.method) is method)
     merges, served = set(), []
     for kind in KINDS:
         try:
-            delta = pl.attach(kind.model(), row.method)
+            delta = pl.attach(kind.model(), card.rows[0].method)
         except pl.TargetError:
             continue
         served.append(kind.name)
@@ -132,3 +152,4 @@ def _kinds(missing: list[str]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render())
+    README.write_text(render_readme())

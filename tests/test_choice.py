@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
 from peftlite.methods.lora import LoRAPatch
-from tests.test_contract import close, disturb, in_threads
+from tests.cells import close, disturb, in_threads
 from tests.zoo import KINDS, Kind, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

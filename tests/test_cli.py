@@ -14,8 +14,8 @@ from torch import nn
 import peftlite as pl
 from peftlite import cli
 from peftlite.io.checkpoint import Checkpoint
+from tests.cells import disturb
 from tests.digest import bits
-from tests.test_contract import disturb
 from tests.zoo import KINDS, seeded
 
 LLAMA = next(kind for kind in KINDS if kind.name == "hf_llama")

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
+from tests.cells import close, disturb
 from tests.digest import bits
-from tests.test_contract import close, disturb
 from tests.zoo import GPT, KINDS, Kind, seeded
 
 

@@ -14,7 +14,7 @@ import peftlite as pl
 from peftlite import kernels
 from peftlite.kernels import torch_ops
 from peftlite.verbs.fuse import called_alike, fuse, unfuse
-from tests.test_contract import disturb
+from tests.cells import disturb
 from tests.zoo import KINDS
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftlite as pl
 from peftlite.core.residual import Residual
+from tests.cards.card import Row
+from tests.cells import CELLS, attached, unmergeable
 from tests.digest import assert_same, bits, digest
-from tests.test_contract import CELLS, Row, attached, unmergeable
 from tests.zoo import KINDS, Kind, seeded
 
 GPT = next(kind for kind in KINDS if kind.name == "gpt")

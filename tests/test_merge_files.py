@@ -18,8 +18,9 @@ from peftlite.core.values import checked
 from peftlite.io import checkpoint, merge_files
 from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.standin import stand_in
+from tests.cards.card import Row
+from tests.cells import CELLS, attached, unmergeable
 from tests.digest import bits
-from tests.test_contract import CELLS, Row, attached, unmergeable
 from tests.zoo import KINDS, Kind
 
 LLAMA = next(kind for kind in KINDS if kind.name == "hf_llama")

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import peftlite as pl
+from tests.cells import Graphs, close, disturb, in_threads
 from tests.digest import assert_same, bits, digest
-from tests.test_contract import Graphs, close, disturb, in_threads
 from tests.zoo import CLASSES, KINDS, VOCAB, WIDTH, Kind, seeded
 
 # peft 0.21 on transformers 5

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.methods.adalora import AdaLoRA
+from tests.cells import close, disturb
 from tests.digest import bits
-from tests.test_contract import close, disturb
 from tests.zoo import KINDS, Kind, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

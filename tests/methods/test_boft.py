@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.methods.boft import BOFT
-from tests.test_contract import close, disturb
+from tests.cells import close, disturb
 from tests.zoo import seeded
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.methods.diff_pruning import DiffPruning
-from tests.test_contract import close, disturb
+from tests.cells import close, disturb
 from tests.zoo import seeded
 
 

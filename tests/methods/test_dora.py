@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftlite as pl
 from peftlite import kernels
-from tests.test_contract import close, disturb
+from tests.cells import close, disturb
 from tests.zoo import perturb, seeded
 
 # how to make a map, an input of it, and the dimensions of its weight that the norm sums over

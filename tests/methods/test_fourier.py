@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import peftlite as pl
 from peftlite.methods.fourier import FourierFT, FourierFTPatch, draw
 from tests import test_contract as contract
-from tests.test_contract import Row, anywhere, close
+from tests.cards.card import Row, anywhere
+from tests.cells import close
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

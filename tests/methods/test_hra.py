@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.methods.hra import HRA
+from tests.cells import close, disturb
 from tests.methods.test_oft import LAYOUTS, anywhere, rows_of
-from tests.test_contract import close, disturb
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -6,7 +6,7 @@ from torch import nn
 
 import peftlite as pl
 from peftlite.methods.ia3 import IA3
-from tests.test_contract import close
+from tests.cells import close
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -6,7 +6,7 @@ from torch import nn
 
 import peftlite as pl
 from peftlite.methods.loha import LoHa
-from tests.test_contract import close, disturb
+from tests.cells import close, disturb
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftlite as pl
 from peftlite.methods.lokr import LoKr, split
-from tests.test_contract import close, disturb
+from tests.cells import close, disturb
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

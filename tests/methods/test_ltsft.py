@@ -12,8 +12,8 @@ from peftlite.core.site import sites
 from peftlite.methods.diff_pruning import DiffPruning
 from peftlite.methods.ltsft import LTSFT
 from peftlite.methods.search import SearchMethod
+from tests.cells import Graphs, close
 from tests.digest import assert_same, digest
-from tests.test_contract import Graphs, close
 from tests.zoo import KINDS, Kind, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.methods.oft import OFT, block_near
-from tests.test_contract import close, disturb
+from tests.cells import close, disturb
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

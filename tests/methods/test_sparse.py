@@ -12,7 +12,7 @@ from peftlite import kernels
 from peftlite.methods.fish import fish_scores
 from peftlite.methods.shira import SHiRA
 from peftlite.methods.sparse import SparseMask, draw, largest, split
-from tests.test_contract import close, disturb
+from tests.cells import close, disturb
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.methods.vblora import Bank, VBLoRA
-from tests.test_contract import anywhere, close, disturb
+from tests.cards.card import anywhere
+from tests.cells import close, disturb
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -9,8 +9,8 @@ from torch import nn
 
 import peftlite as pl
 from peftlite.methods.vera import Projection, VeRA
+from tests.cells import close, disturb
 from tests.digest import bits
-from tests.test_contract import close, disturb
 from tests.zoo import KINDS, seeded
 
 KIND = {kind.name: kind for kind in KINDS}

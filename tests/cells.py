@@ -1,0 +1,89 @@
+"""Cells: a row of a card on a kind of model, attached so that it makes a difference."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftlite as pl
+from tests.cards import ROWS
+from tests.cards.card import Row
+from tests.zoo import KINDS, Kind, seeded
+
+CELLS = [
+    pytest.param(row, kind, id=f"{row.name}-{kind}")
+    for row in ROWS
+    for kind in KINDS
+    if (not row.only or kind.name in row.only) and kind.name not in row.refused
+]
+REFUSALS = [
+    pytest.param(row, kind, id=f"{row.name}-{kind}")
+    for row in ROWS
+    for kind in KINDS
+    if kind.name in row.refused
+]
+
+
+def attached(
+    row: Row, kind: Kind, name: str = "a", dtype: torch.dtype = torch.float32, seed: int = 1
+) -> tuple[nn.Module, pl.Delta]:
+    """The kind's model with a delta that makes a difference."""
+    model = kind.model(dtype)
+    return model, add(model, row, name, seed)
+
+
+def add(model: nn.Module, row: Row, name: str, seed: int = 1) -> pl.Delta:
+    with seeded(seed):
+        return disturb(pl.attach(model, row.method, name))
+
+
+@torch.no_grad()
+def disturb(delta: pl.Delta) -> pl.Delta:
+    for parameter in delta.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    return delta
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+class Graphs:
+    """A compiler backend that counts the graphs it's given, and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        self.graphs += 1
+        return graph.forward
+
+
+def in_threads(*jobs: Callable[[], None]) -> None:
+    """Runs the jobs at once, and raises what any of them raised."""
+    errors: list[BaseException] = []
+
+    def run(job: Callable[[], None]) -> None:
+        torch.set_num_threads(1)  # a thread has its own limit
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def unmergeable(delta: pl.Delta) -> str:
+    """What `merge` says where it has nothing to merge, or nothing to merge into."""
+    if not all(placed.patch.has_value for placed in delta.placed.values()):
+        return "changes calls"
+    stored = all(p.site.slot in p.site.module._parameters for p in delta.placed.values())
+    return "" if stored else "computed by a parametrization"

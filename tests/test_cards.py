@@ -1,0 +1,111 @@
+"""Cards: every method has one, with an answer to every question, and every answer is true."""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftlite as pl
+from peftlite import methods
+from peftlite.bank.families.registry import family_of
+from peftlite.train.auto import FIXED as FIXED_RATES
+from peftlite.train.auto import OF_LORA
+from tests import golden
+from tests.cards import CARDS, ROWS, WAY, WAYS
+from tests.cards.card import FIXED, Card, Row
+from tests.cells import CELLS
+from tests.zoo import Kind
+
+each_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+
+
+def reason(answer: str, start: str) -> str:
+    """What an answer gives as its reason, if it starts so."""
+    return answer.removeprefix(start).strip() if answer.startswith(start) else ""
+
+
+def test_every_method_has_a_card() -> None:
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{module.name}")
+    ours = [m for m in pl.Method.known.values() if m.__module__.startswith(methods.__name__)]
+    assert sorted(m.__name__ for m in ours) == sorted(card.name for card in CARDS)
+
+
+@each_card
+def test_no_answer_is_missing(card: Card) -> None:
+    assert card.rows and all(isinstance(row.method, card.method) for row in card.rows)
+    assert isinstance(card.golden, card.method)
+    assert card.bank and card.peft and card.rate
+
+
+def test_names_of_rows_are_unique_and_their_ways_known() -> None:
+    assert len(ROWS) == len(WAY)
+    assert {*WAY.values()} == {*WAYS}
+    assert all(WAY[row] == way for way, row in WAYS.items())
+
+
+@each_card
+def test_the_golden_delta_is_its_own(card: Card) -> None:
+    path = golden.HERE / pl.__version__ / f"{card.name}.safetensors"
+    assert path.exists(), "python -m tests.golden"
+    ((method, _),) = pl.inspect(path).methods
+    assert method == replace(card.golden, targets=None)  # a file has the sites themselves
+
+
+def families(card: Card) -> set[str]:
+    """The files of the families that mix its deltas, at any site that its rows take on any kind."""
+    made = [pl.attach(golden.model(), card.golden)]
+    made += [pl.attach(kind.model(), row.method) for row, kind in cells_of(card)]
+    found = {family(placed) for delta in made for placed in delta.placed.values()}
+    return found if found == {"none"} else found - {"none"}
+
+
+def cells_of(card: Card) -> Iterator[tuple[Row, Kind]]:
+    return (cell.values for cell in CELLS if cell.values[0] in card.rows)
+
+
+def family(placed: Any) -> str:
+    try:
+        return family_of(placed.patch, placed.site).__module__.rpartition(".")[2]
+    except pl.PeftliteError:
+        return "none"
+
+
+@each_card
+def test_a_bank_mixes_it_as_it_says(card: Card) -> None:
+    if reason(card.bank, "none: "):
+        assert families(card) == {"none"}
+    else:
+        assert families(card) == set(card.bank.split())
+
+
+@each_card
+@pytest.mark.filterwarnings("ignore:.*peft has a sequence's positions begin")
+def test_peft_has_it_under_its_name(card: Card, tmp_path: Path) -> None:
+    delta = pl.attach(golden.model(), card.golden)
+    folder = tmp_path / "adapter"
+    if reason(card.peft, "none: "):
+        with pytest.raises(pl.PeftliteError, match=f"peft has no {card.name} there"):
+            pl.export(delta, folder)
+        return
+    pl.export(delta, folder, settings={"task_type": "CAUSAL_LM"})
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == card.peft
+    again = pl.load(golden.model(), folder)
+    assert again.num_parameters > 0
+
+
+@each_card
+def test_the_rate_is_the_trainers(card: Card) -> None:
+    of_lora = OF_LORA.get(card.name)
+    if card.rate == FIXED:
+        assert card.name in FIXED_RATES and of_lora is None
+    elif isinstance(card.rate, str):
+        assert reason(card.rate, "as LoRA's: ")
+        assert of_lora is None and card.name not in FIXED_RATES
+    else:
+        assert card.rate == of_lora

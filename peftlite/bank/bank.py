@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.bank.route import Router, Rows
-from peftlite.bank.slots import Entry, Slots, numbers_of
+from peftlite.bank.entry import Entry
+from peftlite.bank.fixed_rows import Static
+from peftlite.bank.room import Stock, made
+from peftlite.bank.route import Router
+from peftlite.bank.rows import Rows
+from peftlite.bank.slots import Slots, numbers_of
 from peftlite.bank.source import delta_of
-from peftlite.bank.static import Static
-from peftlite.bank.stock import Stock, made
 from peftlite.bank.training import training_rows
 from peftlite.core.assign import methods_in
 from peftlite.core.attach import check_model, check_name, commit, detach

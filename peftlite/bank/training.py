@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.bank.families.mixed import Mixed
-from peftlite.bank.route import Rows, Tables
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.errors import PeftliteError
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftlite.bank.route import Rows
+from peftlite.bank.rows import Rows
 from peftlite.kernels import rows_reference
 from peftlite.kernels.rows import groups_low_rank, rows_low_rank, runs_low_rank
 

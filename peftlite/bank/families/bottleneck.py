@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import dtype_of
-from peftlite.bank.families.mixed import Held, Mixed, fold, per_row
-from peftlite.bank.route import Rows, Tables
+from peftlite.bank.families.gather import fold, per_row
+from peftlite.bank.families.mixed import Held, Mixed, dtype_of
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
@@ -126,8 +126,3 @@ def _matrices(patch: Any) -> tuple[Tensor, Tensor]:
     factors = (patch.down_u, patch.down_v), (patch.up_u, patch.up_v)
     down, up = (kronecker(x, patch.a, u, v).mT for x, (u, v) in zip(ones, factors, strict=True))
     return down, up
-
-
-def where(patch: Any, _: Site) -> type[MixedBottleneck]:
-    """What mixes an adapter, by its place."""
-    return MixedInside if patch.inside else MixedBeside if patch.beside else MixedBottleneck

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import dtype_of
-from peftlite.bank.families.mixed import Held, Mixed, called_as_map, fold, is_whole, per_row
-from peftlite.bank.route import Rows, Tables
+from peftlite.bank.families.gather import fold, per_row
+from peftlite.bank.families.mixed import Held, Mixed, called_as_map, dtype_of, is_whole
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site

@@ -13,7 +13,7 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import rescaled
 from peftlite.bank.families.low_rank import MixedLowRank
 from peftlite.bank.families.mixed import Held
-from peftlite.bank.route import Rows, Tables
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site

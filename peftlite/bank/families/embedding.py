@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlite.bank.families.gather import per_row
 from peftlite.bank.families.low_rank import MixedLowRank
-from peftlite.bank.families.mixed import per_row
-from peftlite.bank.route import Rows, Tables
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core.maps import Embedding, Map, kind_of, unwrap
 from peftlite.core.site import Site
 from peftlite.errors import TargetError

@@ -1,15 +1,27 @@
-"""Gather: what families share: vectors of each row along outputs, and what slots keep."""
+"""Gather: what each row of a batch takes of the tables of all slots."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftlite.bank.families.mixed import slots_of
-from peftlite.bank.route import Rows
-from peftlite.core.site import Site
+from peftlite.bank.rows import Rows
+
+
+def fold(x: Tensor, rows: Rows) -> Tensor:
+    """The entries (n, …, i) of x, or (b·t, i), as (b, t, i)."""
+    return x.reshape(len(rows.slots), -1, x.shape[-1])
+
+
+def slots_of(rows: Rows, n: int) -> Tensor:
+    """The slot of each of n entries, where a row may have several."""
+    b = len(rows.slots)
+    return rows.slots if n == b else rows.slots.repeat_interleave(n // b, output_size=n)
+
+
+def per_row(table: Tensor, rows: Rows) -> Tensor:
+    """What each row takes of a table, (b, *shape)."""
+    return table.index_select(0, rows.slots)
 
 
 def along(table: Tensor, rows: Rows, y: Tensor, dim: int) -> Tensor:
@@ -25,12 +37,3 @@ def rescaled(y: Tensor, bias: Tensor | None, table: Tensor, rows: Rows) -> Tenso
     """y + change ⊙ (y − b), the change of each row from a table (S, o)."""
     change = along(table, rows, y, -1).to(y.dtype)
     return torch.addcmul(y, y if bias is None else y - bias, change)
-
-
-def dtype_of(site: Site, patch: Any) -> torch.dtype:
-    """What a slot keeps a patch's matrices in: as its method says, or as its site computes."""
-    said = getattr(getattr(patch, "method", None), "dtype", None)
-    if said is not None or not site.is_call:
-        return said or site.tensor.dtype
-    floats = (p.dtype for p in site.module.parameters() if p.is_floating_point())
-    return next(floats, torch.get_default_dtype())

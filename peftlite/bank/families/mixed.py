@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.bank.arena import Arena, Field
-from peftlite.bank.route import Router, Rows, Tables
+from peftlite.bank.route import Router
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import CALL, Site
 from peftlite.errors import PeftliteError, TargetError
@@ -136,25 +137,18 @@ def _no_copy() -> PeftliteError:
     )
 
 
+def dtype_of(site: Site, patch: Any) -> torch.dtype:
+    """What a slot keeps a patch's matrices in: as its method says, or as its site computes."""
+    said = getattr(getattr(patch, "method", None), "dtype", None)
+    if said is not None or not site.is_call:
+        return said or site.tensor.dtype
+    floats = (p.dtype for p in site.module.parameters() if p.is_floating_point())
+    return next(floats, torch.get_default_dtype())
+
+
 def is_whole(patches: Sequence[Any]) -> bool:
     """Whether patches are one, on all of a tensor."""
     return len(patches) == 1 and patches[0].index is None
-
-
-def fold(x: Tensor, rows: Rows) -> Tensor:
-    """The entries (n, …, i) of x, or (b·t, i), as (b, t, i)."""
-    return x.reshape(len(rows.slots), -1, x.shape[-1])
-
-
-def slots_of(rows: Rows, n: int) -> Tensor:
-    """The slot of each of n entries, where a row may have several."""
-    b = len(rows.slots)
-    return rows.slots if n == b else rows.slots.repeat_interleave(n // b, output_size=n)
-
-
-def per_row(table: Tensor, rows: Rows) -> Tensor:
-    """What each row takes of a table, (b, *shape)."""
-    return table.index_select(0, rows.slots)
 
 
 def called_as_map(site: Site) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import dtype_of
-from peftlite.bank.families.mixed import Held, Mixed, slots_of
-from peftlite.bank.route import Rows, Tables
+from peftlite.bank.families.gather import slots_of
+from peftlite.bank.families.mixed import Held, Mixed, dtype_of
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError, TargetError

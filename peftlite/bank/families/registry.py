@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.bank.families import bottleneck
+from peftlite.bank.families.bottleneck import MixedBeside, MixedBottleneck, MixedInside
 from peftlite.bank.families.dense import MixedDense
 from peftlite.bank.families.dora import MixedDoRA
 from peftlite.bank.families.embedding import MixedEmbedding
@@ -37,10 +37,16 @@ from peftlite.methods.virtual import AroundPatch, LayersPatch, StackPatch
 
 Family = type[Mixed] | Callable[[Any, Site], type[Mixed]]
 
+
+def _of_adapter(patch: Any, _: Site) -> type[MixedBottleneck]:
+    """What mixes an adapter, by its place."""
+    return MixedInside if patch.inside else MixedBeside if patch.beside else MixedBottleneck
+
+
 AT_CALLS: dict[type[Patch], Family] = {
     AddedBiasPatch: MixedVector,
-    BottleneckPatch: bottleneck.where,
-    CompacterPatch: bottleneck.where,
+    BottleneckPatch: _of_adapter,
+    CompacterPatch: _of_adapter,
     LoReFTPatch: MixedLoReFT,
     PrefixPatch: MixedPrefix,
     StackPatch: MixedStack,

@@ -12,7 +12,7 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.affine import one_of
 from peftlite.bank.families.gather import along, rescaled
 from peftlite.bank.families.mixed import Held, Mixed, called_as_map, is_whole
-from peftlite.bank.route import Rows, Tables
+from peftlite.bank.rows import Rows, Tables
 from peftlite.core import maps
 from peftlite.core.maps import Map
 from peftlite.core.site import Site

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.bank.arena import Arena, Row
+from peftlite.bank.entry import Entry
 from peftlite.bank.families.mixed import Mixed
 from peftlite.bank.families.registry import family_of
 from peftlite.bank.route import Entrance, Router
-from peftlite.bank.shelf import Shelf
-from peftlite.bank.slots import Entry
 from peftlite.bank.source import reread
+from peftlite.bank.store import Shelf
 from peftlite.bank.training import Leaves
 from peftlite.core.assign import Placed, assign
 from peftlite.core.delta import Delta

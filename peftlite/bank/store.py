@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from peftlite.bank.arena import Arena, Row
-from peftlite.bank.slots import Entry
+from peftlite.bank.entry import Entry
 from peftlite.errors import FileError
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftlite.bank.route import Rows
-from peftlite.bank.slots import Entry, numbers_of
+from peftlite.bank.entry import Entry
+from peftlite.bank.rows import Rows
+from peftlite.bank.slots import numbers_of
 from peftlite.errors import PeftliteError
 
 if TYPE_CHECKING:

@@ -1,0 +1,93 @@
+"""Rows: which slot of a bank every row of a batch takes, and how equal ones lie together."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Run = tuple[int, int, int]
+"""A slot, and the rows from start to stop that take it."""
+
+Tables = dict[str, Tensor]
+
+
+class Groups(NamedTuple):
+    """Rows by the slot they share, in groups of one size m.
+
+    Args:
+        slots: of the n groups: a slice where they lie side by side, so that tables are viewed.
+        rows: (n·m,) of the batch; the last of a group again where others are longer.
+        first: which of those are a row's first; None where none is there again.
+    """
+
+    slots: slice | Tensor
+    rows: Tensor
+    first: Tensor | None
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Groups:
+        rows: dict[int, list[int]] = {}
+        for slot, start, stop in sorted(runs):
+            rows.setdefault(slot, []).extend(range(start, stop))
+        m = max(map(len, rows.values()), default=0)
+        first = [i * m + j for i, own in enumerate(rows.values()) for j in range(len(own))]
+        with torch.inference_mode(False):
+            slots: Any = torch.tensor(list(rows), device="cpu")
+            if rows and max(rows) - min(rows) + 1 == len(rows):
+                slots = slice(min(rows), max(rows) + 1)
+            filled = [row for own in rows.values() for row in own + own[-1:] * (m - len(own))]
+            again = len(first) < len(filled)
+            there = torch.tensor(first, device="cpu") if again else None
+            return cls(slots, torch.tensor(filled, device="cpu"), there)
+
+
+class Rows:
+    """The slot of each row; what the host knows of them; and whose tables they index.
+
+    Args:
+        slots: (b,) indices into the first dimension of the tables.
+        runs: the rows that aren't the base's, in stretches that share a slot; None in a compiled
+            graph, where only the device knows.
+        tables: of a site, if not those of the arena: in training, they are made of parameters.
+    """
+
+    def __init__(
+        self,
+        slots: Tensor,
+        runs: tuple[Run, ...] | None = None,
+        tables: Callable[[Any], Tables] | None = None,
+    ):
+        self.slots, self.runs, self.tables = slots, runs, tables
+        self._elsewhere: dict[torch.device, Rows] = {}
+
+    @classmethod
+    def of(cls, slots: Sequence[int]) -> Rows:
+        """Rows by the numbers of their slots, as the host has them."""
+        runs, start = [], 0
+        for slot, group in itertools.groupby(slots):
+            stop = start + len(list(group))
+            if slot:
+                runs.append((slot, start, stop))
+            start = stop
+        with torch.inference_mode(False):  # it's kept, and may be asked for with gradients
+            return cls(torch.tensor(slots, device="cpu"), tuple(runs))
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The rows that aren't the base's, brought together by their slots."""
+        return Groups.of(self.runs or ())
+
+    def on(self, device: torch.device) -> Rows:
+        """The same where a site's tensors are."""
+        if self.slots.device == device:
+            return self
+        if device not in self._elsewhere:
+            with torch.inference_mode(False):
+                moved = self.slots.to(device)
+            self._elsewhere[device] = Rows(moved, self.runs, self.tables)
+        return self._elsewhere[device]

@@ -55,18 +55,18 @@ class Arena:
         for site in range(len(self._places)):
             for name, tensor in self.of_row(self.neutral, site).items():
                 tensor.fill_(self._places[site][1][name][1].neutral)
-        self.turns = [0] * (slots + 1)
-        """How often each slot was filled: what was read off a slot holds for one turn."""
+        self.fills = [0] * (slots + 1)
+        """How often each slot was filled: what was read off it holds until the next time."""
         parts = zip(self.neutral, self.devices, strict=True)
         self._live_in([row.to(device).repeat(slots + 1, 1) for row, device in parts])
 
     def _live_in(self, buffers: list[Tensor]) -> None:
         self.buffers = buffers
         self.devices = [buffer.device for buffer in buffers]
-        self.turns = [turn + 1 for turn in self.turns]
+        self.fills = [count + 1 for count in self.fills]
         cuda = [device for device in self.devices if device.type == "cuda"]
         self._streams = {device: torch.cuda.Stream(device) for device in cuda}
-        self._readers: list[dict[int, torch.cuda.Event]] = [{} for _ in self.turns]
+        self._readers: list[dict[int, torch.cuda.Event]] = [{} for _ in self.fills]
 
     @property
     def row_bytes(self) -> int:
@@ -89,10 +89,10 @@ class Arena:
         part, places = self._places[site]
         lead = buffers[part].shape[:-1]
         return {
-            name: buffers[part][..., at : at + field.num_bytes]
+            name: buffers[part][..., start : start + field.num_bytes]
             .view(field.dtype)
             .view((*lead, *field.shape))
-            for name, (at, field) in places.items()
+            for name, (start, field) in places.items()
         }
 
     def blank(self) -> Row:
@@ -115,7 +115,7 @@ class Arena:
                 if stream is not None:
                     arrived.append(stream.record_event())
         self._readers[slot] = {}
-        self.turns[slot] += 1
+        self.fills[slot] += 1
         return arrived
 
     def read(self, slot: int) -> Row:

@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from peftlite.bank.batches import Batches
+from peftlite.bank.codec import decode, encode
 from peftlite.bank.entry import Entry
-from peftlite.bank.fixed_rows import Static
-from peftlite.bank.room import Stock, made
+from peftlite.bank.fixed_rows import FixedRows
+from peftlite.bank.room import NAME, Room
 from peftlite.bank.route import Router
-from peftlite.bank.rows import Rows
-from peftlite.bank.slots import Slots, numbers_of
-from peftlite.bank.source import delta_of
+from peftlite.bank.slots import Slots
+from peftlite.bank.source import delta_of, reread
+from peftlite.bank.store import HostStore
 from peftlite.bank.training import training_rows
 from peftlite.core.assign import methods_in
 from peftlite.core.attach import check_model, check_name, commit, detach
@@ -27,11 +29,6 @@ from peftlite.io.load import CheckBase
 from peftlite.io.native import save
 from peftlite.methods.lora import LoRA
 from peftlite.table import short, size
-
-NAME = "(bank)"
-"""What the bank's patches are called in the model: no name that a user can give a delta."""
-
-_KEPT = 1024  # batches whose rows are kept as tensors, for when they come again
 
 
 class DeltaBank:
@@ -70,14 +67,23 @@ class DeltaBank:
             _positive("memory_budget", memory_budget)
         if NAME in check_model(model).deltas:
             raise PeftliteError("this model has a bank already: close it first, or use it")
-        given = [LoRA(rank=max_rank)] if methods is None else methods_in(methods)
-        self.model, self._router, self.closed = model, Router(), False
-        self._stock = Stock(model, given, slots, max_rank, memory_budget, self._router)
-        self._arena, self._shelf = self._stock.arena, self._stock.shelf
-        self._slots = Slots(self._arena, slots, self._stock.fetch)
-        self._rows: dict[tuple[int, ...], Rows] = {}
-        commit(model, self._stock.patches(NAME))
-        self._choice = require(model)[1].choice
+        made_for = [LoRA(rank=max_rank)] if methods is None else methods_in(methods)
+        self.model, self._router = model, Router()
+        self._room = room = Room(model, made_for, slots, max_rank, self._router)
+        self._arena = room.arena
+        self._store = HostStore(
+            room.arena,
+            memory_budget,
+            lambda entry: encode(room, reread(model, entry.name, entry.origin)),
+        )
+        self._slots = Slots(room.arena, slots, self._store.fetch)
+        commit(model, room.patches())
+        self._batches = Batches(self._slots, room.arena, require(model)[1].choice)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has left its model."""
+        return self._batches.closed
 
     # -- what is in it
 
@@ -104,15 +110,15 @@ class DeltaBank:
         """
         check_name(name)
         delta, origin = delta_of(self.model, name, source, check_base)
-        entry = Entry(name, made(delta), origin, pinned=pin)
-        self._shelf.put(entry, self._stock.row(delta))
+        entry = Entry.of(name, delta, origin, pin)
+        self._store.put(entry, encode(self._room, delta))
         try:
             self._slots.seat(entry, needed=pin)
         except BaseException:
-            self._shelf.drop(entry)
+            self._store.drop(entry)
             raise
         if (old := self._slots.put(entry)) is not None:
-            self._shelf.drop(old)
+            self._store.drop(old)
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +129,7 @@ class DeltaBank:
         slots, a_slot = self._slots, size(self._arena.row_bytes)
         return (
             f"DeltaBank({len(slots.known)} deltas, {len(slots.resident)} in {slots.count} slots of "
-            f"{a_slot}, {size(self._shelf.num_bytes)} on the host)"
+            f"{a_slot}, {size(self._store.num_bytes)} on the host)"
         )
 
     # -- who uses it
@@ -136,18 +142,18 @@ class DeltaBank:
         k·len(names) rows has k of them for each name, as a beam search makes them. Raises
         PeftliteError.
         """
-        held, numbers = self._hold(names)
+        entries, numbers = self._batches.hold(names)
         try:
-            with self._router.scope(self._rows_of(numbers)):
+            with self._router.scope(self._batches.rows(numbers)):
                 yield
         finally:
-            self._release(held)
+            self._batches.release(entries)
 
     def use(self, name: str | None) -> AbstractContextManager[None]:
         """A `with` in which every row has the delta `name`, as `rows` has it."""
         return self.rows((name,))
 
-    def static(self, b: int) -> Static:
+    def static(self, b: int) -> FixedRows:
         """`b` rows that can be changed in place, so that one CUDA graph serves every mix.
 
         rows = bank.static(64)
@@ -159,34 +165,7 @@ class DeltaBank:
         Raises PeftliteError if `b` is no positive whole number.
         """
         _positive("b", b)
-        return Static(self, b, self._arena.devices[0])
-
-    def _hold(self, names: Sequence[str | None]) -> tuple[Sequence[Entry], tuple[int, ...]]:
-        """Keeps the deltas of a batch in their slots until `_release`; and the slot of each row."""
-        held = self._slots.hold(self._distinct(names))
-        return held, numbers_of(names, held)
-
-    def _distinct(self, names: Sequence[str | None]) -> list[str]:
-        """The deltas of a batch. Raises PeftliteError if it is none, or not for the bank."""
-        if not isinstance(names, list | tuple) or not names:
-            raise PeftliteError(f"rows are a list, a name or None for each: not {short(names)}")
-        chosen: Any = self._choice.now()
-        if NAME not in chosen:
-            how = "closed" if self.closed else f"not the model's choice: pl.use(model, {NAME!r})"
-            raise PeftliteError(f"the bank is {how}")
-        return [name for name in dict.fromkeys(names) if name is not None]
-
-    def _release(self, held: Sequence[Entry]) -> None:
-        self._arena.leave([entry.slot for entry in held])
-        self._slots.release(held)
-
-    def _rows_of(self, numbers: tuple[int, ...]) -> Rows:
-        rows = self._rows.get(numbers)
-        if rows is None:
-            if len(self._rows) >= _KEPT:
-                self._rows.clear()
-            rows = self._rows[numbers] = Rows.of(numbers)
-        return rows
+        return FixedRows(b, self._batches, self._router)
 
     # -- training
 
@@ -197,24 +176,24 @@ class DeltaBank:
         Sum the rows' losses: each delta learns as it would alone. Put the backward pass inside.
         Raises PeftliteError.
         """
-        held, numbers = self._hold(names)
+        entries, numbers = self._batches.hold(names)
         try:
-            leaves = {entry.slot or 0: self._stock.leaves(entry) for entry in held}
+            leaves = {entry.slot or 0: self._room.leaves(entry) for entry in entries}
             with self._router.scope(training_rows(numbers, leaves)):
                 yield
         finally:
-            self._release(held)
+            self._batches.release(entries)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of a delta as `address:name`, on its slot's memory.
 
         While it trains it keeps its slot; `evict` ends that. Raises PeftliteError.
         """
-        held = self._slots.hold([name])
+        (entry,) = self._slots.hold([name])
         try:
-            return iter(self._stock.leaves(held[0]).named.items())
+            return iter(self._room.leaves(entry).named.items())
         finally:
-            self._slots.release(held)
+            self._slots.release([entry])
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of a delta, for an optimizer, as `named_parameters` has them."""
@@ -229,7 +208,7 @@ class DeltaBank:
             entry = self._slots.entry(name)
             # in training it keeps its slot, and there alone is what it has learned
             row = self._arena.read(entry.slot or 0) if entry.leaves else None
-        return self._stock.delta(entry, self._stock.fetch(entry) if row is None else row)
+        return decode(self._room, entry, self._store.fetch(entry) if row is None else row)
 
     def save(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
         """Writes a delta as it is now to a file, as `pl.save` does with its options."""
@@ -246,13 +225,13 @@ class DeltaBank:
 
         What was trained is kept, and parameters that were given out are the delta's no more.
         """
-        self._slots.evict(name, self._stock.keep)
+        self._slots.evict(name, self._store.keep)
 
     def pin(self, name: str) -> None:
         """Brings a delta into a slot, where it stays until `unpin`. Raises PeftliteError."""
-        (entry,) = held = self._slots.hold([name])
+        (entry,) = self._slots.hold([name])
         entry.pinned = True
-        self._slots.release(held)
+        self._slots.release([entry])
 
     def unpin(self, name: str) -> None:
         """Lets a delta go from its slot when others need one. Raises PeftliteError."""
@@ -261,7 +240,7 @@ class DeltaBank:
 
     def drop(self, name: str) -> None:
         """Forgets a delta; what uses it keeps it to its end. Raises PeftliteError."""
-        self._shelf.drop(self._slots.drop(name))
+        self._store.drop(self._slots.drop(name))
 
     def close(self) -> None:
         """Takes the bank off the model, which is as it was. Raises PeftliteError if it's in use."""
@@ -269,8 +248,8 @@ class DeltaBank:
             return
         self._slots.close()
         detach(self.model, NAME)
-        self._shelf.close()
-        self.closed = True
+        self._store.close()
+        self._batches.closed = True
 
     def __enter__(self) -> DeltaBank:
         return self

@@ -1,10 +1,10 @@
-"""Entry: a delta of a bank wherever it is, what brings it, and who waits for it."""
+"""Entry: a delta of a bank, wherever it is; what brings it, and what those wait for who need it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ import torch
 
 from peftlite.bank.source import Origin
 from peftlite.bank.training import Leaves
+from peftlite.core.assign import Placed
+from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
@@ -34,21 +36,13 @@ class Arrival:
             raise PeftliteError(f"the delta could not be brought in: {self._error}")
 
 
-class Claim(NamedTuple):
-    """Entries that are held, those of them that the holder brings in, and those others bring."""
-
-    held: Sequence[Entry]
-    coming: Sequence[Entry]
-    awaited: Sequence[Arrival]
-
-
 @dataclass(eq=False)
 class Entry:
     """A delta of a bank, wherever it is."""
 
     name: str
-    made: Sequence[tuple[Method, Sequence[Site]]]  # what it was built by
-    source: Origin | None = None  # None where there is no file, or it was trained since
+    built_by: Sequence[tuple[Method, Sequence[Site]]]
+    origin: Origin | None = None  # None where there is no file, or it was trained since
     slot: int | None = None
     arrival: Arrival | None = None
     arrived: list[torch.cuda.Event] = field(default_factory=list)
@@ -57,3 +51,36 @@ class Entry:
     retired: bool = False  # dropped or replaced, and perhaps still in use
     spilled: Path | None = None
     leaves: Leaves | None = None  # on its slot's memory, while it is trained
+
+    @classmethod
+    def of(cls, name: str, delta: Delta, origin: Origin | None, pinned: bool) -> Entry:
+        placed = delta.placed.values()
+        built_by = [
+            (method, [item.site for item in placed if item.method is method])
+            for method in delta.methods
+        ]
+        return cls(name, built_by, origin, pinned=pinned)
+
+    def placed(self, on: str | None = None) -> list[Placed]:
+        """Patches such as the delta was made of, without values."""
+        return [
+            item
+            for method, sites in self.built_by
+            for item in Placed.all([replace(site, on=on) for site in sites], method)
+        ]
+
+
+class Claim(NamedTuple):
+    """Entries that are held, those of them that the holder brings in, and those others bring."""
+
+    entries: Sequence[Entry]
+    coming: Sequence[Entry]
+    awaited: Sequence[Arrival]
+
+
+def numbers_of(names: Sequence[str | None], entries: Sequence[Entry]) -> tuple[int, ...]:
+    """The slot of each row, where all that the rows name is held; 0 is the base's."""
+    slots: dict[str | None, int] = {None: 0}
+    for entry in entries:
+        slots[entry.name] = entry.slot or 0
+    return tuple([slots[name] for name in names])

@@ -1,21 +1,18 @@
-"""Stock: the patches that a bank plants, and deltas as their slots hold them, there and back."""
+"""Room: where a bank's deltas can be, the patches that it plants there, and their memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
-from peftlite.bank.arena import Arena, Row
+from peftlite.bank.arena import Arena
 from peftlite.bank.entry import Entry
 from peftlite.bank.families.mixed import Mixed
 from peftlite.bank.families.registry import family_of
 from peftlite.bank.route import Entrance, Router
-from peftlite.bank.source import reread
-from peftlite.bank.store import Shelf
 from peftlite.bank.training import Leaves
 from peftlite.core.assign import Placed, assign
 from peftlite.core.delta import Delta
@@ -24,12 +21,15 @@ from peftlite.core.site import CALL, Site, locate, sites, whole_address
 from peftlite.errors import PeftliteError
 from peftlite.table import listed
 
+NAME = "(bank)"
+"""What the bank's patches are called in the model: no name that a user can give a delta."""
+
 Key = tuple[str, type[Mixed]]
 """A site's address, all of a tensor, and the family that is mixed there."""
 
 
-class Stock:
-    """What a bank has room for: a patch per site and family, their memory, and rows for it."""
+class Room:
+    """A patch for every site and family that methods place, on an arena of `slots` deltas."""
 
     def __init__(
         self,
@@ -37,31 +37,27 @@ class Stock:
         methods: Sequence[Method],
         slots: int,
         max_rank: int,
-        budget: int | None,
         router: Router,
     ):
         self.model, self.methods, self.router = model, methods, router
         self._training: WeakSet[Leaves] = WeakSet()
-        self._sites, self._mixed = _room(model, methods, max_rank)
-        self.arena = Arena([(self._sites[k].device, m.fields()) for k, m in self.items()], slots)
-        self.shelf = Shelf(self.arena, budget)
+        self._sites, self._mixed = _made_by(model, methods, max_rank)
+        fields = [(self._sites[key].device, mixed.fields()) for key, mixed in self._mixed.items()]
+        self.arena = Arena(fields, slots)
         self._settle()
 
-    def items(self) -> Iterable[tuple[Key, Mixed]]:
-        return self._mixed.items()
-
-    def patches(self, name: str) -> Delta:
-        """What the bank plants, under a name that no user's delta has."""
+    def patches(self) -> Delta:
+        """What the bank plants."""
         # of those at one call the first is innermost, where what changes a tensor belongs
-        inside = sorted(self.items(), key=lambda item: not item[1].at_call)
-        placed = [(_planted(self._sites[key], mixed), mixed) for key, mixed in inside]
+        inside = sorted(self._mixed.items(), key=lambda item: not item[1].at_call)
+        placed = [(_site_of(mixed, self._sites[key]), mixed) for key, mixed in inside]
         root = next(s for s in sites(self.model) if s.is_call and s.module is self.model)
         entrance = Entrance(self.router, self.move)
         entrance.slot = CALL
         placed.append((root, entrance))  # the last at the model's call is the outermost
         for _, patch in placed:
             patch.train(self.model.training)
-        return Delta(name, self.methods, [Placed(s, self.methods[0], p, None) for s, p in placed])
+        return Delta(NAME, self.methods, [Placed(s, self.methods[0], p, None) for s, p in placed])
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves the memory as `model.to` moves the model. Raises PeftliteError in training."""
@@ -75,58 +71,14 @@ class Stock:
         self._settle()
 
     def _settle(self) -> None:
-        for number, (_, mixed) in enumerate(self.items()):
+        for number, mixed in enumerate(self._mixed.values()):
             mixed.settle(self.arena, self.router, number)
 
-    @torch.no_grad()
-    def row(self, delta: Delta) -> Row:
-        """A delta as a slot holds it. Raises PeftliteError if there is no room for it."""
-        row = self.arena.blank()
-        for mixed, patches in self._at(delta.placed.values()):
-            held = self.arena.of_row(row, mixed.number)
-            for name, value in mixed.read(patches).items():
-                if isinstance(value, Tensor):
-                    held[name][tuple(map(slice, value.shape))].copy_(value)
-                else:
-                    held[name].fill_(value)
-        return row
+    def by_mixed(self, placed: Iterable[Placed]) -> list[tuple[Mixed, list[Patch]]]:
+        """Patches by what mixes them; those on parts of one tensor are together.
 
-    @torch.no_grad()
-    def delta(self, entry: Entry, row: Row) -> Delta:
-        """A delta from what a slot holds of it. Raises PeftliteError if it can't be had back."""
-        placed = list(_placed(entry))
-        for mixed, patches in self._at(placed):
-            mixed.restore(patches, self.arena.of_row(row, mixed.number))
-        return Delta(entry.name, [method for method, _ in entry.made], placed)
-
-    def leaves(self, entry: Entry) -> Leaves:
-        """The parameters of a delta that is held in its slot. Raises PeftliteError."""
-        assert entry.slot is not None
-        if entry.leaves is None:
-            entry.leaves = Leaves(self._at(_placed(entry, on="meta")), entry.slot)
-            self._training.add(entry.leaves)
-        return entry.leaves
-
-    def fetch(self, entry: Entry) -> Row:
-        """A delta's row, from the host's memory or from disk. Raises FileError."""
-        row = self.shelf.get(entry)
-        if row is None:
-            row = self.shelf.read(entry) if entry.spilled else self._reread(entry)
-            self.shelf.put(entry, row)
-        return row
-
-    def _reread(self, entry: Entry) -> Row:
-        return self.row(reread(self.model, entry.name, entry.source))
-
-    def keep(self, entry: Entry) -> None:
-        """Takes what was trained of a delta to the host, where it is what the delta is."""
-        assert entry.slot is not None
-        self.shelf.drop(entry)
-        entry.source = None
-        self.shelf.put(entry, self.arena.read(entry.slot))
-
-    def _at(self, placed: Iterable[Placed]) -> list[tuple[Mixed, list[Patch]]]:
-        """Patches by what mixes them; those on parts of one tensor are together."""
+        Raises PeftliteError if there is no room for one.
+        """
         groups: dict[Key, list[Patch]] = {}
         for item in placed:
             try:
@@ -141,39 +93,35 @@ class Stock:
             )
         return [(self._mixed[key], patches) for key, patches in groups.items()]
 
-
-def made(delta: Delta) -> list[tuple[Method, list[Site]]]:
-    """What a delta was built by."""
-    placed = delta.placed.values()
-    return [(m, [item.site for item in placed if item.method is m]) for m in delta.methods]
-
-
-def _placed(entry: Entry, on: str | None = None) -> Iterator[Placed]:
-    """Patches such as a delta was made of, without values."""
-    for method, where in entry.made:
-        yield from Placed.all([replace(site, on=on) for site in where], method)
+    def leaves(self, entry: Entry) -> Leaves:
+        """The parameters of a delta that is held in its slot. Raises PeftliteError."""
+        assert entry.slot is not None
+        if entry.leaves is None:
+            entry.leaves = Leaves(self.by_mixed(entry.placed(on="meta")), entry.slot)
+            self._training.add(entry.leaves)
+        return entry.leaves
 
 
-def _room(
+def _made_by(
     model: nn.Module, methods: Sequence[Method], max_rank: int
 ) -> tuple[Mapping[Key, Site], Mapping[Key, Mixed]]:
     """Where the methods' deltas can be, and what mixes them there. Raises PeftliteError."""
-    where: dict[Key, Site] = {}
+    found: dict[Key, Site] = {}
     mixed: dict[Key, Mixed] = {}
     for method in methods:
-        for how, taken in assign(model, [method]):  # one by one: a site may have several families
+        for _, taken in assign(model, [method]):  # one by one: a site may have several families
             wholes, _ = locate(model, {whole_address(site.address) for site in taken})
-            for item in Placed.all([replace(site, on="meta") for site in taken], how):
+            for item in Placed.all([replace(site, on="meta") for site in taken], method):
                 whole = wholes[whole_address(item.site.address)]
                 key = (whole.address, family_of(item.patch, item.site))
                 new = key[1](whole, item.patch, max_rank)
                 if key not in mixed or new.size > mixed[key].size:
-                    where[key], mixed[key] = whole, new
-    return where, mixed
+                    found[key], mixed[key] = whole, new
+    return found, mixed
 
 
-def _planted(where: Site, mixed: Mixed) -> Site:
-    """Where a patch sits, by an address that nothing else has."""
-    owners = tuple((module, mixed.slot) for module, _ in where.owners)
-    part = f"[{where.slot} {type(mixed).__name__}]"
-    return replace(where, address=where.address + part, owners=owners)
+def _site_of(mixed: Mixed, site: Site) -> Site:
+    """Where a patch is planted, by an address that nothing else has."""
+    owners = tuple((module, mixed.slot) for module, _ in site.owners)
+    part = f"[{site.slot} {type(mixed).__name__}]"
+    return replace(site, address=site.address + part, owners=owners)

@@ -35,10 +35,10 @@ class Slots:
         """
         claim = self.claim(names)
         self.settle(claim)
-        return claim.held
+        return claim.entries
 
     def claim(self, names: Iterable[str], instead_of: Sequence[Entry] = ()) -> Claim:
-        """The first half of `hold`: slots for all, perhaps for what is held `instead_of` them.
+        """The first half of `hold`: slots for all, in place of `instead_of`, which are held so far.
 
         Raises PeftliteError if a name isn't known or there are too few slots; nothing has changed.
         """
@@ -52,11 +52,11 @@ class Slots:
                 self._bring(claim.coming)
             for arrival in claim.awaited:
                 arrival.wait()
-            for entry in claim.held:
+            for entry in claim.entries:
                 if entry.arrived:
                     self.arena.wait(entry.arrived)
         except BaseException:
-            self.release(claim.held)
+            self.release(claim.entries)
             raise
 
     def seat(self, entry: Entry, needed: bool) -> None:
@@ -71,13 +71,13 @@ class Slots:
         self.settle(claim)
         self.release([entry])
 
-    def release(self, held: Sequence[Entry]) -> None:
+    def release(self, entries: Sequence[Entry]) -> None:
         """Ends what `hold` began."""
         with self.lock:
-            self._release(held)
+            self._release(entries)
 
-    def _release(self, held: Sequence[Entry]) -> None:
-        for entry in held:
+    def _release(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
             entry.uses -= 1
             if entry.retired and not entry.uses:
                 self._vacate(entry)
@@ -126,16 +126,16 @@ class Slots:
                 self._vacate(entry)
             self.known.clear()
 
-    def _claim(self, held: Sequence[Entry], instead_of: Sequence[Entry] = ()) -> Claim:
-        awaited = [entry.arrival for entry in held if entry.arrival is not None]
-        coming = [entry for entry in held if entry.slot is None]
-        _count(held, 1)
+    def _claim(self, entries: Sequence[Entry], instead_of: Sequence[Entry] = ()) -> Claim:
+        awaited = [entry.arrival for entry in entries if entry.arrival is not None]
+        coming = [entry for entry in entries if entry.slot is None]
+        _count(entries, 1)
         if coming:
             _count(instead_of, -1)
             try:
-                self._make_room(len(coming), held)
+                self._make_room(len(coming), entries)
             except BaseException:
-                _count(held, -1)
+                _count(entries, -1)
                 raise
             finally:
                 _count(instead_of, 1)
@@ -143,18 +143,20 @@ class Slots:
         for entry in coming:
             entry.slot, entry.arrival = self.free.pop(), Arrival()
             self.resident[entry] = None
-        for entry in held:
+        for entry in entries:
             self.resident.move_to_end(entry)
-        return Claim(held, coming, awaited)
+        return Claim(entries, coming, awaited)
 
-    def _make_room(self, count: int, held: Sequence[Entry]) -> None:
-        if len(held) > self.count:
-            raise PeftliteError(f"{len(held)} deltas are named, for a bank of {self.count} slots")
+    def _make_room(self, count: int, entries: Sequence[Entry]) -> None:
+        if len(entries) > self.count:
+            raise PeftliteError(
+                f"{len(entries)} deltas are named, for a bank of {self.count} slots"
+            )
         going = self._going(count)
         if going is None:
-            there = listed(map(_shown, self.resident))
+            there = listed(map(_described, self.resident))
             raise PeftliteError(
-                f"{listed(repr(e.name) for e in held if e.slot is None)} can't have a slot now; "
+                f"{listed(repr(e.name) for e in entries if e.slot is None)} can't have a slot now; "
                 f"there are {there}: leave a `with`, unpin or evict one, or make a bank of more "
                 "slots"
             )
@@ -204,14 +206,6 @@ class Slots:
         entry.slot, entry.arrival, entry.leaves, entry.arrived = None, None, None, []
 
 
-def numbers_of(names: Sequence[str | None], held: Sequence[Entry]) -> tuple[int, ...]:
-    """The slot of each row, where all that the rows name is held; 0 is the base's."""
-    slots: dict[str | None, int] = {None: 0}
-    for entry in held:
-        slots[entry.name] = entry.slot or 0
-    return tuple([slots[name] for name in names])
-
-
 def _stays(entry: Entry) -> str:
     """Why an entry keeps its slot; nothing if it may go."""
     if entry.uses:
@@ -219,7 +213,7 @@ def _stays(entry: Entry) -> str:
     return "pinned" if entry.pinned else "in training" if entry.leaves is not None else ""
 
 
-def _shown(entry: Entry) -> str:
+def _described(entry: Entry) -> str:
     return f"{entry.name!r} ({_stays(entry) or 'idle'})"
 
 

@@ -20,17 +20,17 @@ class Leaves:
 
     def __init__(self, groups: Iterable[tuple[Mixed, Sequence[Patch]]], slot: int):
         self.named: dict[str, nn.Parameter] = {}
-        self._at: dict[tuple[Mixed, str], nn.Parameter] = {}
+        self._leaves: dict[tuple[Mixed, str], nn.Parameter] = {}
         for mixed, patches in groups:
             _check(mixed, patches)
-            held = {name: table[slot] for name, table in mixed.tables.items()}
-            for name, used in mixed.used(held).items():
+            contents = {name: table[slot] for name, table in mixed.tables.items()}
+            for name, used in mixed.used(contents).items():
                 leaf = nn.Parameter(used)
-                self._at[mixed, name] = self.named[f"{mixed.address}:{name}"] = leaf
+                self._leaves[mixed, name] = self.named[f"{mixed.address}:{name}"] = leaf
 
     def of(self, mixed: Mixed, name: str) -> Tensor | None:
         """What a table's row is in training, with zeros where nothing is used; None if fixed."""
-        leaf = self._at.get((mixed, name))
+        leaf = self._leaves.get((mixed, name))
         if leaf is None:
             return None
         missing = [n - m for n, m in zip(mixed.tables[name].shape[1:], leaf.shape, strict=True)]

@@ -61,7 +61,7 @@ def test_the_innermost_scope_holds(models: Models) -> None:
 def test_rows_first_named_without_gradients_serve_them(models: Models) -> None:
     x = torch.randn(3, WIDTH, dtype=torch.float64)
     names = ["a", "b", "a"]
-    models.bank._rows.clear()
+    models.bank._batches._rows.clear()
     with torch.inference_mode(), models.bank.rows(names):
         models.model(x)
     x.requires_grad_()

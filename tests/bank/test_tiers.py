@@ -78,13 +78,13 @@ def test_dropping_frees_the_slot() -> None:
         assert len(own.bank._slots.free) == 0
     assert len(own.bank._slots.free) == 1
     own.bank.evict("b")
-    assert len(own.bank._slots.free) == 2 and own.bank._shelf.num_bytes == own.bank._arena.row_bytes
+    assert len(own.bank._slots.free) == 2 and own.bank._store.num_bytes == own.bank._arena.row_bytes
 
 
 def test_a_load_that_fails_changes_nothing() -> None:
     own = Models("ab", slots=1)
     entries = dict(own.bank._slots.known)
-    stored, row = own.bank._shelf.num_bytes, own.bank._arena.buffers[0].clone()
+    stored, row = own.bank._store.num_bytes, own.bank._arena.buffers[0].clone()
     wide = tuned(base(), lora(rank=9), "a")
     foreign = tuned(base(), lora(rank=2), "a")
     for source in (pl.deltas(wide)["a"], pl.deltas(foreign)["a"], "nowhere.safetensors", 3):
@@ -92,7 +92,7 @@ def test_a_load_that_fails_changes_nothing() -> None:
             own.bank.load("a", source)  # type: ignore
     with own.bank.use("b"), pytest.raises(pl.PeftliteError, match="can't have a slot now"):
         own.bank.load("a", own.delta("a"), pin=True)
-    assert own.bank._slots.known == entries and own.bank._shelf.num_bytes == stored
+    assert own.bank._slots.known == entries and own.bank._store.num_bytes == stored
     assert torch.equal(own.bank._arena.buffers[0], row)
 
 
@@ -119,11 +119,11 @@ def test_nothing_is_lost_behind_any_budget(
     own.bank = DeltaBank(own.model, 2, 8, methods=lora(), memory_budget=budget)
     for name in NAMES:
         own.bank.load(name, paths[name] if from_files else own.delta(name))
-    folder = own.bank._shelf._folder
+    folder = own.bank._store._folder
     assert (folder is None) is (from_files or budget is None)
     for name in NAMES * 2:
         own.check([name])
-        assert budget is None or own.bank._shelf.num_bytes <= budget
+        assert budget is None or own.bank._store.num_bytes <= budget
     own.bank.close()
     assert folder is None or not os.path.exists(folder)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import fold, per_row
-from peftlite.bank.families.mixed import Held, Mixed, dtype_of
+from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
@@ -31,7 +31,6 @@ class MixedBottleneck(Mixed):
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
         self.r, self.i, self.o = len(patch.down_bias), patch.i, patch.o
-        self.dtype = dtype_of(site, patch)
 
     def fields(self) -> dict[str, Field]:
         shapes = (self.r, self.i), (self.r,), (self.o, self.r), (self.o,)
@@ -42,7 +41,7 @@ class MixedBottleneck(Mixed):
             "size": Field((), torch.int32),
         }
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         (patch,), size = patches, len(patches[0].down_bias)
         if size > self.r:
             raise PeftliteError(
@@ -60,17 +59,17 @@ class MixedBottleneck(Mixed):
     def trains(self, patches: Sequence[Patch]) -> bool:
         return type(patches[0]) is BottleneckPatch
 
-    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        r = int(held["size"])
-        cut = {"down": held["down"][:r], "down_bias": held["down_bias"][:r]}
-        return cut | {"up": held["up"][:, :r], "up_bias": held["up_bias"]}
+    def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r = int(contents["size"])
+        cut = {"down": contents["down"][:r], "down_bias": contents["down_bias"][:r]}
+        return cut | {"up": contents["up"][:, :r], "up_bias": contents["up_bias"]}
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         return change_first(inner(*args, **kwargs), lambda y: self._add(rows, tables, y, y))
 
     def _add(self, rows: Rows, tables: Tables, y: Any, z: Any) -> Tensor:
-        self.like.check(y, self.o)
-        self.like.check(z, self.i)
+        self.template.check(y, self.o)
+        self.template.check(z, self.i)
         in_runs = self.by_runs(rows, tables, y, z)
 
         def of(z: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ class MixedBottleneck(Mixed):
             change = self._in_runs(rows, flat) if in_runs else self._per_row(rows, tables, flat)
             return change.view(*z.shape[:-1], self.o)
 
-        return y + self.like.along(of, z).to(y.dtype)
+        return y + self.template.along(of, z).to(y.dtype)
 
     def _per_row(self, rows: Rows, tables: Tables, z: Tensor) -> Tensor:
         """The change (b, t, o), for z (b, t, i)."""
@@ -95,10 +94,10 @@ class MixedBottleneck(Mixed):
         """The same, a run of rows at a time."""
         change = z.new_zeros(*z.shape[:2], self.o)
         for slot, start, stop in rows.runs or ():
-            held = self.of_slot(slot)
-            down, d, up, u = (held[name].to(z.dtype) for name in self.learned)
-            hidden = _FUNCTIONS[held["function"]](F.linear(z[start:stop], down, d))
-            change[start:stop] = F.linear(hidden, up, u).mul_(held["scale"])
+            contents = self.contents_of(slot)
+            down, d, up, u = (contents[name].to(z.dtype) for name in self.learned)
+            hidden = _FUNCTIONS[contents["function"]](F.linear(z[start:stop], down, d))
+            change[start:stop] = F.linear(hidden, up, u).mul_(contents["scale"])
         return change
 
 

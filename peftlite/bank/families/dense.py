@@ -12,31 +12,29 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import fold, per_row
-from peftlite.bank.families.mixed import Held, Mixed, called_as_map, dtype_of, is_whole
+from peftlite.bank.families.gather import per_row
+from peftlite.bank.families.linear import MixedLinear
+from peftlite.bank.families.mixed import Contents, is_whole
 from peftlite.bank.rows import Rows, Tables
-from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.core.values import change_of
 from peftlite.methods.full import AddPatch
 
 
-class MixedDense(Mixed):
-    """D, in the shape of W: each slot costs what the weight does."""
+class MixedDense(MixedLinear):
+    """`d`, in the shape of W: each slot costs what the weight does."""
 
     learned = ("d",)
 
     def __init__(self, site: Site, patch: Patch, max_rank: int):
         super().__init__(site, patch, max_rank)
-        called_as_map(site)
         self.site = site
-        self.dtype = dtype_of(site, patch)
 
     def fields(self) -> dict[str, Field]:
         return {"d": Field(tuple(self.site.shape), self.dtype)}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         own = self.trains(patches)
         return {"d": patches[0].difference if own else change_of(patches, self.site.tensor)}
 
@@ -46,14 +44,11 @@ class MixedDense(Mixed):
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference
 
-    def mix(
-        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        y, d = inner(input, *args, **kwargs), tables["d"]
-        d = d if self.site.layout.transposed else d.mT  # (S, i, o)
-        x, flat = fold(input, rows).to(d.dtype), fold(y, rows)
+    def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
+        d = self.matrices(tables["d"]).mT  # (S, i, o)
+        x = x.to(d.dtype)
         if not self.by_runs(rows, tables, x, y):
-            return (flat + torch.bmm(x, per_row(d, rows)).to(y.dtype)).view_as(y)
+            return y + torch.bmm(x, per_row(d, rows)).to(y.dtype)
         for slot, start, stop in rows.runs or ():
-            flat[start:stop] += x[start:stop] @ d[slot]
-        return flat.view_as(y)
+            y[start:stop] += x[start:stop] @ d[slot]
+        return y

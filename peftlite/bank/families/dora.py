@@ -12,7 +12,7 @@ from torch import Tensor
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import rescaled
 from peftlite.bank.families.low_rank import MixedLowRank
-from peftlite.bank.families.mixed import Held
+from peftlite.bank.families.mixed import Contents
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
@@ -22,7 +22,7 @@ from peftlite.methods.dora import DoRAPatch
 
 
 class MixedDoRA(MixedLowRank):
-    """LoRA's factors, and the ratio of every output, found when a delta is loaded."""
+    """LoRA's factors, and `change` (o), every output's ratio less 1, found as a delta is loaded."""
 
     learned = ()
 
@@ -33,11 +33,11 @@ class MixedDoRA(MixedLowRank):
     def fields(self) -> dict[str, Field]:
         return {**super().fields(), "change": Field((self.o,), wide(self.site.whole))}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         if any(patch.call is None for patch in patches):
             raise self.cannot("be mixed by rows where it changes some of the inputs", patches[0])
         change = torch.stack([self._change(patch) for patch in patches]).sum(0)
-        return {**super().read(patches), "change": change}
+        return {**super().encode(patches), "change": change}
 
     def _change(self, patch: DoRAPatch) -> Tensor:
         """m/‖V‖ − 1 of all outputs, those that a patch leaves alone at 0."""

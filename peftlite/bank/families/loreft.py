@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import fold, per_row, slots_of
-from peftlite.bank.families.mixed import Held, Mixed, dtype_of
+from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
@@ -27,7 +28,6 @@ class MixedLoReFT(Mixed):
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
         self.r, self.d, self.everywhere = *patch.w.shape, patch.everywhere
-        self.dtype = dtype_of(site, patch)
 
     @property
     def size(self) -> int:
@@ -38,7 +38,7 @@ class MixedLoReFT(Mixed):
         vector = Field((self.r,), self.dtype)
         return {"r": matrix, "inward": matrix, "b": vector, "first": number, "last": number}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         (patch,) = patches
         if len(patch.w) > self.r:
             raise PeftliteError(
@@ -58,20 +58,22 @@ class MixedLoReFT(Mixed):
         }
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        given = by_name(self.like.names, args, kwargs)
-        change = lambda h: self._intervene(rows, tables, h, given)  # noqa: E731
+        arguments = by_name(self.template.names, args, kwargs)
+        change = partial(self._intervene, rows, tables, arguments)
         return change_first(inner(*args, **kwargs), change)
 
-    def _intervene(self, rows: Rows, tables: Tables, h: Any, given: Mapping[str, Any]) -> Tensor:
-        self.like.check(h, self.d)
+    def _intervene(
+        self, rows: Rows, tables: Tables, arguments: Mapping[str, Any], h: Any
+    ) -> Tensor:
+        self.template.check(h, self.d)
         r, inward, b = (per_row(tables[n], rows).to(h.dtype) for n in ("r", "inward", "b"))
 
         def of(h: Tensor) -> Tensor:
             return torch.bmm(torch.baddbmm(b[:, None], fold(h, rows), inward.mT), r).view(h.shape)
 
-        change = self.like.along(of, h)
-        if self.everywhere and given.get("reft_positions") is None:
+        change = self.template.along(of, h)
+        if self.everywhere and arguments.get("reft_positions") is None:
             return h + change
         slots = slots_of(rows, len(h))
         ends = (tables[name].index_select(0, slots)[:, None] for name in ("first", "last"))
-        return h + change * self.like.positions(h, given, *ends)[..., None]
+        return h + change * self.template.positions(h, arguments, *ends)[..., None]

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import fold
-from peftlite.bank.families.mixed import Held, Mixed, called_as_map, is_whole
+from peftlite.bank.families.linear import MixedLinear
+from peftlite.bank.families.mixed import Contents, is_whole
 from peftlite.bank.rows import Rows, Tables
-from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide, widen
@@ -25,19 +24,14 @@ FEW = 8
 """Tokens of a row, up to which the rows are brought together by their slots on a CPU."""
 
 
-class MixedLowRank(Mixed):
-    """A (R, i) and B (o, R) in each slot, with the rank r ≤ R that is used of them, and s."""
+class MixedLowRank(MixedLinear):
+    """`a` (R, i) and `b` (o, R) in each slot, with the rank r ≤ R that is used of them, and s."""
 
     learned = ("a", "b")
-    suits = staticmethod(called_as_map)
 
     def __init__(self, site: Site, patch: LowRankPatch, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.suits(site)
-        self.layout, self.max_rank = site.layout, max_rank
-        self.i, self.o = self.layout.i, self.layout.o
-        method: Any = getattr(patch, "method", None)
-        self.dtype = getattr(method, "dtype", None) or site.tensor.dtype
+        self.max_rank = max_rank
         self._widest: tuple[Rows | None, int, int] = (None, 0, 0)
 
     def fields(self) -> dict[str, Field]:
@@ -48,7 +42,7 @@ class MixedLowRank(Mixed):
             "rank": Field((), torch.int32),
         }
 
-    def read(self, patches: Sequence[Patch]) -> Held:
+    def encode(self, patches: Sequence[Patch]) -> Contents:
         pairs = [self._factors(patch) for patch in patches]
         scale = pairs[0][2]
         a = torch.cat([a for a, _, _ in pairs])
@@ -73,33 +67,29 @@ class MixedLowRank(Mixed):
         plain = isinstance(patch, LoRAPatch) and not patch.fixed and not patch.dropout
         return plain and is_whole(patches) and not patch.method.freeze_a
 
-    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        r = int(held["rank"])
-        return {"a": held["a"][:r], "b": held["b"][:, :r]}
+    def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r = int(contents["rank"])
+        return {"a": contents["a"][:r], "b": contents["b"][:, :r]}
 
-    def mix(
-        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        y = inner(input, *args, **kwargs)
-        x, flat = fold(input, rows), fold(y, rows)
-        if self.by_runs(rows, tables, x, y):
-            if x.shape[1] <= FEW and len(rows.runs or ()) > 1:
-                return groups_low_rank(flat, x, *self._grouped(rows)).view_as(y)
-            return runs_low_rank(flat, x, self._factors_of(rows)).view_as(y)
-        a, b, scale, rank = (tables[name] for name in ("a", "b", "scale", "rank"))
-        return rows_low_rank(flat, x, a, b, scale, rank, rows.slots).view_as(y)
+    def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
+        if not self.by_runs(rows, tables, x, y):
+            a, b, scale, rank = (tables[name] for name in ("a", "b", "scale", "rank"))
+            return rows_low_rank(y, x, a, b, scale, rank, rows.slots)
+        if x.shape[1] <= FEW and len(rows.runs or ()) > 1:
+            return groups_low_rank(y, x, *self._grouped(rows))
+        return runs_low_rank(y, x, self._factors_of(rows))
 
     def _grouped(self, rows: Rows) -> tuple[Any, ...]:
         """The factors of each group, as wide as the widest of them, and the rows."""
         slots, picked, first = rows.groups
-        (of, turns, r), now = self._widest, sum(self.arena.turns)
-        if of is not rows or turns != now:
-            r = max(self.of_slot(slot)["rank"] for slot, _, _ in rows.runs or ())
+        (known, fills, r), now = self._widest, sum(self.arena.fills)
+        if known is not rows or fills != now:
+            r = max(self.contents_of(slot)["rank"] for slot, _, _ in rows.runs or ())
             self._widest = rows, now, r  # replaced whole, for other threads
         a, b, scale = (self.tables[name][slots] for name in ("a", "b", "scale"))
         return a[:, :r], b[..., :r], scale, picked, first
 
     def _factors_of(self, rows: Rows) -> Iterator[tuple[Factors, int, int]]:
         for slot, start, stop in rows.runs or ():
-            held = self.of_slot(slot)
-            yield (held["a"], held["b"], held["scale"]), start, stop
+            contents = self.contents_of(slot)
+            yield (contents["a"], contents["b"], contents["scale"]), start, stop

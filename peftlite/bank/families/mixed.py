@@ -6,24 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.bank.arena import Arena, Field
 from peftlite.bank.route import Router
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import CALL, Site
-from peftlite.errors import PeftliteError, TargetError
+from peftlite.errors import PeftliteError
 
-Held = dict[str, Tensor | float]
-"""What a slot holds at a site, by the names of its fields."""
+Contents = dict[str, Tensor | float]
+"""What one slot holds at a site, by the names of its fields."""
 
 
 class Mixed(Patch):
     """The deltas of a bank at one site, for one family of methods.
 
-    A subclass says what a slot holds (`fields`), how a delta's patch is held (`read`), and what the
-    call becomes (`mix`). Its tables are `{name: (slots + 1, *shape)}`; slot 0 is the base.
+    A subclass says what a slot holds (`fields`), what that is for a delta's patches (`encode`), and
+    what the call becomes (`mix`).
 
     Args:
         site: all of a tensor, or a call.
@@ -35,18 +35,24 @@ class Mixed(Patch):
     """Whether it sits at the call of the module whose tensor it changes."""
     learned: ClassVar[tuple[str, ...]] = ()
     """The tables that `bank.train` trains."""
-    like: Any
+    template: Any
     """The patch that room was made by."""
 
     def __init__(self, site: Site, patch: Patch, max_rank: int):
         super().__init__()
+        self.suits(site)
         self.slot, self.address = CALL if self.at_call else site.slot, site.address
-        self.__dict__["like"] = patch  # no part of the model
+        self.__dict__["template"] = patch  # no part of the model
+        self.dtype = dtype_of(site, patch)
         self.router: Router
         self.arena: Arena
         self.number = -1  # among the sites of the arena
         self.tables: Tables = {}
-        self._of_slots: dict[int, tuple[int, dict[str, Any]]] = {}
+        self._contents: dict[int, tuple[int, dict[str, Any]]] = {}
+
+    @staticmethod
+    def suits(site: Site) -> None:
+        """Raises TargetError if rows can't be told apart at a site."""
 
     def fields(self) -> dict[str, Field]:
         """What each slot holds, by name."""
@@ -57,23 +63,26 @@ class Mixed(Patch):
         """How much room it makes; of two alike at one site the larger one is planted."""
         return sum(field.num_bytes for field in self.fields().values())
 
-    def read(self, patches: Sequence[Patch]) -> Held:
-        """What a slot holds for the patches that a delta has here, nearly always one.
+    def encode(self, patches: Sequence[Patch]) -> Contents:
+        """A slot's contents for the patches that a delta has here, nearly always one.
 
         A tensor smaller than its field fills the first entries. It is called without gradients.
-        Raises PeftliteError if a patch can't be held.
+        Raises PeftliteError if a patch has no room.
         """
         raise NotImplementedError
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The call, with the rows of its first argument changed each by its slot."""
+        """The call, each row of its first argument changed by the contents of its slot.
+
+        `tables` are the slots' own, or in training such as have gradients.
+        """
         raise NotImplementedError
 
-    def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
-        """Gives patches the values that a slot holds: the way back from `read`."""
+    def decode(self, patches: Sequence[Any], contents: Mapping[str, Tensor]) -> None:
+        """Gives patches a slot's contents: the way back from `encode`. Raises PeftliteError."""
         if not self.trains(patches):
             raise self.cannot("be read back out of a bank", patches[0])
-        for name, value in self.used(held).items():
+        for name, value in self.used(contents).items():
             self.parameter(patches[0], name).data.copy_(value)
 
     def trains(self, patches: Sequence[Any]) -> bool:
@@ -84,13 +93,13 @@ class Mixed(Patch):
         """What is learned of a patch, by the name of its table."""
         return getattr(patch, name)
 
-    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is learned of a slot's tensors, as `read` cut them."""
-        return {name: held[name] for name in self.learned}
+    def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is learned of a slot's contents, without the padding."""
+        return {name: contents[name] for name in self.learned}
 
     def call(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values()) if kwargs else args
-        x = next((t for t in given if isinstance(t, Tensor) and t.dim()), None)
+        inputs = (*args, *kwargs.values()) if kwargs else args
+        x = next((t for t in inputs if isinstance(t, Tensor) and t.dim()), None)
         rows = None if x is None else self.router.rows(x)
         if rows is None:
             return inner(*args, **kwargs)
@@ -103,14 +112,14 @@ class Mixed(Patch):
             return False
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
-    def of_slot(self, slot: int) -> dict[str, Any]:
-        """What a slot holds, cut to what is used, with scalars as numbers; kept for its turn."""
-        turn, held = self.arena.turns[slot], self._of_slots.get(slot)
-        if held is None or held[0] != turn:
-            of = {name: table[slot] for name, table in self.tables.items()}
-            numbers = {name: value.item() for name, value in of.items() if not value.dim()}
-            held = self._of_slots[slot] = (turn, {**of, **self.used(of), **numbers})
-        return held[1]
+    def contents_of(self, slot: int) -> dict[str, Any]:
+        """A slot's contents as they are used, scalars as numbers; kept until it's filled anew."""
+        fills, kept = self.arena.fills[slot], self._contents.get(slot)
+        if kept is None or kept[0] != fills:
+            full = {name: table[slot] for name, table in self.tables.items()}
+            numbers = {name: value.item() for name, value in full.items() if not value.dim()}
+            kept = self._contents[slot] = (fills, {**full, **self.used(full), **numbers})
+        return kept[1]
 
     def settle(self, arena: Arena, router: Router, number: int) -> None:
         """Takes its place in a bank's memory."""
@@ -151,16 +160,6 @@ def is_whole(patches: Sequence[Any]) -> bool:
     return len(patches) == 1 and patches[0].index is None
 
 
-def called_as_map(site: Site) -> None:
-    """Raises TargetError unless the weight at a site is that of a linear map that is called.
-
-    Experts are called with the tokens that were sent to them, out of their rows.
-    """
-    module: Any = site.module
-    read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    own = "forward" in vars(module) or getattr(vars(module).get("peftlite"), "own_forward", None)
-    if not site.rides or read or own or "experts" in site.address.split("."):
-        raise TargetError(
-            f"{site.address} isn't the weight of a linear map that is called, so its rows can't be "
-            "told apart: leave it out of the bank's methods with exclude="
-        )
+def is_expert(site: Site) -> bool:
+    """Whether it is called with the tokens that were sent to it, out of their rows."""
+    return "experts" in site.address.split(".")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import per_row
-from peftlite.bank.families.mixed import Held, Mixed, dtype_of
+from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
@@ -26,12 +26,12 @@ class MixedPrefix(Mixed):
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.shape, self.dtype = tuple(patch.prefix.shape), dtype_of(site, patch)
+        self.shape = tuple(patch.prefix.shape)
 
     def fields(self) -> dict[str, Field]:
         return {"prefix": Field(self.shape, self.dtype), "used": Field((), torch.int64)}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         prefix = patches[0].current()
         room, (n, (_, h, most, d)) = prefix.shape, (prefix.shape[2], self.shape)
         if room != (2, h, n, d) or n > most:
@@ -44,8 +44,8 @@ class MixedPrefix(Mixed):
     def trains(self, patches: Sequence[Patch]) -> bool:
         return type(patches[0]) is PrefixPatch and patches[0].trunk is None
 
-    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"prefix": held["prefix"][:, :, : int(held["used"])]}
+    def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"prefix": contents["prefix"][:, :, : int(contents["used"])]}
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         prefix, used = per_row(tables["prefix"], rows), per_row(tables["used"], rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import slots_of
-from peftlite.bank.families.mixed import Held, Mixed, dtype_of
+from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
@@ -35,21 +35,20 @@ class MixedPrompt(Mixed):
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
         self.n, self.d, self.first = *patch.rows.shape, patch.first
-        self.dtype = dtype_of(site, patch)
         patch.__dict__["mixed"] = self  # for the stack's, which has the patch
 
     def fields(self) -> dict[str, Field]:
         return {"rows": Field((self.n, self.d), self.dtype), "used": Field((), torch.int64)}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         rows = patches[0].prompt()
         return {"rows": rows, "used": _used(self, rows.shape[0])}
 
     def trains(self, patches: Sequence[Patch]) -> bool:
         return type(patches[0]) is PromptPatch
 
-    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"rows": held["rows"][: int(held["used"])]}
+    def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"rows": contents["rows"][: int(contents["used"])]}
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Tensor:
         embed = partial(self.embeddings, rows, tables)
@@ -58,8 +57,8 @@ class MixedPrompt(Mixed):
     def embeddings(self, rows: Rows, tables: Tables, code: Tensor, dtype: torch.dtype) -> Tensor:
         """What stands for codes (b, t) from 0 up, whatever there is for the others (b, t, d)."""
         slots = slots_of(rows, len(code))[:, None]
-        at = code - self.n + tables["used"][slots]
-        return tables["rows"][slots, at.clamp(0, self.n - 1)].to(dtype)
+        index = code - self.n + tables["used"][slots]
+        return tables["rows"][slots, index.clamp(0, self.n - 1)].to(dtype)
 
 
 class MixedStack(Mixed):
@@ -83,7 +82,7 @@ class MixedStack(Mixed):
     def fields(self) -> dict[str, Field]:
         return {"used": Field((), torch.int64)}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         return {"used": _used(self, patches[0].n)}
 
     def trains(self, patches: Sequence[Patch]) -> bool:
@@ -91,23 +90,24 @@ class MixedStack(Mixed):
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         before, beside = partial(self._before, rows), partial(self._beside, rows, tables)
-        return self.like.run(before, beside, inner, *args, **kwargs)
+        return self.template.run(before, beside, inner, *args, **kwargs)
 
     def _beside(
-        self, rows: Rows, tables: Tables, given: dict[str, Any], tokens: Tensor, past: int
+        self, rows: Rows, tables: Tables, arguments: dict[str, Any], tokens: Tensor, past: int
     ) -> dict[str, Any]:
         """The arguments beside the tokens, with a mask and positions of every row's own."""
         (b, t), seen = tokens.shape[:2], max(past - self.n, 0)
         used = tables["used"].index_select(0, slots_of(rows, b))[:, None]
-        mask, places = given.pop("attention_mask", None), given.pop("position_ids", None)
-        rest = self.like.lengthened(given, tokens, past)
+        mask = arguments.pop("attention_mask", None)
+        places = arguments.pop("position_ids", None)
+        rest = self.template.lengthened(arguments, tokens, past)
         rest["attention_mask"] = self._mask(used, mask, seen + t)
         if self.placed:
             rest["position_ids"] = self._places(used, places, seen, t, past)
         return rest
 
     def _mask(self, used: Tensor, mask: Any, t: int) -> Tensor:
-        """A mask (b, N + t): of the virtual tokens those that a row has, and what was given."""
+        """A mask (b, N + t): of the virtual tokens those that a row has, then the call's own."""
         if mask is None:
             mask = used.new_ones(len(used), t)
         elif isinstance(mask, Tensor) and mask.shape == (len(used), self.n + t):
@@ -133,7 +133,7 @@ class MixedStack(Mixed):
 
     def _before(self, rows: Rows, tokens: Tensor) -> Tensor:
         """Ids after the codes, or embeddings after the prompts'."""
-        prompt = self.like.prompt
+        prompt = self.template.prompt
         if not tokens.is_floating_point():
             return prompt.before(tokens)
         mixed: MixedPrompt = prompt.mixed
@@ -150,14 +150,14 @@ class MixedAround(MixedStack):
         self.n = patch.n
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        given = by_name(self.like.names, args, kwargs)
-        known = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        arguments = by_name(self.template.names, args, kwargs)
+        known = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         first = next((x for x in known if x is not None), None)
         if first is not None:
             used = tables["used"].index_select(0, slots_of(rows, len(first)))[:, None]
-            mask = self._mask(used, given.get("attention_mask"), first.shape[1])
-            given["attention_mask"] = mask
-        return cut_encoder(inner(**given), self.n)
+            mask = self._mask(used, arguments.get("attention_mask"), first.shape[1])
+            arguments["attention_mask"] = mask
+        return cut_encoder(inner(**arguments), self.n)
 
 
 class MixedLayers(MixedAround):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from peftlite.bank.families.bottleneck import MixedBeside, MixedBottleneck, MixedInside
 from peftlite.bank.families.dense import MixedDense
 from peftlite.bank.families.dora import MixedDoRA
@@ -57,15 +55,11 @@ AT_CALLS: dict[type[Patch], Family] = {
 }
 AT_MATRICES: dict[type[Patch], Family] = {
     DoRAPatch: MixedDoRA,
-    LowRankPatch: lambda _, site: MixedEmbedding if _embeds(site) else MixedLowRank,
+    LowRankPatch: lambda _, site: MixedEmbedding if site.layout.embeds else MixedLowRank,
     ScalePatch: lambda patch, _: MixedInputs if patch.inputs else MixedOutputs,
     SearchPatch: MixedSparse,
     SparsePatch: MixedSparse,
 }
-
-
-def _embeds(site: Site) -> bool:
-    return isinstance(site.module, nn.Embedding)
 
 
 def family_of(patch: Patch, site: Site) -> type[Mixed]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import fold, per_row
-from peftlite.bank.families.mixed import Held, Mixed, called_as_map, is_whole
+from peftlite.bank.families.gather import per_row
+from peftlite.bank.families.linear import MixedLinear
+from peftlite.bank.families.mixed import Contents, is_whole
 from peftlite.bank.rows import Rows, Tables
-from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
@@ -22,27 +22,25 @@ from peftlite.methods.search import SearchPatch
 from peftlite.methods.sparse import SparsePatch
 
 
-class MixedSparse(Mixed):
+class MixedSparse(MixedLinear):
     """`values` (n) and their flat `indices` (n) in W; what a delta has fewer is 0 at entry 0."""
 
     learned = ("values",)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        called_as_map(site)
-        self.shape, self.layout = site.shape, site.layout
-        self.i, self.o = self.layout.i, self.layout.o
-        self.kind, self.dtype = patch.kind, patch.values.dtype
+        self.shape = site.shape
+        self.index_dtype, self.dtype = patch.kind, patch.values.dtype
         self.n = patch.count if isinstance(patch, SearchPatch) else len(patch.values)
 
     def fields(self) -> dict[str, Field]:
         return {
             "values": Field((self.n,), self.dtype),
-            "indices": Field((self.n,), self.kind),
+            "indices": Field((self.n,), self.index_dtype),
             "used": Field((), torch.int64),
         }
 
-    def read(self, patches: Sequence[Patch]) -> Held:
+    def encode(self, patches: Sequence[Patch]) -> Contents:
         values, indices = map(torch.cat, zip(*map(self._entries, patches), strict=True))
         if len(values) > self.n:
             raise PeftliteError(
@@ -53,40 +51,36 @@ class MixedSparse(Mixed):
 
     def _entries(self, patch: Patch) -> tuple[Tensor, Tensor]:
         """The differences of a patch, and their indices into all of the tensor."""
-        held = patch.saved()
-        if "indices" not in held:
+        saved = patch.saved()
+        if "indices" not in saved:
             raise self.cannot("be mixed by rows before it has found its entries", patch)
-        values, indices = held["values"], held["indices"]
+        values, indices = saved["values"], saved["indices"]
         if patch.index is None:
             return values, indices
         dim, start, stop = patch.index
         shape = list(self.shape)
         shape[dim] = stop - start
-        at = list(torch.unravel_index(indices, shape))
-        at[dim] = at[dim] + start
-        return values, at[0] * self.shape[1] + at[1]
+        row, column = torch.unravel_index(indices, shape)
+        row, column = (row + start, column) if dim == 0 else (row, column + start)
+        return values, row * self.shape[1] + column
 
     def trains(self, patches: Sequence[Patch]) -> bool:
         return type(patches[0]) is SparsePatch and is_whole(patches)
 
-    def used(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"values": held["values"][: int(held["used"])]}
+    def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"values": contents["values"][: int(contents["used"])]}
 
-    def restore(self, patches: Sequence[Any], held: Mapping[str, Tensor]) -> None:
+    def decode(self, patches: Sequence[Any], contents: Mapping[str, Tensor]) -> None:
         if self.trains(patches):
-            patches[0].place(held["indices"][: int(held["used"])])
-        super().restore(patches, held)
+            patches[0].place(contents["indices"][: int(contents["used"])])
+        super().decode(patches, contents)
 
-    def mix(
-        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        y = inner(input, *args, **kwargs)
-        x, flat = fold(input, rows), fold(y, rows)
+    def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
         if self.by_runs(rows, tables, x, y) and torch.backends.mkl.is_available():
-            return self._add_in_runs(rows, flat, x).view_as(y)
+            return self._add_in_runs(rows, y, x)
         values, indices = (per_row(tables[name], rows) for name in ("values", "indices"))
         change = self._entry_by_entry if self._is_few(x) else self._as_matrices
-        return (flat + change(x, values, indices.long()).to(y.dtype)).view_as(y)
+        return y + change(x, values, indices.long()).to(y.dtype)
 
     def _add_in_runs(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
         """The sum, in y, by matrices with compressed rows."""
@@ -98,15 +92,15 @@ class MixedSparse(Mixed):
 
     def _matrix(self, slot: int) -> Tensor:
         """D (o, i) of a slot, kept as long as what is read off it."""
-        held = self.of_slot(slot)
-        if "matrix" not in held:
-            values = held["values"].to(wide(held["values"]))
-            into, out_of = self._places(held["indices"][: len(values)].long())
+        contents = self.contents_of(slot)
+        if "matrix" not in contents:
+            values = contents["values"].to(wide(contents["values"]))
+            into, out_of = self._places(contents["indices"][: len(values)].long())
             order = (into * self.i + out_of).argsort()
             firsts = torch.arange(self.o + 1, device=into.device)
             parts = torch.searchsorted(into[order], firsts), out_of[order], values[order]
-            held["matrix"] = compressed(*parts, (self.o, self.i))
-        return held["matrix"]
+            contents["matrix"] = compressed(*parts, (self.o, self.i))
+        return contents["matrix"]
 
     def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs and the inputs of entries."""
@@ -128,4 +122,4 @@ class MixedSparse(Mixed):
         """The same by the matrices D themselves, in which that has less to read and write."""
         d = values.new_zeros(len(x), self.shape.numel()).scatter_add(1, indices, values)
         d = d.view(-1, *self.shape)
-        return torch.bmm(x.to(d.dtype), d if self.layout.transposed else d.mT)
+        return torch.bmm(x.to(d.dtype), self.matrices(d).mT)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from peftlite.bank.arena import Field
 from peftlite.bank.families.affine import one_of
 from peftlite.bank.families.gather import along, rescaled
-from peftlite.bank.families.mixed import Held, Mixed, called_as_map, is_whole
+from peftlite.bank.families.linear import called_as_map
+from peftlite.bank.families.mixed import Contents, Mixed, is_expert, is_whole
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core import maps
 from peftlite.core.maps import Map
@@ -28,17 +29,17 @@ class MixedOutputs(Mixed):
     """y' = y + (l_k − 1) ⊙ (y − b): (IA)³ behind a map, whose bias has a vector of its own."""
 
     learned = ("l",)
+    suits = staticmethod(called_as_map)
 
     def __init__(self, site: Site, patch: ScalePatch, max_rank: int):
         super().__init__(site, patch, max_rank)
-        called_as_map(site)
         self.dim = site.layout.dim(patch.inputs)  # of W, along which l lies
         self.width, self.dtype = site.shape[self.dim], patch.l.dtype
 
     def fields(self) -> dict[str, Field]:
         return {"l": Field((self.width,), self.dtype, 1.0)}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         l = torch.ones(self.width, dtype=torch.float64, device="cpu")  # noqa: E741
         for patch in patches:
             dim, start, stop = patch.index or (self.dim, 0, self.width)
@@ -81,13 +82,16 @@ class MixedVector(Mixed):
         else:
             self.width, self.dim, self.unit = len(site.whole), *_affine(site)
         self.dtype = next((p.dtype for p in patch.parameters()), site.parameter_dtype)
-        if "experts" in site.address.split("."):
+
+    @staticmethod
+    def suits(site: Site) -> None:
+        if is_expert(site):
             raise _unlike(site)
 
     def fields(self) -> dict[str, Field]:
         return {"d": Field((self.width,), self.dtype)}
 
-    def read(self, patches: Sequence[Any]) -> Held:
+    def encode(self, patches: Sequence[Any]) -> Contents:
         if self.trains(patches):
             return {"d": self.parameter(patches[0], "d")}
         return {"d": change_of(patches, self.site.whole)}

@@ -25,14 +25,7 @@ from torch import Tensor, nn
 from peftlite.core.delta import Delta
 from peftlite.errors import BaseMismatchError, FileError
 from peftlite.io import native
-from peftlite.io.files import (
-    Tensors,
-    as_path,
-    flush_folder,
-    reason,
-    replacing,
-    write_file,
-)
+from peftlite.io.files import Tensors, as_path, flush_folder, reason, replacing, write_file
 from peftlite.table import listed
 from peftlite.train.state import Tree, pack, unpack
 
@@ -47,12 +40,19 @@ MANIFEST, STATE = "manifest.json", "training.state"
 class Checkpoints:
     """The checkpoints in a folder; `keep` of those at the end of an epoch, and of those between.
 
+    Those between come `every` so many steps; None for none.
     The bases are fingerprinted before training: once they are sharded, that takes all processes,
     and the first alone writes.
     """
 
-    def __init__(self, folder: Path, keep: int, bases: Bases | None = None) -> None:
-        self.folder, self.keep, self.bases = folder, keep, bases or {}
+    def __init__(
+        self, folder: Path, keep: int, every: int | None = None, bases: Bases | None = None
+    ) -> None:
+        self.folder, self.keep, self.every, self.bases = folder, keep, every, bases or {}
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written within an epoch, after a step."""
+        return step > 0 and self.every is not None and step % self.every == 0
 
     def candidates(self) -> list[Path]:
         """All folders named as checkpoints, the oldest first, unfinished ones among them."""

@@ -40,13 +40,8 @@ class Forgetting:
         return sum(self.now[t] - score for t, score in self.learned.items()) / len(self.learned)
 
     def __str__(self) -> str:
-        rows = [
-            [
-                task,
-                *(f"{x:.4g}" for x in (self.learned[task], self.best[task], self.now[task], lost)),
-            ]
-            for task, lost in self.tasks.items()
-        ]
+        columns = (self.learned, self.best, self.now, self.tasks)
+        rows = [[task, *(f"{column[task]:.4g}" for column in columns)] for task in self.tasks]
         head = table(["task", "just learned", "best", "now", "forgotten"], rows)
         return f"{head}\n{self.mean:.4g} on average; backward transfer {self.backward_transfer:.4g}"
 

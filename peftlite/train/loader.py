@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peftlite.train.state import mix_seeds
 Collate = Callable[[list[Any]], Any]
 
 
+@dataclass(eq=False)
 class Loader:
     """The batches of a dataset, a pure function of the step: there is no position to be lost.
 
@@ -32,20 +34,16 @@ class Loader:
         rank, processes: which of how many processes this is.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int,
-        collate: Collate,
-        device: torch.device,
-        seed: int | None = None,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.dataset, self.batch_size = dataset, batch_size
-        self.collate, self.device, self.seed = collate, device, seed
-        self.rank, self.processes = rank, processes
-        self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
+    dataset: Any
+    batch_size: int
+    collate: Collate
+    device: torch.device
+    seed: int | None = None
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = math.ceil(len(self.dataset) / self.batch_size)
         self._epoch, self._order = -1, range(0)
 
     def micro_batches(self, step: int, accumulate: int = 1) -> Iterator[tuple[Any, int]]:

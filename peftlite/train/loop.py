@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
@@ -15,21 +15,14 @@ from peftlite.core.patch import Patch
 from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
 from peftlite.table import listed
-from peftlite.train import state
+from peftlite.train import measure, state
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Log
 from peftlite.train.loader import Loader, write_batch
-from peftlite.train.measure import (
-    Loss,
-    Metrics,
-    Validator,
-    count_tokens,
-    lower_is_better,
-    peak_memory,
-)
+from peftlite.train.measure import Loss, Metrics, Validator
 from peftlite.train.parallel import Processes
 from peftlite.train.schedule import lr_factor
-from peftlite.train.settings import Cadence, Settings
+from peftlite.train.settings import Settings
 
 
 @dataclass(eq=False)
@@ -41,11 +34,11 @@ class Run:
         log: its history is the run's.
         store: of checkpoints; None keeps none.
         processes: that train together, of which this is one.
+        check_every: steps between checks of whether the loss is finite.
         stop_asked: whether the user wants it to end.
     """
 
     settings: Settings
-    cadence: Cadence
     model: nn.Module
     deltas: list[Delta]
     loss: Loss
@@ -55,6 +48,7 @@ class Run:
     log: Log
     store: Checkpoints | None
     processes: Processes
+    check_every: int
     stop_asked: Callable[[], bool]
 
     def __post_init__(self) -> None:
@@ -67,7 +61,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.step, self.saved_step = 0, -1
         self.best: dict[str, Any] = {"value": None, "epoch": 0, "name": ""}
-        self.check_every = self.cadence.check_every
         self.unchecked: list[Tensor] = []  # whether the steps since the last check were finite
         self.snapshot: state.Tree = None  # of the last check, where checks are steps apart
         self.tokens, self.since = 0, perf_counter()
@@ -90,7 +83,7 @@ class Run:
             lr = self.update()
             self.step += 1
             event = self.position | {"lr": lr, "grad_norm": norm}
-            metrics = {"train": losses, **self.validate_batch()}
+            metrics = {"train": losses, **self.validator.validate_batch(self.step)}
             self.log.add(event | (self.validator.validate() if self.ends_epoch else {}), metrics)
             if synchronizes:
                 self.synchronize()
@@ -112,7 +105,7 @@ class Run:
                 loss = loss * (count / scale)
             self.scaler.scale(loss).backward()
             batches.append(batch)
-            self.tokens += count_tokens(batch, examples)
+            self.tokens += measure.count_tokens(batch, examples)
         losses.all_reduce(self.processes)
         if scale is not None:
             scale = scale / losses.count.clamp(min=1e-12)
@@ -137,22 +130,15 @@ class Run:
         self.optimizer.zero_grad()
         return factor * self.peak_lrs[0]
 
-    def validate_batch(self) -> dict[str, Metrics]:
-        """The loss on one batch of the validation set, if it is time."""
-        every = self.cadence.valid_every
-        if not every or self.step % every:
-            return {}
-        return self.validator.validate_batch(self.step // every - 1)
-
     def synchronize(self) -> None:
         """Waits for the device: passes events on, writes what is due, keeps a snapshot."""
         (tokens,) = self.processes.sum([self.tokens])
         speed = tokens / (perf_counter() - self.since) if tokens else None
-        self.log.flush(tokens_per_second=speed, memory=peak_memory(self.device))
+        self.log.flush(tokens_per_second=speed, memory=measure.peak_memory(self.device))
         if self.step != self.saved_step:  # unless it has just been resumed
             if self.ends_epoch or self.step == 0:
                 self.update_best()
-            if self.store is not None and (self.ends_epoch or self.is_due(self.step)):
+            if self.store is not None and (self.ends_epoch or self.store.is_due(self.step)):
                 self.save(self.store)
         self.snapshot = state.clone(self.state()) if self.check_every > 1 else None
         self.tokens, self.since = 0, perf_counter()
@@ -171,7 +157,7 @@ class Run:
         value, best = event.get(metric), self.best["value"]
         if value is None or self.step == 0:
             return
-        if best is None or (value < best if lower_is_better(metric) else value > best):
+        if best is None or measure.best_of(metric)(value, best) != best:
             self.best = {"value": value, "epoch": self.epoch, "name": self.name}
 
     # -- the step at hand
@@ -197,13 +183,9 @@ class Run:
     def synchronizes(self, step: int) -> bool:
         """Whether the host waits for the device after a step, to check, to report and to save."""
         self.update_stopping()
+        saves = self.store is not None and self.store.is_due(step)
         ends = not step % self.check_every or not step % self.loader.steps_per_epoch
-        return ends or self.is_due(step) or self.stopping
-
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is, within an epoch."""
-        every = self.cadence.save_every
-        return step > 0 and every is not None and step % every == 0
+        return ends or saves or self.stopping
 
     def finished(self) -> bool:
         """Whether it ends here; the history gets the reason."""
@@ -222,7 +204,7 @@ class Run:
         """All that the rest of the run depends on, as this process has it."""
         return {
             "place": self.position,
-            "settings": self.settings.plain(),
+            "settings": asdict(self.settings),
             "best": self.best,
             "before": self.validator.before,
             "deltas": {delta.name: delta.state_dict() for delta in self.deltas},

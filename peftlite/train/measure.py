@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from peftlite.train.state import fork_rng
 Loss = Callable[[nn.Module, Any], Any]
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is the better the lower it is, by its name."""
-    return metric.endswith(("loss", "perplexity"))
+def best_of(metric: str) -> Any:
+    """`min` or `max`: what gives the best of a metric's values, by its name."""
+    return min if metric.endswith(("loss", "perplexity")) else max
 
 
 class Metrics:
@@ -96,6 +97,7 @@ class Metrics:
         return means
 
 
+@dataclass(eq=False)
 class Validator:
     """What a model can do: the loss of a validation set, and probes of earlier skills.
 
@@ -103,22 +105,19 @@ class Validator:
         model: the user's, for probes.
         wrapped: what is trained, for losses.
         val: None without a validation set.
+        every: steps between losses on one batch of it; None for none.
+        before: the probes' scores before training.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        wrapped: nn.Module,
-        loss: Loss,
-        val: Loader | None,
-        probes: Mapping[str, Callable[[nn.Module], float]],
-        device: torch.device,
-        processes: Processes,
-    ) -> None:
-        self.model, self.wrapped, self.loss = model, wrapped, loss
-        self.val, self.probes, self.device = val, probes, device
-        self.processes = processes
-        self.before: dict[str, float] = {}  # the probes' scores before training
+    model: nn.Module
+    wrapped: nn.Module
+    loss: Loss
+    val: Loader | None
+    every: int | None
+    probes: Mapping[str, Callable[[nn.Module], float]]
+    device: torch.device
+    processes: Processes
+    before: dict[str, float] = field(default_factory=dict)
 
     def validate(self) -> dict[str, float]:
         """All of the validation set, and the probes. The host waits for the device."""
@@ -137,12 +136,12 @@ class Validator:
                 found[f"{name} forgotten"] = self.before[name] - found[name]
         return found
 
-    def validate_batch(self, number: int) -> dict[str, Metrics]:
-        """One batch of the validation set, if there is one, each in its turn."""
-        if self.val is None:
+    def validate_batch(self, step: int) -> dict[str, Metrics]:
+        """The next batch of the validation set, if one is due after a step."""
+        if self.val is None or not self.every or step % self.every:
             return {}
-        batches = self.val.micro_batches(number % self.val.steps_per_epoch)
-        return {"valid": self._metrics(batches)}
+        number = (step // self.every - 1) % self.val.steps_per_epoch
+        return {"valid": self._metrics(self.val.micro_batches(number))}
 
     def _metrics(self, batches: Iterable[tuple[Any, int]]) -> Metrics:
         found = Metrics()

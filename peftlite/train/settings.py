@@ -1,9 +1,9 @@
-"""Settings: what the numbers of a run depend on, how often it looks up, and who may end it."""
+"""Settings: what the numbers of a run depend on; and what a callback sees of its trainer."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from peftlite.train.schedule import Schedule
@@ -48,19 +48,6 @@ class Settings:
     def micro_batch(self) -> int:
         """The most examples that all processes together have at a time."""
         return math.ceil(self.batch_size / self.accumulate)
-
-    def plain(self) -> dict[str, Any]:
-        """All of them by name, as JSON holds them."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """Steps between losses on a batch of `val`, checkpoints, and looks at whether all is finite."""
-
-    valid_every: int | None
-    save_every: int | None
-    check_every: int
 
 
 class Training(Protocol):

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice, product
 from typing import Any, Literal, TypeAlias
 
 from peftlite.errors import PeftliteError
@@ -37,13 +38,25 @@ def grid_size(space: Space) -> int:
     return math.prod(map(len, space.values()))
 
 
+def choose(
+    space: Space, how: How, tried: Sequence[tuple[Choice, float | None]], minimise: bool, seed: int
+) -> Choice:
+    """The next choice after those that were tried, each with its value, None where one failed.
+
+    It follows from the arguments alone. Raises PeftliteError if optuna is missing.
+    """
+    number = len(tried)
+    if how == "grid":
+        return from_grid(space, number)
+    if how == "random":
+        return at_random(space, f"{seed} {number}")
+    return by_optuna(space, tried, minimise, seed + number)
+
+
 def from_grid(space: Space, number: int) -> Choice:
     """One of all combinations; the last name varies fastest."""
-    choice = {}
-    for name, options in reversed([*space.items()]):
-        number, i = divmod(number, len(options))
-        choice[name] = options[i]
-    return {name: choice[name] for name in space}
+    values = next(islice(product(*space.values()), number, None))
+    return dict(zip(space, values, strict=True))
 
 
 def at_random(space: Space, seed: str) -> Choice:
@@ -55,8 +68,7 @@ def at_random(space: Space, seed: str) -> Choice:
 def by_optuna(
     space: Space, tried: Sequence[tuple[Choice, float | None]], minimise: bool, seed: int
 ) -> Choice:
-    """What tree-structured Parzen estimators propose after choices and their values, None where
-    one failed; a function of these and the seed. Raises PeftliteError without optuna."""
+    """The proposal of tree-structured Parzen estimators; the arguments are those of `choose`."""
     try:
         import optuna
     except ImportError as error:
@@ -64,17 +76,13 @@ def by_optuna(
     kinds = {name: _distribution(optuna.distributions, given) for name, given in space.items()}
     sampler = optuna.samplers.TPESampler(seed=seed)
     with _quiet(optuna.logging):
-        study = optuna.create_study(
-            direction="minimize" if minimise else "maximize", sampler=sampler
-        )
+        direction = "minimize" if minimise else "maximize"
+        study = optuna.create_study(direction=direction, sampler=sampler)
         for choice, value in tried:
             state = optuna.trial.TrialState["FAIL" if value is None else "COMPLETE"]
             params = {name: _to_optuna(space[name], each) for name, each in choice.items()}
-            study.add_trial(
-                optuna.trial.create_trial(
-                    state=state, value=value, params=params, distributions=kinds
-                )
-            )
+            given = {"state": state, "value": value, "params": params, "distributions": kinds}
+            study.add_trial(optuna.trial.create_trial(**given))
         proposed = study.ask(kinds).params
     return {name: _from_optuna(space[name], value) for name, value in proposed.items()}
 

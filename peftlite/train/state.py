@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Tree = Any
 """A tensor, what JSON holds, or a list or dict (of strings) of such."""
@@ -95,11 +96,7 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Tree]
 
 def clone(tree: Tree) -> Tree:
     """A tree whose tensors are copies, each on its own device."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, dict):
-        return {key: clone(value) for key, value in tree.items()}
-    return [clone(value) for value in tree] if isinstance(tree, list | tuple) else tree
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
 
 
 def pack(tree: Tree, tensors: dict[str, Tensor], path: str = "") -> Any:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from peftlite.train.loop import Run
 from peftlite.train.measure import Loss, Validator
 from peftlite.train.parallel import Parallel, Processes
 from peftlite.train.schedule import Schedule, adamw, parameter_groups
-from peftlite.train.settings import Autocast, Cadence, Settings
+from peftlite.train.settings import Autocast, Settings
 from peftlite.train.state import Tree, fork_rng
 
 Auto = Literal["auto"]
@@ -192,7 +192,7 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON holds it."""
-        return self._settings().plain()
+        return asdict(self._settings())
 
     def _settings(self) -> Settings:
         decided = {
@@ -246,7 +246,7 @@ class Trainer:
             fork_rng(device, processes.seed(self.seed)),
             self._advised(),
         ):
-            run = self._run(model, deltas, store, processes, device)
+            run = self._run(model, deltas, device, store, processes)
             if state is not None:
                 run.restore({**state, "random": state["random"][processes.rank]})
             with run.log.opened(self, run.step):
@@ -264,7 +264,7 @@ class Trainer:
                 raise PeftliteError("resume goes by checkpoints: give the Trainer a folder")
             return None, None
         bases = {delta.name: base_of(delta, "sha256") for delta in deltas}
-        store = Checkpoints(as_path(self.folder), self.keep, bases)
+        store = Checkpoints(as_path(self.folder), self.keep, self.save_every, bases)
         given = (resume, self.model, deltas, self.settings())
         return store, processes.on_first(lambda: store.resume(*given))
 
@@ -272,26 +272,26 @@ class Trainer:
         self,
         model: nn.Module,
         deltas: list[Delta],
+        device: torch.device,
         store: Checkpoints | None,
         processes: Processes,
-        device: torch.device,
     ) -> Run:
-        """All that the run takes of these settings, made for it."""
-        settings, log = self._settings(), self._log(store, device, processes)
-        loss, every = self.loss, self.check_every or (1 if device.type == "cpu" else 16)
+        """A run, and all that it takes, by these settings."""
+        settings, seed = self._settings(), self.seed if self.shuffle else None
+        loss, lr = self.loss, self._lr * self.lr_multiplier
         if self.autocast is not None:
             loss = torch.autocast(device.type, AUTOCAST[self.autocast])(loss)
+        groups = parameter_groups(deltas, lr, self.b_ratio, self.weight_decay)
         shard = {"rank": processes.rank, "processes": processes.size}
         loader = partial(Loader, collate=self.collate, device=device, **shard)
         val = None if self.val is None else loader(self.val, settings.micro_batch)
-        groups = parameter_groups(
-            deltas, settings.lr * self.lr_multiplier, self.b_ratio, self.weight_decay
-        )
         return Run(
-            settings, Cadence(self.valid_every, self.save_every, every), model, deltas, loss,
-            loader(self.train, settings.batch_size, seed=self.seed if self.shuffle else None),
-            Validator(self.model, model, loss, val, self.probes, device, processes),
-            (self.optimizer or adamw)(groups), log, store, processes, lambda: self.stopping,
+            settings, model, deltas, loss, loader(self.train, settings.batch_size, seed=seed),
+            Validator(self.model, model, loss, val, self.valid_every, self.probes, device,
+                      processes),
+            (self.optimizer or adamw)(groups), self._log(store, device, processes), store,
+            processes, self.check_every or (1 if device.type == "cpu" else 16),
+            lambda: self.stopping,
         )  # fmt: skip
 
     def _log(self, store: Checkpoints | None, device: torch.device, processes: Processes) -> Log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -18,20 +18,10 @@ from peftlite.fields import check_given
 from peftlite.table import format_cell, listed, short, table
 from peftlite.train.data.checks import check_counts
 from peftlite.train.history import Event, History
-from peftlite.train.measure import lower_is_better
+from peftlite.train.measure import best_of
 from peftlite.train.parallel import process_group
 from peftlite.train.settings import Training
-from peftlite.train.space import (
-    Choice,
-    How,
-    Space,
-    at_random,
-    by_optuna,
-    check_space,
-    from_grid,
-    grid_size,
-    restored,
-)
+from peftlite.train.space import Choice, How, Space, check_space, choose, grid_size, restored
 from peftlite.train.state import fork_rng
 from peftlite.train.study import Study, plain
 from peftlite.train.trainer import Trainer
@@ -86,10 +76,8 @@ class Trials:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the trials, one a row."""
-        header, *rows = self._cells()
         with open(path, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([header, *rows])
+            csv.writer(file, lineterminator="\n").writerows(self._cells())
 
     def __str__(self) -> str:
         header, *rows = self._cells()
@@ -152,7 +140,10 @@ def search(
             lines = processes.broadcast(own)[:count]
             found = [Trial(**{**line, "choice": restored(space, line["choice"])}) for line in lines]
             while len(found) < count:
-                trial = Trial(len(found) + 1, _choose(space, how, found, seed))
+                tried = [(trial.choice, trial.value) for trial in found]
+                minimise = any(best_of(trial.metric) is min for trial in found)
+                choice = choose(space, how, tried, minimise, seed)
+                trial = Trial(len(found) + 1, choice)
                 _run(build, trial, found if prune else [], seed)
                 # callbacks run in the first process alone
                 vars(trial).update(processes.broadcast(_result(trial)))
@@ -168,21 +159,6 @@ def _result(trial: Trial) -> dict[str, Any]:
     return {name: value for name, value in vars(trial).items() if name != "choice"}
 
 
-def best_of(metric: str) -> Any:
-    """`min` or `max`, as the metric has it."""
-    return min if lower_is_better(metric) else max
-
-
-def _choose(space: Space, how: str, found: Sequence[Trial], seed: int) -> Choice:
-    number = len(found)
-    if how == "grid":
-        return from_grid(space, number)
-    if how == "random":
-        return at_random(space, f"{seed} {number}")
-    minimise = any(lower_is_better(trial.metric) for trial in found)
-    return by_optuna(space, [(t.choice, t.value) for t in found], minimise, seed + number)
-
-
 def _run(
     build: Callable[[Choice], Trainer], trial: Trial, others: Sequence[Trial], seed: int
 ) -> None:
@@ -193,7 +169,9 @@ def _run(
         raise PeftliteError(f"build makes a pl.Trainer of a choice, not {short(trainer)}")
     trial.metric = trainer.metric
     trainer.callbacks = [*trainer.callbacks, _Pruner(trial, others)]
-    with _detached_after(trainer):
+    with ExitStack() as stack:
+        for delta in trainer.deltas:
+            stack.callback(detach, trainer.model, delta)
         if trainer.val is None and trainer.metric.startswith("full_valid"):
             raise PeftliteError(
                 f"a search goes by {trainer.metric}: give the Trainer val, or another metric"
@@ -204,16 +182,6 @@ def _run(
             trial.state, trial.error = "failed", str(error)
     if trial.state == "done" and not trial.values:
         trial.state, trial.error = "failed", f"no epoch has a finite {trial.metric}"
-
-
-@contextmanager
-def _detached_after(trainer: Trainer) -> Iterator[None]:
-    deltas = trainer.deltas
-    try:
-        yield
-    finally:
-        for delta in deltas:
-            detach(trainer.model, delta.name)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,24 +35,28 @@ def fill(sizes: Sequence[int], length: int) -> list[list[int]]:
     return [sorted(block) for block in blocks if block]
 
 
+@dataclass(eq=False, repr=False)
 class Blocks(Sequence[dict[str, Tensor]]):
-    """Packed examples: their tensors end to end, and `position_ids` that start at 0 in each."""
+    """Packed examples: their tensors end to end, and `position_ids` that start at 0 in each.
 
-    def __init__(
-        self,
-        data: Sequence[Mapping[str, Tensor]],
-        lengths: Sequence[int],
-        blocks: Sequence[Sequence[int]],
-        length: int,
-    ) -> None:
-        self.data, self.lengths, self.blocks, self.length = data, lengths, blocks, length
+    Attributes:
+        data: the examples.
+        lengths: of each example, in tokens.
+        blocks: the indices of the examples in each block.
+        length: of a block, in tokens, at most.
+    """
+
+    data: Sequence[Mapping[str, Tensor]]
+    lengths: Sequence[int]
+    blocks: Sequence[Sequence[int]]
+    length: int
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
-            return Blocks(self.data, self.lengths, self.blocks[i], self.length)
+            return replace(self, blocks=self.blocks[i])
         return join([self.data[j] for j in self.blocks[i]])
 
     def __repr__(self) -> str:

@@ -1,7 +1,10 @@
 """Every page for people: its code runs, its links lead somewhere, the files it names are there."""
 
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,16 @@ from tests import methods_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# pages for who works on peftlite: they name its files
-INSIDE = [ROOT / "SECURITY.md"]
+# pages for who works on peftlite, which name its files
+INSIDE = [
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / "docs" / name for name in ("README.md", "architecture.md", "write_a_method.md")),
+    *(ROOT / folder / "README.md" for folder in ("tests", "benchmarks")),
+    *sorted((ROOT / "peftlite").rglob("README.md")),
+]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-A_FILE = re.compile(r"`([\w./-]+(?:\.(?:py|md|toml|txt|yaml|cff)|/))`")
+CODE = re.compile(r"`([^`\n]+)`")
+A_FILE = re.compile(r"[\w./-]+(?:\.(?:py|md|toml|txt|yaml|cff|sh)|/)")
 
 
 def title(page: Path) -> str:
@@ -71,10 +80,24 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", INSIDE, ids=title)
 def test_the_files_it_names_are_there(page: Path) -> None:
-    named = A_FILE.findall(page.read_text())
-    roots = (page.parent, ROOT, ROOT / "peftlite")
-    lost = [name for name in named if not any((root / name).exists() for root in roots)]
-    assert named and not lost, f"{title(page)} names {lost}"
+    words = [word for code in CODE.findall(page.read_text()) for word in code.split()]
+    named = filter(A_FILE.fullmatch, words)
+    lost = [name for name in named if not any(_places(page, name))]
+    run = [word for flag, word in pairwise(words) if flag == "-m" and word.startswith("tests.")]
+    lost += [name for name in run if find_spec(name) is None]
+    assert not lost, f"{title(page)} names {lost}"
+
+
+def _places(page: Path, name: str) -> Iterator[bool]:
+    """Whether a file or folder is in each of the places where its name may be meant to be."""
+    yield from ((folder / name).exists() for folder in (page.parent, ROOT, ROOT / "peftlite"))
+    yield "/" not in name and any((ROOT / "peftlite").rglob(name))  # of a folder named before
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    lost = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index]
+    assert lost == ["README.md"]
 
 
 # -- what is said of the project in several places

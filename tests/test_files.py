@@ -1,7 +1,10 @@
 """The file: what beside the tensors is in it, how it is packed, and that a base is hashed once."""
 
 import json
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.core.site import sites
 from peftlite.io import fingerprint, packing
 from tests.digest import assert_same, digest
 from tests.zoo import KINDS, seeded
@@ -150,3 +154,22 @@ def test_the_header_is_json_in_order(saved) -> None:
     with safetensors.safe_open(path, framework="pt") as file:
         text = file.metadata()["peftlite"]
     assert text == json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("format", ["peftlite", "peft", "kohya"])
+def test_a_models_sites_are_looked_up_once(format: str, tmp_path: Path) -> None:
+    path, looked = tmp_path / "sql", 0
+    delta = pl.attach(GPT.model(), pl.LoRA(rank=2), "sql")
+    pl.save(delta, path) if format == "peftlite" else pl.export(delta, path, format)
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal looked
+        looked += event == "call" and frame.f_code is sites.__code__
+
+    model = GPT.model()
+    sys.setprofile(count)
+    try:
+        pl.load(model, path)
+    finally:
+        sys.setprofile(None)
+    assert looked == 1

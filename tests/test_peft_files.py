@@ -300,8 +300,9 @@ def test_prefixes_both_ways(kind: str, tmp_path: Path) -> None:
     batch = its.batch(dtype=torch.float64)
     expected = its.run(theirs, batch)
     ours = its.model(torch.float64)
-    with pytest.warns(UserWarning, match="add 3 to position_ids"):
+    with pytest.warns(UserWarning, match="add 3 to position_ids") as warned:
         delta = pl.load(ours, tmp_path / "sql")
+    assert warned[0].filename == __file__
     at = torch.arange(TOKENS)[None] + 3
     assert apart(its.run(ours, {**batch, "position_ids": at}), expected) <= 1e-6
     with pytest.warns(UserWarning, match="take 3 from position_ids"):

@@ -25,7 +25,7 @@ from peftlite.core.delta import Delta
 from peftlite.core.find import require
 from peftlite.core.patch import Method
 from peftlite.errors import PeftliteError
-from peftlite.io.load import CheckBase
+from peftlite.io.fitting import CheckBase
 from peftlite.io.native import save
 from peftlite.methods.lora import LoRA
 from peftlite.table import short, size

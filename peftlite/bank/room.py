@@ -110,7 +110,7 @@ def _made_by(
     mixed: dict[Key, Mixed] = {}
     for method in methods:
         for _, taken in assign(model, [method]):  # one by one: a site may have several families
-            wholes, _ = locate(model, {whole_address(site.address) for site in taken})
+            wholes, _ = locate(sites(model), {whole_address(site.address) for site in taken})
             for item in Placed.all([replace(site, on="meta") for site in taken], method):
                 whole = wholes[whole_address(item.site.address)]
                 key = (whole.address, family_of(item.patch, item.site))

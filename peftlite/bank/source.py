@@ -19,7 +19,8 @@ from peftlite.core.site import whole_address
 from peftlite.errors import BaseMismatchError, FileError, PeftliteError
 from peftlite.io.files import as_path
 from peftlite.io.fingerprint import fingerprints
-from peftlite.io.load import CheckBase, check_mode, read
+from peftlite.io.fitting import CheckBase, check_mode
+from peftlite.io.load import read
 from peftlite.table import listed, short
 
 
@@ -61,7 +62,7 @@ def _ours(model: nn.Module, delta: Delta, check_base: CheckBase) -> Delta:
     """A delta of this model or of a copy, at the sites of this one. Raises PeftliteError."""
     if delta.merged:
         raise PeftliteError(f"{delta.name!r} is merged into its base: pl.unmerge it first")
-    found, missing = site.locate(model, delta.placed)
+    found, missing = site.locate(site.sites(model), delta.placed)
     if missing:
         raise PeftliteError(
             f"{delta.name!r} is of a model with other sites; here there is no {listed(missing)}"

@@ -29,7 +29,8 @@ from peftlite.io.standin import stand_in
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
 from peftlite.table import listed, size, table
-from peftlite.verbs import combine, extract
+from peftlite.verbs.combine import combine
+from peftlite.verbs.extract import extract
 
 # -- looking
 
@@ -145,7 +146,7 @@ def _tensors(path: str, info: Info, label: str = "") -> Iterator[tuple[str, Tens
     if info.format != "peftlite":
         tensors = Checkpoint(where)
         return ((key, tensors[key]) for key in _with_bar(list(tensors), label))
-    content = native.read(nn.Module(), where)
+    content = native.read(where)
     return ((key, content.get(key)) for key in _with_bar(list(content.entries), label))
 
 

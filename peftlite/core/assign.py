@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,41 @@ class Placed:
                 f"{where.address} is {tuple(where.whole.shape)} now, and was {tuple(self.shape)} "
                 "when the delta was attached: pl.detach, then resize, then attach"
             )
+
+
+def place(
+    sites: Mapping[str, Site],
+    methods: Iterable[tuple[Method, Sequence[str]]],
+    shapes: Mapping[str, Mapping[str, Sequence[int]]],
+    on: str | None = None,
+) -> list[Placed]:
+    """The patches of methods at sites that are named one by one. Raises TargetError.
+
+    Args:
+        sites: by the address that each goes by.
+        shapes: what a file has for a patch's parameters, by address and by name.
+        on: the device to build on; each tensor's own if None.
+    """
+    placed: list[Placed] = []
+    for method, addresses in methods:
+        taken = [replace(sites[address], address=address, on=on) for address in addresses]
+        placed += Placed.all(taken, method)
+    for item in placed:
+        item.patch.resize(shapes.get(item.site.address, {}))
+    return placed
+
+
+def check_apart(sites: Mapping[str, Site]) -> None:
+    """Raises TargetError if one of the sites can't have a patch, or two share entries."""
+    taken: dict[tuple[int, str], list[Site]] = {}
+    for address, site in sites.items():
+        usable(site)
+        others = taken.setdefault((id(site.module), site.slot), [])
+        if any(site.overlaps(other) for other in others):
+            raise TargetError(
+                f"{address} and {others[0].address} share entries of one tensor in this model"
+            )
+        others.append(site)
 
 
 def methods_in(given: Any) -> list[Method]:

@@ -10,7 +10,7 @@ One site holds every owner of a tied tensor, and every name of a shared module.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -201,9 +201,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return None if any(part.isdigit() for part in parents) else last
 
 
-def locate(model: nn.Module, addresses: Iterable[str]) -> tuple[dict[str, Site], list[str]]:
+def locate(
+    everything: Sequence[Site], addresses: Iterable[str]
+) -> tuple[dict[str, Site], list[str]]:
     """The sites at literal addresses, and the addresses where there is none."""
-    by_name = {name: site for site in sites(model) for name in site.names}
+    by_name = {name: site for site in everything for name in site.names}
     found, missing = {}, []
     for address in addresses:
         text, part = split_index(address)

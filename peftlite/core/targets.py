@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from peftlite.core.patch import Method, Targets
-from peftlite.core.site import CALL, Site, sites, slice_of, split_index, whole_address
+from peftlite.core.site import CALL, Site, slice_of, split_index, whole_address
 from peftlite.errors import TargetError
 from peftlite.table import listed, short
 
@@ -168,9 +168,9 @@ def _holds(predicate: Any, site: Site) -> bool:
         ) from error
 
 
-def nearest(model: nn.Module, address: str) -> str:
+def nearest(everything: Sequence[Site], address: str) -> str:
     """The addresses of a model that are nearest to one it lacks."""
-    return _hint(sites(model), address)
+    return _hint(everything, address)
 
 
 def _show(pattern: Any) -> str:

@@ -33,6 +33,15 @@ class Content:
     base: dict[str, dict[str, Any]] | None = None
     modules: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shape of every tensor, by address and by parameter."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, entry in self.entries.items():
+            address, _, parameter = key.rpartition(":")
+            found.setdefault(address, {})[parameter] = entry.shape
+        return found
+
 
 @dataclass(frozen=True)
 class Info:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -12,9 +12,10 @@ from tqdm import tqdm
 from peftlite.core.patch import Patch
 from peftlite.core.site import whole_address
 from peftlite.core.values import by_tensor, checked, refuse_calls
-from peftlite.errors import BaseMismatchError, PeftliteError
+from peftlite.errors import BaseMismatchError
 from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.fingerprint import difference, fingerprint, kind_of
+from peftlite.io.fitting import CheckBase, check_mode
 from peftlite.io.load import inspect, load
 from peftlite.io.standin import stand_in
 from peftlite.verbs.merge import Receipt
@@ -25,7 +26,7 @@ def merge_files(
     delta: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    check_base: Literal["error", "warn", "off"] = "error",
+    check_base: CheckBase = "error",
     progress: bool = False,
 ) -> Receipt:
     """Writes the checkpoint that `pl.merge` and saving the model would give, bit for bit.
@@ -52,8 +53,7 @@ def merge_files(
         pl.save(pl.attach(model, pl.LoRA(rank=2)), "sql.safetensors")
         print(pl.merge_files("base.safetensors", "sql.safetensors", "out.safetensors"))
     """
-    if check_base not in ("error", "warn", "off"):
-        raise PeftliteError(f"check_base must be 'error', 'warn' or 'off', not {check_base!r}")
+    check_mode(check_base)
     checkpoint, info = Checkpoint(base), inspect(delta)
     model = stand_in(checkpoint, info.modules, transposed=info.transposed)
     placed = load(model, delta, check_base="off")

@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from peftlite.core.delta import Delta
 from peftlite.core.find import given_delta
 from peftlite.core.merged import base_tensor
 from peftlite.core.patch import Method
-from peftlite.core.site import whole_address
+from peftlite.core.site import Site, whole_address
 from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
 from peftlite.fields import check_given
@@ -217,8 +217,11 @@ def inspect(path: Path) -> Info:
     )
 
 
-def read(model: nn.Module, path: Path) -> Content:
-    """A file's content, its header checked and each tensor as it is asked for. Raises FileError."""
+def read(path: Path, model: nn.Module | None = None, sites: Sequence[Site] = ()) -> Content:
+    """A file's content, its header checked and each tensor as it is asked for. Raises FileError.
+
+    It needs no model.
+    """
     file = Tensors(path)
     header, methods = _header(file)
     about = header.get("packed", {})

@@ -113,7 +113,7 @@ class Checkpoints:
         path = self.newest() if given is True else as_path(given)
         if path is None:
             return None
-        state = read(path, model, deltas, self.bases)
+        state = read(path, deltas, self.bases)
         if others := [k for k, v in settings.items() if state["settings"].get(k) != v]:
             theirs = state["settings"]
             differences = listed(f"{k}={theirs.get(k)!r}, not {settings[k]!r}" for k in others)
@@ -144,7 +144,7 @@ class Checkpoints:
         return None
 
 
-def read(path: Path, model: nn.Module, deltas: Iterable[Delta], bases: Bases) -> dict[str, Tree]:
+def read(path: Path, deltas: Iterable[Delta], bases: Bases) -> dict[str, Tree]:
     """The state in a checkpoint, for deltas of a model. Raises FileError."""
     if (damage := _damage(path)) is not None:
         raise FileError(f"checkpoint {str(path)!r} is not whole: {damage}")
@@ -160,7 +160,7 @@ def read(path: Path, model: nn.Module, deltas: Iterable[Delta], bases: Bases) ->
             f"here is {listed(map(repr, names))}: attach what was attached then"
         )
     for name in names:
-        content = native.read(model, path / f"{name}.safetensors")
+        content = native.read(path / f"{name}.safetensors")
         if content.base != bases[name]:
             raise BaseMismatchError(
                 f"checkpoint {str(path)!r} was made on other base weights: go on with the model "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftlite.core.delta import Delta
+from peftlite.core.site import Site
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors
 from peftlite.io.peers import writing
@@ -40,9 +41,9 @@ class Format:
             format=self.peer.name,
         )
 
-    def read(self, model: nn.Module, path: Path) -> Content:
+    def read(self, path: Path, model: nn.Module, sites: Sequence[Site]) -> Content:
         """A file's content; each tensor is read as it is asked for. Raises FileError."""
-        reading = Reading(self.peer, Tensors(path), model)
+        reading = Reading(self.peer, Tensors(path), sites)
         return Content("default", list(reading.methods.items()), reading.entries, reading.get)
 
     def write(self, delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.core.patch import Method
-from peftlite.core.site import Site, sites, slice_of
+from peftlite.core.site import Site, slice_of
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Peer
@@ -30,13 +30,13 @@ View = Callable[[Tensor], Tensor]
 class Reading:
     """A file as it is understood; without a model, its methods and its own names alone."""
 
-    def __init__(self, peer: Peer, file: Tensors, model: nn.Module | None = None):
+    def __init__(self, peer: Peer, file: Tensors, sites: Sequence[Site] | None = None):
         self.peer, self.file = peer, file
         self.methods: dict[Method, list[str]] = {}
         self.entries: dict[str, Entry] = {}
         self._sources: dict[str, tuple[str, View]] = {}
         modules = self._modules()
-        found = self._locate(model, modules) if model is not None else {}
+        found = self._locate(sites, modules) if sites is not None else {}
         for name, keys in modules.items():
             with self._fitting(name):
                 self._read(name, keys, found.get(name))
@@ -74,10 +74,10 @@ class Reading:
 
     # -- where
 
-    def _locate(self, model: nn.Module, modules: Mapping[str, Any]) -> dict[str, Site]:
+    def _locate(self, sites: Sequence[Site], modules: Mapping[str, Any]) -> dict[str, Site]:
         """The weights of the modules that the file names."""
         there: dict[str, dict[str, Site]] = {}
-        for site in sites(model):
+        for site in sites:
             for path in (n.removesuffix(".weight") for n in site.names if n.endswith(".weight")):
                 there.setdefault(self.peer.joined(path), {})[path] = site
         found: dict[str, Site] = {}

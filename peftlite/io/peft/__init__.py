@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
+from peftlite.core.site import Site
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors
-from peftlite.io.peft.reading import CONFIG, MODEL, Reading, folders
+from peftlite.io.peft.folder import CONFIG, MODEL, folders
+from peftlite.io.peft.reading import Reading
 
 
 def recognises(path: Path, file: Tensors | None) -> bool:
@@ -21,19 +24,18 @@ def recognises(path: Path, file: Tensors | None) -> bool:
 def inspect(path: Path) -> Info:
     """What a folder says, its values not looked at. Raises FileError."""
     reading = Reading(path)
-    entries = reading.file.entries.items()
+    adapter, entries = reading.adapter, reading.adapter.file.entries.items()
     return Info(
-        name=reading.name,
-        methods=list(reading.methods.items()),
+        name=adapter.name,
+        methods=reading.methods,
         tensors={key: (str(its.dtype).removeprefix("torch."), its.shape) for key, its in entries},
-        num_bytes=reading.file.num_bytes,
+        num_bytes=adapter.file.num_bytes,
         format="peft",
-        transposed=bool(reading.config.data.get("fan_in_fan_out")),
+        transposed=bool(adapter.config.data.get("fan_in_fan_out")),
     )
 
 
-def read(model: nn.Module, path: Path) -> Content:
+def read(path: Path, model: nn.Module, sites: Sequence[Site]) -> Content:
     """A folder's content; each tensor is read as it is asked for. Raises FileError."""
-    reading = Reading(path, model)
-    methods = list(reading.methods.items())
-    return Content(reading.name, methods, reading.entries, reading.get)
+    reading = Reading(path, model, sites)
+    return Content(reading.adapter.name, reading.methods, reading.entries, reading.get)

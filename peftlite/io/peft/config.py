@@ -24,8 +24,8 @@ HARMLESS = frozenset(
 class Config:
     """An adapter's settings: plain data, each looked at before it is believed."""
 
-    def __init__(self, data: dict[str, Any], at: str):
-        self.data, self.at = data, at
+    def __init__(self, data: dict[str, Any], path: str):
+        self.data, self.path = data, path
         self._taken = set(HARMLESS)
 
     def take(self, name: str, default: Any, *kinds: type) -> Any:
@@ -35,9 +35,9 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise FileError(f"{self.at!r} has {name!r} as {short(value)}")
+            raise FileError(f"{self.path!r} has {name!r} as {short(value)}")
         if isinstance(value, int | float) and not abs(value) <= 1e9:
-            raise FileError(f"{self.at!r} has {name!r} as {value}, which no training has")
+            raise FileError(f"{self.path!r} has {name!r} as {value}, which no training has")
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -50,18 +50,18 @@ class Config:
         """A list of the ends of paths."""
         found = self.take(name, [], list)
         if not all(isinstance(entry, str) for entry in found):
-            raise FileError(f"{self.at!r} has {name!r} as {short(found)}")
+            raise FileError(f"{self.path!r} has {name!r} as {short(found)}")
         return found
 
     def patterned(self, name: str, path: str, default: float) -> float:
         """A number that some modules have for themselves, by the end of their path."""
-        table = Config(self.take(name, {}, dict), self.at)
+        table = Config(self.take(name, {}, dict), self.path)
         for key in table.data:
             # a regex in peft; of those, an escaped and anchored path is what a list may hold
             end = key.removeprefix("^").removesuffix("$").replace("\\", "")
             if set(end) & set("*+?|()[]{}^$"):
                 raise FileError(
-                    f"{self.at!r} has a regex in {name!r}, {key!r}: write out the modules' paths"
+                    f"{self.path!r} has a regex in {name!r}, {key!r}: write out the modules' paths"
                 )
             if ends(path, end):
                 return table.number(key, default)
@@ -72,7 +72,7 @@ class Config:
         unknown = {k: v for k, v in self.data.items() if k not in self._taken and v}
         for name, value in unknown.items():
             raise FileError(
-                f"{self.at!r} is a {self.data['peft_type']} with {name!r} as {short(value)}, "
+                f"{self.path!r} is a {self.data['peft_type']} with {name!r} as {short(value)}, "
                 "which may change the model in a way that peftlite doesn't have"
             )
 

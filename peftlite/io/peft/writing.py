@@ -32,9 +32,7 @@ from peftlite.io.files import (
     write_file,
 )
 from peftlite.io.folders import replacing_folder
-from peftlite.io.peft.form import At, Form
-from peftlite.io.peft.forms import FORMS
-from peftlite.io.peft.reading import (
+from peftlite.io.peft.folder import (
     CONFIG,
     LAYER,
     MODEL,
@@ -45,6 +43,8 @@ from peftlite.io.peft.reading import (
     WRAPPED,
     read_config,
 )
+from peftlite.io.peft.form import At, Form
+from peftlite.io.peft.forms import FORMS
 from peftlite.methods.full import AddPatch
 from peftlite.methods.ia3 import ScalePatch
 from peftlite.methods.prefix import PrefixTuning

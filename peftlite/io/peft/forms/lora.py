@@ -37,8 +37,8 @@ class LoRAForm(Form):
         init = config.take("init_lora_weights", True, bool, str)
         if init not in (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"):
             raise FileError(
-                f"{config.at!r} has 'init_lora_weights' as {init!r}, whose base isn't the model's "
-                "own: save it with path_initial_model_for_weight_conversion= in peft"
+                f"{config.path!r} has 'init_lora_weights' as {init!r}, whose base isn't the "
+                "model's own: save it with path_initial_model_for_weight_conversion= in peft"
             )
         rank = config.patterned("rank_pattern", at.path, config.number("r", 8))
         kind = DoRA if config.flag("use_dora") else LoRA

@@ -29,10 +29,10 @@ class OFTForm(Form):
         terms = config.number("num_cayley_neumann_terms", 5)
         neumann = config.flag("use_cayley_neumann", True)
         if neumann and terms < 3:
-            raise FileError(f"{config.at!r} has 'num_cayley_neumann_terms' as {terms}: below 3")
+            raise FileError(f"{config.path!r} has 'num_cayley_neumann_terms' as {terms}: below 3")
         if neumann and _release(config.take("peft_version", "", str)) < (0, 18):
             raise FileError(
-                f"{config.at!r} is of a peft before 0.18, whose 'use_cayley_neumann' was another "
+                f"{config.path!r} is of a peft before 0.18, whose 'use_cayley_neumann' was another "
                 "series: train it anew"
             )
         eps = config.number("eps", 6e-5)

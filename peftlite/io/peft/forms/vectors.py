@@ -26,7 +26,8 @@ class IA3Form(Form):
         shape, named = t["ia3_l"].shape, config.take("feedforward_modules", [], list, str)
         if isinstance(named, str) and len(shape) > 2:
             raise FileError(
-                f"{config.at!r} has a regex for 'feedforward_modules': write out the modules' paths"
+                f"{config.path!r} has a regex for 'feedforward_modules': write out the modules' "
+                "paths"
             )
         inputs = any(ends(at.path, name) for name in config.names("feedforward_modules")) if (
             isinstance(named, list)

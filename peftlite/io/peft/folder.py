@@ -1,0 +1,65 @@
+"""Folder: what PEFT's directories are made of: their files' names, their keys, their settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from peftlite.errors import FileError
+from peftlite.io.files import Tensors, reason
+from peftlite.io.peft.config import Config
+from peftlite.io.peft.forms import FORMS
+from peftlite.table import listed, short
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+START, WRAPPED = "base_model.model.", "base_model."  # the latter where there is a prompt
+LAYER, TOKENS = ".ln_tuning_layers.", ".trainable_tokens_delta"
+PREFIX, PROMPTS = "PREFIX_TUNING", ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+KNOWN = (*FORMS, *PROMPTS, "LN_TUNING", "TRAINABLE_TOKENS")
+
+
+def folders(path: Path) -> list[str]:
+    """The folders in a folder that hold an adapter."""
+    with contextlib.suppress(OSError):
+        return sorted(child.name for child in path.iterdir() if (child / CONFIG).is_file())
+    return []
+
+
+def read_config(folder: Path) -> Config:
+    """The settings in a folder. Raises FileError."""
+    path = str(folder / CONFIG)
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"{number} is no number")
+
+    try:
+        data = json.loads((folder / CONFIG).read_bytes(), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path!r} is no JSON: {reason(error)}") from error
+    kind = data.get("peft_type") if isinstance(data, dict) else None
+    if kind not in KNOWN:
+        raise FileError(
+            f"{path!r} has the peft_type {short(kind)}, which can't be read; these can: "
+            f"{', '.join(sorted(KNOWN))}"
+        )
+    return Config(data, path)
+
+
+def open_folder(path: Path) -> tuple[Config, Tensors]:
+    """The settings and the tensors in a folder, which may be named by its file of tensors."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file():
+        names = folders(folder)
+        raise FileError(
+            f"{str(folder)!r} has its adapters in folders of their own: {listed(names)}; load one: "
+            f"{str(folder / names[0])!r}"
+        )
+    old, new = folder / "adapter_model.bin", folder / MODEL
+    if old.exists() and not new.exists():
+        raise FileError(
+            f"{str(old)!r} is a pickle, which may run code as it is read; convert it first: "
+            f"safetensors.torch.save_file(torch.load({str(old)!r}, weights_only=True), "
+            f"{str(new)!r})"
+        )
+    return read_config(folder), Tensors(new)

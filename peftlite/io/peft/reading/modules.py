@@ -1,0 +1,102 @@
+"""Modules: those that a method has tensors of, each translated by the method's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from peftlite.core.patch import Method
+from peftlite.core.site import Site
+from peftlite.io.peft.config import ends
+from peftlite.io.peft.form import At, Form
+from peftlite.io.peft.forms import FORMS
+from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, plain
+
+
+def read_modules(adapter: Adapter, left: Left) -> Iterator[Claim]:
+    """The modules that the adapter's own method has tensors of, and what is for all of them."""
+    form = FORMS.get(adapter.kind)
+    if form is None:
+        return
+    claims = [_module(adapter, form, path, keys) for path, keys in _by_module(form, left).items()]
+    yield from claims
+    placed = [pair for claim in claims for pair in claim.placed]
+    if adapter.model is not None and placed:
+        yield from _shared(adapter, form, left, placed)
+
+
+def _by_module(form: Form, left: Left) -> dict[str, dict[str, str]]:
+    """A form's keys by the path of a module, and by what the tensor is called there."""
+    found: dict[str, dict[str, str]] = {}
+    for rest, key in left.items():
+        name = next((name for name, _ in form.names if rest.endswith(f".{name}")), None)
+        if name is not None:
+            found.setdefault(rest.removesuffix(f".{name}"), {})[name] = key
+    return found
+
+
+def _module(adapter: Adapter, form: Form, path: str, keys: Mapping[str, str]) -> Claim:
+    layer, t = _layer(adapter, path), adapter.meta(keys)
+    method = form.method(adapter.config, layer, t)
+    if method is None:
+        return Claim(keys, module=plain(path))
+    if layer.site is None:
+        address = path if adapter.model is None else f"{path}.weight"
+        return Claim(keys, [(method, address)], module=plain(path))
+
+    def address_of(slot: str) -> str:
+        return f"{layer.path}{slot}" if slot == "()" else f"{layer.path}.{slot}"
+
+    def make(t: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = [its.items() for _, its in form.parts(method, dict(t), layer)]
+        return {address_of(own): x for its in parts for own, x in its if x is not None}
+
+    parts = form.parts(method, t, layer)  # which takes what it uses out of t
+    placed = [(how, address_of(own.partition(":")[0])) for how, its in parts for own in its]
+    used = {name: key for name, key in keys.items() if name not in t}
+    return adapter.claim(used, placed, make, module=plain(path))
+
+
+def _shared(
+    adapter: Adapter, form: Form, left: Left, placed: Sequence[tuple[Method, str]]
+) -> Iterator[Claim]:
+    """The tensors that are for all modules, which the first of them has here."""
+    method = placed[0][0]
+    addresses = [*dict.fromkeys(address for how, address in placed if how == method)]
+    sites = [replace(adapter.sites[a], on="cpu") for a in addresses if a in adapter.sites]
+    if len(sites) < len(addresses):
+        return
+
+    def make(t: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = form.read_shared(method, sites, list(t.values()))
+        return {f"{addresses[0]}:{name}": x for name, x in made.items()}
+
+    keys = {key: key for name in form.shared if (key := f"base_model.{name}") in left}
+    yield adapter.claim(keys, [], make)
+    make(adapter.values(keys))  # looks at them
+
+
+def _layer(adapter: Adapter, path: str) -> At:
+    """The module at a path, and the site that is changed there."""
+    inner = path
+    while inner.endswith(".base_layer"):
+        inner = inner.removesuffix(".base_layer")
+    depth = (len(path) - len(inner)) // len(".base_layer")
+    inner = plain(inner)
+    chosen = _parameters(adapter, inner)
+    if depth < len(chosen):  # the last of a module's parameters is outermost
+        return At(inner, chosen[-1 - depth])
+    path = inner + ".base_layer" * depth
+    attention = adapter.sites.get(f"{path}.in_proj_weight")
+    return At(path, attention or adapter.sites.get(f"{path}.weight"))
+
+
+def _parameters(adapter: Adapter, path: str) -> list[Site]:
+    """The parameters of a module that peft was given by name."""
+    names = adapter.config.names("target_parameters")
+    module = adapter.modules.get(path)
+    own = [f"{path}.{slot}" for slot in (module._parameters if names and module else ())]
+    named = [address for address in own if any(ends(address, name) for name in names)]
+    return [adapter.sites[address] for address in named if address in adapter.sites]

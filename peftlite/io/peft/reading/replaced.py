@@ -1,0 +1,47 @@
+"""Replaced: modules that peft saved as they were in the end, norms, and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from peftlite.core.patch import Method
+from peftlite.io.peft.folder import LAYER
+from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, difference, plain
+from peftlite.io.peft.reading.copies import compared
+from peftlite.methods.bitfit import BitFit
+from peftlite.methods.full import FullTuning
+from peftlite.methods.norm import NormTuning
+
+
+def read_replaced(adapter: Adapter, left: Left) -> Iterator[Claim]:
+    """The tensors of replaced modules, and biases, as changes of the base's."""
+    biases = adapter.config.take("bias", "none", str) != "none"
+    for rest, key in left.items():
+        address = plain(rest)
+        path, _, slot = address.rpartition(".")
+        if adapter.kind == "LN_TUNING" and LAYER in rest:
+            flat = len(adapter.file.entries[key].shape) == 1
+            method = NormTuning() if flat else FullTuning()
+            module = address.partition(LAYER)[0]
+            yield _change(adapter, key, method, address.replace(LAYER, "."), module)
+        elif adapter.replaces(path):
+            yield _change(adapter, key, FullTuning(), address)
+        elif biases and slot == "bias":
+            yield _change(adapter, key, BitFit(), address)
+
+
+def _change(adapter: Adapter, key: str, method: Method, address: str, module: str = "") -> Claim:
+    """The difference of a tensor from the base's; a buffer can have none."""
+    path, _, name = address.rpartition(".")
+    if path in adapter.modules and (buffer := adapter.modules[path]._buffers.get(name)) is not None:
+        return compared(adapter, key, buffer, module)
+    site = adapter.sites.get(address)
+    if site is None:
+        return Claim({key: key}, [(method, address)], module=module)
+
+    def make(t: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{address}:difference": difference(key, t[key], site.whole)}
+
+    return adapter.claim({key: key}, [(method, address)], make, module)

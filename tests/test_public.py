@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -81,23 +81,37 @@ def said(name: str) -> str:
 def test_every_name_says_what_it_is() -> None:
     generated = {name: f"{name.rpartition('.')[2]}(" for name in EVERYTHING}
     silent = [n for n in EVERYTHING if not said(n) or said(n).startswith(generated[n])]
-    assert not silent, silent
+    assert not silent, "; ".join(silent)
 
 
 def test_what_raises_says_so() -> None:
-    assert not (silent := [n for n in EVERYTHING if _may_raise(n) and "Raises" not in said(n)]), (
-        silent
-    )
+    silent = [n for n in EVERYTHING if _may_raise(n) and "Raises" not in said(n)]
+    assert not silent, "; ".join(silent)
+
+
+def test_arguments_go_by_the_names_they_have() -> None:
+    wrong = [f"{n}: {a}" for n in EVERYTHING for a in _described(n) if a not in _arguments(n)]
+    assert not wrong, "; ".join(wrong)
 
 
 def test_what_takes_or_gives_tensors_says_their_shapes() -> None:
     silent = [n for n in EVERYTHING if _has_tensors(n) and not SHAPE.search(said(n))]
-    assert not silent, silent
+    assert not silent, "; ".join(silent)
 
 
 def test_a_method_names_its_paper_and_the_shapes_of_what_it_learns() -> None:
     silent = [n for n in METHODS if not PAPER.search(said(n)) or not SHAPE.search(said(n))]
-    assert METHODS and not silent, silent
+    assert METHODS and not silent, "; ".join(silent)
+
+
+def _described(name: str) -> list[str]:
+    """The arguments in a docstring's Args."""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", said(name), re.M)
+    return re.findall(r"^    (\w+):", section[1], re.M) if section else []
+
+
+def _arguments(name: str) -> Collection[str]:
+    return inspect.signature(EVERYTHING[name][1]).parameters
 
 
 def _has_tensors(name: str) -> bool:

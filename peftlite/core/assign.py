@@ -35,7 +35,7 @@ class Placed:
                 raise PeftliteError(
                     f"{kind}.build gave {short(patch)} for {where.address}: no pl.Patch"
                 )
-            if not (patch.call if where.is_call else patch.has_value):
+            if not (patch.has_call if where.is_call else patch.has_value):
                 need = "call" if where.is_call else "value"
                 raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {where.address}")
             patch.train(where.module.training)

@@ -269,7 +269,7 @@ def _mapped(
     if on_bias:
         bias = apply(on_bias, bias)
     for patch in on_weight or ():
-        if patch.call is None:
+        if not patch.has_call:
             return kind(module, apply(on_weight, weight), bias), None
     return kind(module, weight, bias), on_weight
 

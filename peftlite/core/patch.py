@@ -42,13 +42,27 @@ class Patch(nn.Module):
     later: ClassVar[frozenset[str]] = frozenset()
     """The parameters that LoRA+ trains faster: factors B, which begin at zero."""
 
-    call: Callable[..., Any] | None = None
-    """`call(inner, *args, **kwargs) -> output`: the call as made; `inner` is what stood there
-    before. At a tensor of a linear map, `inner` is the `peftlite.core.maps.Map` itself."""
+    has_value: bool = False
+    """Whether the change can be read off a tensor, and so merged into it."""
+    has_call: bool = False
+    """Whether the change can be made to a call. A class that overrides `call` has one; a patch says
+    no for itself where its `call` doesn't agree with its `value`, or costs more."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.has_value = cls.value is not Patch.value
+        cls.has_call = cls.call is not Patch.call
 
     def value(self, w: Tensor) -> Tensor:
         """The tensor as read, in the shape of `w`, the tensor as it was, and in its dtype."""
         raise PeftliteError(f"{type(self).__name__} changes calls, not tensors")
+
+    def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call as made; `inner` is what stood there before.
+
+        At a tensor of a linear map, `inner` is the `peftlite.core.maps.Map` itself.
+        """
+        raise PeftliteError(f"{type(self).__name__} changes tensors, not calls")
 
     def reset(self, w: Tensor | None) -> None:
         """Fills the parameters as the method begins; `w` is the base tensor, in the shape of
@@ -77,11 +91,6 @@ class Patch(nn.Module):
 
     def regularizer(self) -> Tensor | None:
         """A scalar that the method adds to the loss."""
-
-    @property
-    def has_value(self) -> bool:
-        """Whether the change can be read off a tensor, and so merged into it."""
-        return type(self).value is not Patch.value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def _weights(module: Any) -> Iterator[tuple[str, tuple[Tensor, str, str]]]:
             w = getattr(shown, "raw", shown)
         if w is None or w.dim() < 2:
             continue
-        reading = [type(patch).__name__ for patch in patches if patch.call is None]
+        reading = [type(patch).__name__ for patch in patches if not patch.has_call]
         if hosted.kind is None or slot != "weight":
             yield slot, (w, "read", f"{type(module).__name__} reads it by itself")
         elif reading:

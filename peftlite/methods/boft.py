@@ -27,7 +27,7 @@ class BOFTPatch(RotationPatch):
 
     def __init__(self, site: Site, method: BOFT, block: int):
         super().__init__(site)
-        self.call = None  # it would have to tell the bias, which isn't scaled, from what is
+        self.has_call = False  # it would have to tell the bias, which isn't scaled, from what is
         self.block = block
         n = site.tensor.numel() // math.prod(self.stack) // self.size
         shape = (*self.stack, method.m, self.size // block, block * (block - 1) // 2)

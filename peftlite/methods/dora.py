@@ -28,7 +28,7 @@ class DoRAPatch(LoRAPatch):
         super().__init__(site, method)
         self.m = trainable(*self.layout.vector(), site=site, dtype=method.dtype)
         if site.cuts_inputs:
-            self.call = None  # some of the inputs: what they add to an output is not seen apart
+            self.has_call = False  # what some of the inputs add to an output is not seen apart
 
     @torch.no_grad()
     def start(self, w: Tensor | None, a: Tensor, b: Tensor) -> None:

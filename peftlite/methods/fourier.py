@@ -42,7 +42,7 @@ class FourierFTPatch(Patch):
         self.c = trainable(*self.layout.stack, self.n, site=site, dtype=method.dtype)
         self._place()
         if not site.rides or self.n * self.sparse > self.o * self.i:
-            self.call = None
+            self.has_call = False
 
     def reset(self, w: Tensor | None) -> None:
         self.c.normal_() if self.normal else self.c.zero_()

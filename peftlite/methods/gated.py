@@ -39,17 +39,12 @@ class GatedPatch(CallPatch):
         weight = trainable(1, i, site=site, dtype=method.dtype) if i else None
         self.register_parameter("weight", weight)
         self.bias = trainable(1, site=site, dtype=method.dtype)
-        if not site.is_call:
-            self.call = None
+        self.has_value, self.has_call = patch.has_value, site.is_call
 
     def reset(self, w: Tensor | None) -> None:
         self.bias.zero_()
         if self.weight is not None:
             self.weight.normal_(std=0.02)
-
-    @property
-    def has_value(self) -> bool:
-        return self.patch.has_value
 
     def value(self, w: Tensor) -> Tensor:
         whole = w.to(wide(w, self.bias))  # so that the patch doesn't round

@@ -28,7 +28,7 @@ class ScalePatch(Patch):
         self.layout = replace(site.layout, joined=joined)
         self.l = trainable(*self.layout.vector(self.inputs), site=site, dtype=method.dtype)
         if not _rides_beside(site):
-            self.call = None
+            self.has_call = False
         self.behind = len(site.shape[2:])  # a convolution's dimensions of space
 
     def reset(self, w: Tensor | None) -> None:

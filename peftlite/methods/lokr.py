@@ -39,7 +39,7 @@ class LoKrPatch(Patch):
                 factor = trainable(*self.layout.stack, *shape, site=site, dtype=method.dtype)
                 self.register_parameter(key, factor)
         if not site.rides:
-            self.call = None
+            self.has_call = False
 
     def reset(self, w: Tensor | None) -> None:
         *drawn, last = self.parameters()  # the last is w2, or its w2b

@@ -28,7 +28,7 @@ class RotationPatch(Patch):
         self.layout = site.layout
         self.stack, self.size = self.layout.stack, self.layout.neuron
         if not site.rides:
-            self.call = None  # a kernel's inputs overlap; a part's are other parts' as well
+            self.has_call = False  # a kernel's inputs overlap; a part's are other parts' as well
 
     def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
         """x P − x, or x Pᵀ − x, for rows x (*stack, n, d): exactly zero as long as P = I."""

@@ -31,7 +31,7 @@ class SearchPatch(SparsePatch):
 
     def __init__(self, site: Site, method: SearchMethod):
         super().__init__(site, 0, method.dtype)
-        self.call = None
+        self.has_call = False
         self.indices, self.steps = None, method.steps
         self.count = method.count(self.size)
         """Its share of the entries that are kept."""

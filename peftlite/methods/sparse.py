@@ -36,7 +36,7 @@ class SparsePatch(Patch):
         self.kind = torch.int32 if narrow else torch.int64
         self.register_buffer("indices", torch.empty(n, dtype=self.kind, device=site.device))
         if site.index is not None or not all(maps_vectors(*owner) for owner in site.owners):
-            self.call = None
+            self.has_call = False
 
     def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
         n = shapes.get("values", ())

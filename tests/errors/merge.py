@@ -98,4 +98,6 @@ CASES = [
     Case(merging, "blocks.0.attn.q_proj.weight was replaced, or tied to another, since 'sql' was "
          "attached: pl.detach it, and attach to the model as it is now", model=replaced),
     Case(lambda *_: pl.Patch().value(torch.zeros(2)), "Patch changes calls, not tensors"),
+    Case(lambda *_: pl.Patch().call(torch.relu, torch.zeros(2)),
+         "Patch changes tensors, not calls"),
 ]  # fmt: skip

@@ -55,7 +55,7 @@ def test_turned_inputs_are_the_equation_and_so_are_gradients(o: int, i: int) -> 
     with seeded():
         (placed,) = pl.attach(layer, method).placed.values()
         x = torch.randn(3, 2, i, dtype=torch.float64, requires_grad=True)
-    assert placed.patch.call is not None
+    assert placed.patch.has_call
     c = placed.patch.c
     w = placed.site.tensor + literal(c, o, i, method)
     y = layer(x)
@@ -84,7 +84,7 @@ def test_turned_inputs_keep_the_laws(law: str, tmp_path: Path) -> None:
 def test_inputs_are_turned_where_that_is_cheaper() -> None:
     def turns(model: nn.Module, n: int, targets: object = anywhere) -> list[bool]:
         delta = pl.attach(model, FourierFT(n=n, targets=targets))
-        return [placed.patch.call is not None for placed in delta.placed.values()]
+        return [placed.patch.has_call for placed in delta.placed.values()]
 
     assert turns(nn.Linear(64, 64, bias=False), 4) == [True]
     assert turns(nn.Linear(64, 64, bias=False), 5) == [False]

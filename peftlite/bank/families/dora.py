@@ -34,7 +34,7 @@ class MixedDoRA(MixedLowRank):
         return {**super().fields(), "change": Field((self.o,), wide(self.site.whole))}
 
     def encode(self, patches: Sequence[Any]) -> Contents:
-        if any(patch.call is None for patch in patches):
+        if not all(patch.has_call for patch in patches):
             raise self.cannot("be mixed by rows where it changes some of the inputs", patches[0])
         change = torch.stack([self._change(patch) for patch in patches]).sum(0)
         return {**super().encode(patches), "change": change}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from peftlite import commands
+import peftlite.commands as commands
 from peftlite.commands import Outcome
 from peftlite.errors import PeftliteError
 from peftlite.io.convert import To
@@ -31,7 +31,7 @@ class Command:
 def _demo(args: argparse.Namespace) -> int:
     import torch
 
-    from peftlite import demo
+    import peftlite.demo as demo
 
     # threads wait for one another at every small matrix: where cores are shared, for minutes
     torch.set_num_threads(1)

@@ -3,8 +3,12 @@
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
+
+import peftlite as pl
+from tests import catalog
 
 PROBE = """
 import json, sys
@@ -28,14 +32,33 @@ def imported(use: str = "") -> set[str]:
 
 
 def test_imports_what_is_used() -> None:
-    new = imported()
-    assert "peftlite" in new and not {"peftlite.train", "peftlite.bank"} & new
+    assert imported() == {"peftlite", "peftlite.version"}
+    served = imported("peftlite.attach")
+    assert "peftlite.core.attach" in served and not {"peftlite.train", "peftlite.bank"} & served
     assert "peftlite.train" in imported("from peftlite import Trainer")
     assert "peftlite.train" not in imported("import peftlite.cli")
     assert "peftlite.bank" in imported("peftlite.DeltaBank; assert 'DeltaBank' in dir(peftlite)")
 
 
-@pytest.mark.parametrize("use", ["", "peftlite.train", "peftlite.bank"])
+def test_shows_public_names_alone() -> None:
+    names = dir(pl)
+    modules = {name for name in names if isinstance(getattr(pl, name), ModuleType)}
+    assert modules == {"data", "kernels", "losses", "methods"}
+    assert {*pl.__all__} == {*names} - {"__version__"}
+    assert all(name in pl.__all__ for name in pl.Method.known if hasattr(pl, name))
+
+
+def test_a_name_that_is_not_there_is_said_so() -> None:
+    for name in ("Lora", "_repr_html_"):
+        with pytest.raises(AttributeError, match=f"module 'peftlite' has no attribute '{name}'"):
+            getattr(pl, name)
+
+
+def test_the_catalog_is_what_its_files_make() -> None:
+    assert catalog.FILE.read_text() == catalog.text()
+
+
+@pytest.mark.parametrize("use", ["", "peftlite.attach", "peftlite.Trainer", "peftlite.DeltaBank"])
 def test_imports_nothing_else(use: str) -> None:
     new = imported(use)
     others = {name for name in new if name.split(".")[0] != "peftlite"} - ALLOWED

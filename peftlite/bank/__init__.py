@@ -1,3 +1,5 @@
 """The bank: many deltas resident in fixed buffers, mixed row by row in one batch."""
 
-from peftlite.bank.bank import DeltaBank as DeltaBank
+from peftlite.bank.bank import DeltaBank
+
+__all__ = ["DeltaBank"]

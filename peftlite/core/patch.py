@@ -6,21 +6,17 @@ agree. Everything else (attaching, choosing, saving, merging) the core does once
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import check_fields
-
-if TYPE_CHECKING:
-    import re
-
-    from peftlite.core.site import Site
-
 
 Target: TypeAlias = "str | re.Pattern[str] | Callable[[Site], bool]"
 Targets: TypeAlias = "Target | Collection[Target] | None"

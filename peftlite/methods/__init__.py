@@ -1,29 +1,28 @@
-"""The methods: one file each, with its equation, its paper, its config and its patch."""
+"""The methods, one file each; and what the author of another one needs."""
 
-from peftlite.methods.adalora import AdaLoRA as AdaLoRA
-from peftlite.methods.bitfit import BitFit as BitFit
-from peftlite.methods.boft import BOFT as BOFT
-from peftlite.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
-from peftlite.methods.compacter import Compacter as Compacter
-from peftlite.methods.diff_pruning import DiffPruning as DiffPruning
-from peftlite.methods.dora import DoRA as DoRA
-from peftlite.methods.fish import fish_scores as fish_scores
-from peftlite.methods.fourier import FourierFT as FourierFT
-from peftlite.methods.full import FullTuning as FullTuning
-from peftlite.methods.gated import Gated as Gated
-from peftlite.methods.hra import HRA as HRA
-from peftlite.methods.ia3 import IA3 as IA3
-from peftlite.methods.loha import LoHa as LoHa
-from peftlite.methods.lokr import LoKr as LoKr
-from peftlite.methods.lora import LoRA as LoRA
-from peftlite.methods.loreft import LoReFT as LoReFT
-from peftlite.methods.ltsft import LTSFT as LTSFT
-from peftlite.methods.norm import NormTuning as NormTuning
-from peftlite.methods.oft import OFT as OFT
-from peftlite.methods.prefix import PrefixTuning as PrefixTuning
-from peftlite.methods.prompt import PromptTuning as PromptTuning
-from peftlite.methods.ptuning import PTuning as PTuning
-from peftlite.methods.shira import SHiRA as SHiRA
-from peftlite.methods.sparse import SparseMask as SparseMask
-from peftlite.methods.vblora import VBLoRA as VBLoRA
-from peftlite.methods.vera import VeRA as VeRA
+from peftlite.core.layout import Layout
+from peftlite.core.patch import Method, Patch, WeightMethod, trainable
+from peftlite.core.tensors import wide
+from peftlite.fields import integer, number, one_of, positive
+from peftlite.methods import catalog
+from peftlite.methods.calls import CallMethod, CallPatch
+from peftlite.methods.catalog import *  # noqa: F403
+from peftlite.methods.low_rank import LowRankPatch, RankMethod
+
+__all__ = [
+    "CallMethod",
+    "CallPatch",
+    "Layout",
+    "LowRankPatch",
+    "Method",
+    "Patch",
+    "RankMethod",
+    "WeightMethod",
+    "integer",
+    "number",
+    "one_of",
+    "positive",
+    "trainable",
+    "wide",
+]
+__all__ += catalog.__all__

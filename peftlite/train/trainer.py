@@ -100,7 +100,7 @@ class Trainer:
         check_every: steps between looks at whether the loss is finite, which make the host wait
             for a GPU; None for 1 on a CPU and 16 elsewhere. An update that wasn't good is undone.
         seed: of the order of the data, dropout, and whatever else is drawn.
-        callbacks: see `pl.train.Callback`; `pl.TensorBoard` and `pl.WandB` are such.
+        callbacks: see `pl.Callback`; `pl.TensorBoard` and `pl.WandB` are such.
         progress: whether to print the settings and show a bar.
 
     Raises:

@@ -46,19 +46,11 @@ def _room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-class _DropTypes(ast.NodeTransformer):
-    """Removes what only a type checker reads."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        self.generic_visit(node)
-        return node.orelse if ast.unparse(node.test).endswith("TYPE_CHECKING") else node
-
-
 def _imports(module: str, source: str) -> Iterator[str]:
     """The modules of the package that `module` imports anywhere in it, for types alone too."""
     is_package = MODULES[module].name == "__init__.py"
     package = module if is_package else module.rpartition(".")[0]
-    for node in ast.walk(_DropTypes().visit(ast.parse(source))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -106,10 +98,7 @@ def test_methods_do_not_know_how_they_attach(module: str) -> None:
         ("from . import errors", ["peftlite.errors"]),
         ("from .errors import PeftliteError", ["peftlite.errors"]),
         ("def f():\n    from peftlite.errors import FileError", ["peftlite.errors"]),
-        (
-            "if TYPE_CHECKING:\n    from .errors import FileError\nelse:\n    import peftlite",
-            ["peftlite"],
-        ),
+        ("if TYPE_CHECKING:\n    from .errors import FileError", ["peftlite.errors"]),
         ("import torch", []),
     ],
 )

@@ -94,9 +94,10 @@ def grouped_linear(
     """
     if not _may_share(x, w, dropout):
         return lora_linear(x, w, bias, a, b, scale, dropout)
-    state, group = _state(x, w, scale, dropout), getattr(_here, "group", None)
+    state = _state(x, w, scale, dropout)
+    group: Group | None = getattr(_here, "group", None)
     part, parts = None if group is None else group.take(x, a, state), {}
-    if part is None:
+    if group is None or part is None:
         factors = [factor for factor in alike() if _stacks(factor, a)]
         if len(factors) < 2 or all(factor is not a for factor in factors):
             return lora_linear(x, w, bias, a, b, scale, dropout)
@@ -198,10 +199,10 @@ def _back(
     if not ctx.needs_input_grad[1]:
         return None, da
     if dx is None:
-        dx = ops.expand(dh, a, None, dropout, seed, ctx.dtype)
+        flat = ops.expand(dh, a, None, dropout, seed, ctx.dtype)
     else:
-        dx = ops.add(matrix(dx), dh, a, dropout, seed)
-    return dx.view(ctx.shape), da
+        flat = ops.add(matrix(dx), dh, a, dropout, seed)
+    return flat.view(ctx.shape), da
 
 
 def _back_again(

@@ -109,7 +109,8 @@ class LoRALinear(torch.autograd.Function):
             *tensors, seed, _ = ctx.saved_tensors
 
             def again(*tensors: Tensor) -> Tensor:
-                return reference.lora_linear(*tensors, ctx.scale, ctx.dropout, seed)
+                options = {"scale": ctx.scale, "dropout": ctx.dropout, "seed": seed}
+                return reference.lora_linear(*tensors, **options)
 
             return differentiable(again, tensors, ctx.needs_input_grad, grad)
         x, w, _, a, b, seed, h = ctx.saved_tensors
@@ -144,9 +145,9 @@ def differentiable(
     """
     # views, since a tensor may come in twice
     inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    wanted = [i for i in range(len(tensors)) if needed[i]]
+    wanted = {i: t for i, t in enumerate(inputs) if t is not None and needed[i]}
     y = call(*inputs)
-    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+    found = torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True)
     gradients: list[Tensor | None] = [None] * len(needed)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient

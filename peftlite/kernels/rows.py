@@ -39,10 +39,10 @@ def rows_low_rank(
     "Tensor slots) -> ()",
     fake=lambda *_: None,
 )
-def _add_rows(*given: Tensor) -> None:
+def _add_rows(*tensors: Tensor) -> None:
     from peftlite.kernels.triton import rows as triton_rows
 
-    triton_rows.rows_low_rank(*given)
+    triton_rows.rows_low_rank(*tensors)
 
 
 def runs_low_rank(y: Tensor, x: Tensor, runs: Iterable[tuple[Factors, int, int]]) -> Tensor:

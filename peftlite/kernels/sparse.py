@@ -59,8 +59,8 @@ def reference(
 
 def added(w: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """W with values added at flat indices, rounded once to its dtype."""
-    at = torch.unravel_index(indices, w.shape)
-    return w.index_put(at, (w[at] + values).to(w.dtype))
+    entries = torch.unravel_index(indices, w.shape)
+    return w.index_put(entries, (w[entries] + values).to(w.dtype))
 
 
 def grad_values(u: Tensor, v: Tensor, indices: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ def grad_values(u: Tensor, v: Tensor, indices: Tensor) -> Tensor:
     ends = torch.arange(rows + 1, device=u.device) * columns
     crows = torch.searchsorted(indices.to(torch.int64), ends).to(indices.dtype)
     sums = u.new_zeros(len(indices), dtype=torch.promote_types(u.dtype, torch.float32))
-    for some_u, some_v in zip(u.split(_TOKENS), v.split(_TOKENS), strict=True):
-        # torch would turn them round itself, and more slowly
-        turned = (some.t().contiguous().to(sums.dtype) for some in (some_u, some_v))
-        sums = _sampled(crows, indices % columns, sums, *turned)
+    for parts in zip(u.split(_TOKENS), v.split(_TOKENS), strict=True):
+        # torch would transpose them itself, and more slowly
+        transposed = (part.t().contiguous().to(sums.dtype) for part in parts)
+        sums = _sampled(crows, indices % columns, sums, *transposed)
     return sums
 
 
@@ -122,31 +122,31 @@ def _times(
     """x W'ᵀ + bias, some rows of W' at a time; or x W' + bias, some of its columns at a time."""
     flat, dim = matrix(x), 0 if by_rows else 1
     y = flat.new_empty(len(flat), w.shape[dim])
-    for at, part in _blocks(w, values, indices, dim):
+    for outputs, part in _blocks(w, values, indices, dim):
         part = part.to(x.dtype)
-        factor, to = part.t() if by_rows else part, y[:, at]
+        factor, to = part.t() if by_rows else part, y[:, outputs]
         if bias is None:
             torch.mm(flat, factor, out=to)
         else:
-            torch.addmm(bias[at].to(x.dtype), flat, factor, out=to)
+            torch.addmm(bias[outputs].to(x.dtype), flat, factor, out=to)
     # no view to autograd, so that it may be changed in place
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w.shape[dim]))
 
 
 def _blocks(w: Tensor, values: Tensor, indices: Tensor, dim: int) -> Iterator[tuple[slice, Tensor]]:
     """W' along a dimension, a part at a time; on other devices than a CPU in one part."""
-    size, at = w.shape[dim], torch.unravel_index(indices, w.shape)
+    size, entries = w.shape[dim], torch.unravel_index(indices, w.shape)
     step = max(_BYTES // (w.shape[1 - dim] * w.itemsize), 1) if w.is_cpu else size
     memory = w.new_empty(min(step, size) * w.shape[1 - dim])
     for start in range(0, size, step):
         of_w = w.narrow(dim, start, min(step, size - start))
         part = memory[: of_w.numel()].view(of_w.shape).copy_(of_w)
-        (row, column), some = at, values
+        (row, column), changes = entries, values
         if step < size:
-            inside = ((at[dim] >= start) & (at[dim] < start + step)).nonzero()[:, 0]
-            row, column, some = row[inside], column[inside], values[inside]
-        where = (row - start, column) if dim == 0 else (row, column - start)
-        part[where] = (part[where] + some).to(part.dtype)
+            inside = ((entries[dim] >= start) & (entries[dim] < start + step)).nonzero()[:, 0]
+            row, column, changes = row[inside], column[inside], values[inside]
+        own = (row - start, column) if dim == 0 else (row, column - start)
+        part[own] = (part[own] + changes).to(part.dtype)
         yield slice(start, start + step), part
 
 
@@ -168,6 +168,6 @@ def _warn_unheard() -> None:
     """Lets torch say that its compressed matrices are new, which it does once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one, at = torch.ones(1, 1, device="cpu"), torch.tensor([0, 1], device="cpu")
-        entries = torch.sparse_csr_tensor(at, at[:1], one[0], (1, 1), device="cpu")
+        one, ends = torch.ones(1, 1, device="cpu"), torch.tensor([0, 1], device="cpu")
+        entries = torch.sparse_csr_tensor(ends, ends[:1], one[0], (1, 1), device="cpu")
         torch.sparse.sampled_addmm(entries, one, one)

@@ -38,6 +38,7 @@ def grad_ab(
     for rows, part in _parts(dy, h.dtype, 0.0, None):
         dh.append(_low(b.t(), part, factor))
         db = _summed(db, _across(h[rows], part))
+    assert db is not None
     return _joined(dh), db.t().to(h.dtype)
 
 
@@ -46,6 +47,7 @@ def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor
     da = None
     for rows, part in _parts(x, dh.dtype, dropout, seed):
         da = _summed(da, _across(dh[rows], part))
+    assert da is not None
     return da.to(dh.dtype)
 
 
@@ -160,13 +162,13 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
 
     The thread keeps it: 2¹⁹ numbers for each of up to 4 threads of torch, which are 8 MiB of fp32.
     """
-    count, kept = count * dtype.itemsize, getattr(_kept, "room", None)
-    if kept is None or kept.shape[0] < count:
+    count, room = count * dtype.itemsize, getattr(_kept, "room", None)
+    if room is None or room.shape[0] < count:
         with torch.inference_mode(False):  # whose tensors are not for use outside of it
-            kept = torch.empty(count, dtype=torch.uint8, device="cpu")
-        if type(kept) is Tensor:  # and not a fake of one
-            _kept.room = kept
-    return kept[:count].view(dtype)
+            room = torch.empty(count, dtype=torch.uint8, device="cpu")
+        if type(room) is Tensor:  # and not a fake of one
+            _kept.room = room
+    return room[:count].view(dtype)
 
 
 def _masks(x: Tensor, every: list[slice], dropout: float, seed: Tensor) -> Iterator[Tensor]:

@@ -66,7 +66,7 @@ def _values(site: Site, unit: float) -> dict[str, Tensor]:
 
 def _with(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     """A layer like this one with other vectors, and buffers of its own; none of them is saved."""
-    kind = base_class(module)
+    kind: type[nn.Module] = base_class(module)
     made = kind.__new__(kind)
     made.__dict__.update(module.__dict__)
     made.__dict__.pop(ATTRIBUTE, None)

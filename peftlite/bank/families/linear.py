@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peftlite.bank.families.gather import fold
 from peftlite.bank.families.mixed import Mixed, is_expert
 from peftlite.bank.rows import Rows, Tables
+from peftlite.core.host import ATTRIBUTE
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
@@ -19,7 +20,7 @@ def called_as_map(site: Site) -> None:
     """Raises TargetError unless the weight at a site is that of a linear map that is called."""
     module: Any = site.module
     read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    own = "forward" in vars(module) or getattr(vars(module).get("peftlite"), "own_forward", None)
+    own = "forward" in vars(module) or getattr(vars(module).get(ATTRIBUTE), "own_forward", None)
     if not site.rides or read or own or is_expert(site):
         raise TargetError(
             f"{site.address} isn't the weight of a linear map that is called, so its rows can't be "

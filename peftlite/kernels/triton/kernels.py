@@ -37,15 +37,17 @@ def keep(seed_ptr, row, first, threshold, COLUMNS: tl.constexpr):
 @triton.jit
 def tile(ptr, row, column, rows, columns, row_stride, column_stride):
     """A tile of a matrix, zero beyond its end."""
-    at = row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride
-    return tl.load(ptr + at, mask=(row[:, None] < rows) & (column[None, :] < columns), other=0.0)
+    offset = row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride
+    return tl.load(
+        ptr + offset, mask=(row[:, None] < rows) & (column[None, :] < columns), other=0.0
+    )
 
 
 @triton.jit
 def store(ptr, values, row, column, rows, columns, row_stride, column_stride):
-    at = row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride
+    offset = row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride
     mask = (row[:, None] < rows) & (column[None, :] < columns)
-    tl.store(ptr + at, values.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -211,9 +213,9 @@ def expand(
 @triton.jit
 def total(planes_ptr, sum_ptr, planes, numbers, NUMBERS: tl.constexpr):
     """The sum of the planes, in order."""
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    offset = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     sum = tl.zeros((NUMBERS,), tl.float32)
     for _ in range(planes):
-        sum += tl.load(planes_ptr + at, mask=at < numbers, other=0.0)
+        sum += tl.load(planes_ptr + offset, mask=offset < numbers, other=0.0)
         planes_ptr += numbers
-    tl.store(sum_ptr + at, sum.to(sum_ptr.dtype.element_ty), mask=at < numbers)
+    tl.store(sum_ptr + offset, sum.to(sum_ptr.dtype.element_ty), mask=offset < numbers)

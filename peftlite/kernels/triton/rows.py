@@ -62,8 +62,8 @@ def shrink(
             mask = own[:, None] & (c[None, :] < columns)
             part = tl.load(x + c[None, :].to(tl.int64) * x_column, mask=mask, other=0.0)
             h = dot(part, tile(a, c, r, columns, rank, a_column, a_row), h)
-        at = row[:, None].to(tl.int64) * most + r[None, :]
-        tl.store(h_ptr + at, h, mask=own[:, None] & (r[None, :] < rank))
+        offset = row[:, None].to(tl.int64) * most + r[None, :]
+        tl.store(h_ptr + offset, h, mask=own[:, None] & (r[None, :] < rank))
         slots = tl.where(own, 0, slots)
         slot = tl.max(slots).to(tl.int64)
 
@@ -88,17 +88,17 @@ def expand(
         for first in tl.range(0, rank, RANK, num_stages=1):
             r = first + tl.arange(0, RANK)
             mask = own[:, None] & (r[None, :] < rank)
-            at = h_ptr + row[:, None].to(tl.int64) * most + r[None, :]
-            h = tl.load(at, mask=mask, other=0.0)
+            h_at = h_ptr + row[:, None].to(tl.int64) * most + r[None, :]
+            h = tl.load(h_at, mask=mask, other=0.0)
             for _ in tl.static_range(SPLITS - 1):
-                at += rows * most
-                h += tl.load(at, mask=mask, other=0.0)
+                h_at += rows * most
+                h += tl.load(h_at, mask=mask, other=0.0)
             up = tile(b, r, c, rank, columns, b_column, b_row)
             sum = half_dot((h * scale).to(up.dtype), up, sum)
-        at = row[:, None].to(tl.int64) * y_row + c[None, :].to(tl.int64) * y_column
+        offset = row[:, None].to(tl.int64) * y_row + c[None, :].to(tl.int64) * y_column
         mask = own[:, None] & (c[None, :] < columns)
-        y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32) + sum
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32) + sum
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
         slots = tl.where(own, 0, slots)
         slot = tl.max(slots).to(tl.int64)
 

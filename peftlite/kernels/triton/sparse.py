@@ -15,8 +15,8 @@ TILE = {"ENTRIES": 32, "TOKENS": 128, "num_warps": 4}
 
 @triton.jit
 def _row(ptr, row, t, tokens, mask):
-    at = row[:, None].to(tl.int64) * tokens + t[None, :]
-    return tl.load(ptr + at, mask=mask & (t[None, :] < tokens), other=0.0).to(tl.float32)
+    offset = row[:, None].to(tl.int64) * tokens + t[None, :]
+    return tl.load(ptr + offset, mask=mask & (t[None, :] < tokens), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -25,14 +25,14 @@ def _sampled(
     ENTRIES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The sums over t of U[row, t]·V[column, t]; entries that are neighbours share a row."""
-    at = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    index = tl.load(index_ptr + at, mask=at < n, other=0)
-    sums, mask = tl.zeros((ENTRIES, TOKENS), tl.float32), (at < n)[:, None]
+    offset = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    index = tl.load(index_ptr + offset, mask=offset < n, other=0)
+    sums, mask = tl.zeros((ENTRIES, TOKENS), tl.float32), (offset < n)[:, None]
     for first in range(0, tokens, TOKENS):
         t = first + tl.arange(0, TOKENS)
         u = _row(u_ptr, index // columns, t, tokens, mask)
         sums += u * _row(v_ptr, index % columns, t, tokens, mask)
-    tl.store(out_ptr + at, tl.sum(sums, 1), mask=at < n)
+    tl.store(out_ptr + offset, tl.sum(sums, 1), mask=offset < n)
 
 
 def grad_values(u: Tensor, v: Tensor, indices: Tensor) -> Tensor:

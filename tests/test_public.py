@@ -174,7 +174,9 @@ def _named(node: ast.expr, function: FunctionType, owner: Any) -> Any:
 # -- by example
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name", [n for n in EVERYTHING if n in FUNCTIONS or "\nExample:\n" in said(n)]
+)
 def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, code = said(name).partition("\nExample:\n")
     assert found, f"{name} has no `Example:`"

@@ -51,6 +51,14 @@ class DeltaBank:
     Raises:
         PeftliteError: a number isn't positive, a method can't be mixed, or the model has a bank.
         TargetError: a target names nothing, or a site where rows can't be told apart.
+
+    Example:
+        model = nn.Linear(8, 4)
+        with pl.DeltaBank(model, slots=2, max_rank=4) as bank:
+            bank.load("sql", pl.LoRA(rank=4))
+            bank.load("chat", pl.LoRA(rank=2))
+            with bank.rows(["sql", None, "chat"]):
+                y = model(torch.randn(3, 8))
     """
 
     def __init__(
@@ -107,6 +115,12 @@ class DeltaBank:
 
         Raises:
             PeftliteError, FileError, BaseMismatchError: the bank is as it was.
+
+        Example:
+            bank = pl.DeltaBank(nn.Linear(8, 4), slots=2, max_rank=4)
+            bank.load("new", pl.LoRA(rank=4), pin=True)
+            bank.save("new", "new.safetensors")
+            bank.load("again", "new.safetensors")
         """
         check_name(name)
         delta, origin = delta_of(self.model, name, source, check_base)
@@ -139,8 +153,18 @@ class DeltaBank:
         """A `with` in which row j of a batch has the delta `names[j]`; None is the base.
 
         It holds for this thread or async task, and its deltas stay in their slots. A batch of
-        k·len(names) rows has k of them for each name, as a beam search makes them. Raises
-        PeftliteError.
+        k·len(names) rows has k of them for each name, as a beam search makes them.
+
+        Raises:
+            PeftliteError: a delta isn't the bank's, can't be brought in, or they outnumber the
+                slots; the model runs another choice.
+            FileError: the file that it is to come from has changed or gone.
+
+        Example:
+            bank = pl.DeltaBank(nn.Linear(8, 4), slots=2, max_rank=4)
+            bank.load("sql", pl.LoRA(rank=4))
+            with bank.rows(["sql", None]):
+                y = bank.model(torch.randn(2, 8))
         """
         entries, numbers = self._batches.hold(names)
         try:
@@ -150,19 +174,24 @@ class DeltaBank:
             self._batches.release(entries)
 
     def use(self, name: str | None) -> AbstractContextManager[None]:
-        """A `with` in which every row has the delta `name`, as `rows` has it."""
+        """A `with` in which every row has the delta `name`, as `rows` has it. Raises as it does."""
         return self.rows((name,))
 
     def static(self, b: int) -> FixedRows:
-        """`b` rows that can be changed in place, so that one CUDA graph serves every mix.
+        """`b` rows that change in place, at one address, so that one CUDA graph serves every mix.
 
-        rows = bank.static(64)
-        with rows, torch.cuda.graph(graph):
-            y = model(x)
-        rows.set(names)
-        graph.replay()
+        Capture the graph inside the `with`; then `set` the names before each replay.
 
-        Raises PeftliteError if `b` is no positive whole number.
+        Raises:
+            PeftliteError: `b` is no positive whole number.
+
+        Example:
+            bank = pl.DeltaBank(nn.Linear(8, 4), slots=2, max_rank=4)
+            bank.load("sql", pl.LoRA(rank=4))
+            rows = bank.static(2)
+            rows.set(["sql", None])
+            with rows:
+                y = bank.model(torch.randn(2, 8))
         """
         _positive("b", b)
         return FixedRows(b, self._batches, self._router)
@@ -174,7 +203,19 @@ class DeltaBank:
         """A `with` like `rows`, in which row j's loss has gradients for the delta `names[j]` alone.
 
         Sum the rows' losses: each delta learns as it would alone. Put the backward pass inside.
-        Raises PeftliteError.
+
+        Raises:
+            PeftliteError: as `rows`; or a delta isn't all in the tables, as a DoRA's isn't, or its
+                slots are in half precision.
+            FileError: as `rows`.
+
+        Example:
+            bank = pl.DeltaBank(nn.Linear(8, 4), slots=2, max_rank=4)
+            bank.load("sql", pl.LoRA(rank=4))
+            optimizer = torch.optim.SGD(bank.parameters("sql"), lr=0.1)
+            with bank.train(["sql", None]):
+                bank.model(torch.randn(2, 8)).square().sum().backward()
+            optimizer.step()
         """
         entries, numbers = self._batches.hold(names)
         try:
@@ -185,9 +226,9 @@ class DeltaBank:
             self._batches.release(entries)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of a delta as `address:name`, on its slot's memory.
+        """The parameters of a delta as `address:name`, on its slot's memory, in the slots' dtype.
 
-        While it trains it keeps its slot; `evict` ends that. Raises PeftliteError.
+        While it trains it keeps its slot; `evict` ends that. Raises as `train`.
         """
         (entry,) = self._slots.hold([name])
         try:
@@ -196,13 +237,17 @@ class DeltaBank:
             self._slots.release([entry])
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters of a delta, for an optimizer, as `named_parameters` has them."""
+        """The parameters of a delta, for an optimizer, as `named_parameters`. Raises as `train`."""
         return (parameter for _, parameter in self.named_parameters(name))
 
     def delta(self, name: str) -> Delta:
-        """A delta as it is now, attached to nothing. Raises PeftliteError.
+        """A delta as it is now, attached to nothing.
 
         What isn't its tensors in a slot (a VeRA's, for one) can't be had back: keep its file.
+
+        Raises:
+            PeftliteError: there is none of that name, or it can't be had back.
+            FileError: the file that it is to come from has changed or gone.
         """
         with self._slots.lock:
             entry = self._slots.entry(name)
@@ -211,7 +256,7 @@ class DeltaBank:
         return decode(self._room, entry, self._store.fetch(entry) if row is None else row)
 
     def save(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
-        """Writes a delta as it is now to a file, as `pl.save` does with its options."""
+        """Writes a delta as it is now, as `pl.save` with its options. Raises as `delta`."""
         save(self.delta(name), path, **options)
 
     # -- where it is
@@ -223,7 +268,7 @@ class DeltaBank:
     def evict(self, name: str) -> None:
         """Frees the slot of a delta, which stays in the bank. Raises PeftliteError if it's in use.
 
-        What was trained is kept, and parameters that were given out are the delta's no more.
+        What was trained goes to the host; parameters that were given out are the delta's no more.
         """
         self._slots.evict(name, self._store.keep)
 

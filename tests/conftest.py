@@ -1,22 +1,32 @@
-"""What every test shares: no network, one thread, one seed, and the hypothesis profiles."""
+"""What every test shares: no network, one thread, one seed, loud memory, hypothesis's profiles."""
 
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the hub is first imported
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 # each pytest worker has a core to itself, and one thread sums in one order
 torch.set_num_threads(1)
 
-settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
-settings.register_profile("nightly", deadline=None, max_examples=2000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+# torch.empty gives NaN, or the largest integer: memory that is read before it is written shows. A
+# GPU's kernels that are not deterministic would be refused as well
+torch.use_deterministic_algorithms(not torch.cuda.is_available())
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    # as late as this, since most files of tests take less time than the import of hypothesis
+    if "hypothesis" in module_path.read_text():
+        from hypothesis import settings
+
+        settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+        settings.register_profile("nightly", deadline=None, max_examples=2000)
+        settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)

@@ -19,22 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
 from peftlite.methods.lora import LoRAPatch
-from tests.cells import close, disturb, in_threads
+from tests.cells import Graphs, close, disturb, in_threads
 from tests.zoo import KINDS, Kind, seeded
 
 KIND = {kind.name: kind for kind in KINDS}
 CHOICES = ("a", "b", None)
-
-
-class Graphs:
-    """A compiler backend that runs graphs as they are, and counts them."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        self.graphs += 1
-        return graph.forward
 
 
 class Pair:

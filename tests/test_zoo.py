@@ -1,4 +1,4 @@
-"""The zoo is sane: every kind runs, repeats itself, learns, and keeps its rows apart."""
+"""The zoo is sane: every kind runs, repeats itself, learns and keeps its rows apart."""
 
 import pytest
 import torch
@@ -48,3 +48,10 @@ def test_an_uncompilable_base_still_is(kind: Kind) -> None:
     compiled = torch.compile(kind.model(), fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported):
         kind.run(compiled, kind.batch())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="conftest leaves a GPU's memory as it is")
+def test_memory_that_nobody_wrote_shows() -> None:
+    made = torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(3).new_empty(3)
+    assert all(tensor.isnan().all() for tensor in made)
+    assert torch.empty(3, dtype=torch.int64).equal(torch.tensor([2**63 - 1] * 3))

@@ -1,7 +1,8 @@
 """The zoo: one tiny model of every kind that peftlite must attach to, with inputs to run it.
 
 Shape letters: b batch, t tokens, i in, o out, e experts, h heads. Sizes are odd on purpose,
-so that a transposed or mixed-up dimension fails instead of passing by luck.
+so that a transposed or mixed-up dimension fails instead of passing by luck. transformers takes
+longer to import than most files of tests to run, so a kind imports it when it is made.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,19 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
-from transformers.pytorch_utils import Conv1D
 
 VOCAB, WIDTH, HIDDEN, TOKENS, CLASSES = 29, 16, 20, 6, 5
 POSITIONS = TOKENS + 4  # room for virtual tokens
@@ -375,6 +363,8 @@ def weight_normed() -> nn.Module:
 
 
 def conv1d_hf() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
     # transformers' Conv1D is a Linear whose weight is stored (i, o)
     return nn.Sequential(Conv1D(HIDDEN, 10), nn.GELU(), Conv1D(CLASSES, HIDDEN))
 
@@ -394,6 +384,8 @@ def norms() -> nn.Module:
 
 
 def hf_bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=VOCAB,
@@ -418,6 +410,8 @@ def bert_inputs(b: int) -> dict[str, Tensor]:
 
 
 def hf_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
@@ -437,6 +431,8 @@ def hf_gpt2() -> nn.Module:
 
 
 def hf_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
@@ -452,6 +448,8 @@ def hf_llama() -> nn.Module:
 
 
 def hf_t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=VOCAB,
@@ -467,6 +465,8 @@ def hf_t5() -> nn.Module:
 
 
 def hf_vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=WIDTH,

@@ -169,6 +169,6 @@ class AdaLoRA(WeightMethod):
             kept = largest(lambda: iter(scores), self.budget(step, matrices))
             for patch, indices in zip(patches, kept, strict=True):
                 lam = patch.lam.clone()
-                patch.lam.zero_().put_(indices, lam.take(indices))
+                patch.lam.zero_().view(-1)[indices] = lam.take(indices)
         for patch in patches:
             patch.taken += 1

@@ -70,7 +70,7 @@ class SearchPatch(SparsePatch):
 
     def fix(self, indices: Tensor) -> None:
         """Prunes all entries but those at `indices`."""
-        self.pruned.fill_(True).put_(indices, self.pruned.new_zeros(len(indices)))
+        self.pruned.fill_(True).view(-1)[indices] = False
 
     def saved(self) -> dict[str, Tensor]:
         # a patch from a file is sparse already, and one on the meta device has nothing to find

@@ -153,7 +153,8 @@ class Method:
     def reset_all(self, patches: Sequence[Patch], tensors: Sequence[Tensor | None]) -> None:
         """Fills a fresh delta's parameters; override it where one site depends on the others.
 
-        `tensors` are the base's, each in the shape of its site. Raises PeftliteError.
+        `tensors` are the base's, each in the shape of its site. Raises PeftliteError where they
+        can't be gone by.
         """
         for patch, w in zip(patches, tensors, strict=True):
             patch.reset(w)
@@ -171,7 +172,7 @@ class Method:
     def step(self, patches: Sequence[Patch]) -> None:
         """What the method does to its patches of one delta after each step of the optimizer.
 
-        Raises PeftliteError.
+        Raises PeftliteError where it lacks what it goes by, such as gradients.
         """
 
     def refuse(self, site: Site) -> TargetError:

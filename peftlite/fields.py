@@ -22,22 +22,42 @@ from peftlite.table import short
 
 
 def number(default: Any, kind: type, allowed: Callable[[Any], bool], what: str) -> Any:
-    """A number of a kind, `allowed` or not, and what that is in words."""
+    """A number of a kind, `allowed` or not, and `what` that is in words, after "must be".
+
+    Raises PeftliteError, as all of these do, when a method is made with anything else.
+
+    Example:
+        dropout: float = pl.methods.number(0.0, float, lambda p: 0 <= p < 1, "in [0, 1)")
+    """
     return _field(default, lambda method, name: set_number(method, name, kind, allowed, what))
 
 
 def integer(default: Any = MISSING, least: int = 1) -> Any:
-    """A whole number, from `least` up."""
+    """A whole number, from `least` up.
+
+    Example:
+        rank: int = pl.methods.integer(8)
+    """
     return number(default, int, lambda n: n >= least, f"a whole number from {least} up")
 
 
 def positive(default: Any) -> Any:
-    """A number above 0."""
+    """A number above 0.
+
+    Example:
+        alpha: float | None = pl.methods.positive(None)
+    """
     return number(default, float, lambda x: 0 < x < math.inf, "finite and above 0")
 
 
 def one_of(default: Any, literal: Any) -> Any:
-    """One of the strings of a `Literal`."""
+    """One of the strings of a `Literal`.
+
+    Example:
+        from typing import Literal
+
+        how: str = pl.methods.one_of("fast", Literal["fast", "exact"])
+    """
     return _field(default, lambda method, name: check_choice(method, name, get_args(literal)))
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 import peftlite as pl
 
-MODULES = ("kernels",)
+MODULES = ("kernels", "methods")
 
 # a shape, as `(b, t, i)`, `(*stack, r, i)` or `(o)`; or words that say which it is
 SIDE = r"(?:…|\.\.\.|\*\w+|1|[a-z])"
@@ -30,14 +30,12 @@ PAPER = re.compile(r'arXiv:\d{4}\.\d{4,5}|"[^"]+", \w+')
 
 
 def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """The functions and classes of a module that are its own to show."""
-    for name in sorted(getattr(module, "__all__", dir(module))):
+    """The functions and classes that a module shows."""
+    for name in module.__all__:
         value = getattr(module, name)
-        made = inspect.isclass(value) or inspect.isfunction(value)
-        if value is pl.search or getattr(value, "__module__", "").startswith("peftlite.train"):
-            continue
-        if made and not name.startswith("_") and value.__module__.startswith(module.__name__):
-            yield name, value
+        if inspect.isclass(value) or inspect.isfunction(value):
+            if not value.__module__.startswith("peftlite.train"):
+                yield name, value
 
 
 def _plain(value: Any) -> Any:
@@ -54,14 +52,13 @@ def _members(kind: type) -> Iterator[tuple[str, FunctionType]]:
             yield name, function
 
 
-TOP = {f"pl.{name}": value for name, value in _public(pl)} | {
-    f"pl.{module}.{name}": value
-    for module in MODULES
-    for name, value in _public(getattr(pl, module))
-}
+TOP = {f"pl.{name}": value for name, value in _public(pl)}
+for _name in MODULES:
+    more = {f"pl.{_name}.{name}": value for name, value in _public(getattr(pl, _name))}
+    TOP |= {name: value for name, value in more.items() if value not in TOP.values()}
 CLASSES = {name: value for name, value in TOP.items() if inspect.isclass(value)}
 FUNCTIONS = {name: value for name, value in TOP.items() if name not in CLASSES}
-METHODS = [n for n, kind in CLASSES.items() if issubclass(kind, pl.Method) and n != "pl.Method"]
+METHODS = [n for n, kind in CLASSES.items() if kind in pl.Method.known.values()]
 MEMBERS = {f"{n}.{m}": (c, f) for n, c in CLASSES.items() for m, f in _members(c)}
 # by name, the class that it is of, and the function or class itself
 EVERYTHING = {name: (None, value) for name, value in TOP.items()} | MEMBERS

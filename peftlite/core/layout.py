@@ -99,11 +99,11 @@ class Layout:
         return torch.add(w, change.reshape(w.shape), alpha=scale).to(w.dtype)
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """BA as `left @ right` in the order of the tensor's own rows and columns."""
+        """B (*stack, o, r) and A (*stack, r, i) as `left @ right` in the tensor's own order."""
         return (a.mT, b.mT) if self.transposed else (b, a)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """BA in the tensor's shape."""
+        """BA, of A (*stack, r, i) and B (*stack, o, r), in the shape of the tensor."""
         left, right = self.factors(a, b)
         return (left @ right).reshape(self.shape)
 
@@ -120,7 +120,7 @@ class Layout:
         return (*self.stack, self.i if inputs else self.o)
 
     def scaled(self, w: Tensor, by: Tensor, inputs: bool = False) -> Tensor:
-        """W with the weights of each output, or input, times the number that a vector has."""
+        """W times a vector, (*stack, o) or, of the inputs, (*stack, i): a number for each."""
         if self._first(inputs):
             return w * by.view(*by.shape, *(1 for _ in w.shape[by.dim() :]))
         if not self.joined:
@@ -149,7 +149,7 @@ class Layout:
         return w.reshape(*self.stack, -1, self.neuron)
 
     def from_neurons(self, rows: Tensor) -> Tensor:
-        """The tensor whose neurons are these rows."""
+        """The tensor whose neurons (*stack, n, d) are these rows."""
         if not self._regroups:
             return rows.reshape(self.shape)
         first, second, *taps = self.shape

@@ -213,5 +213,10 @@ def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:
 
 
 def trainable(*shape: int, site: Site, dtype: torch.dtype | None) -> nn.Parameter:
-    """An unfilled parameter for a patch at `site`."""
+    """An unfilled parameter for a patch at `site`; of a dtype of its own, or that of the site's.
+
+    Example:
+        site = pl.plan(nn.Linear(4, 2), pl.BitFit()).delta.placed["bias"].site
+        d = pl.methods.trainable(2, site=site, dtype=None)
+    """
     return nn.Parameter(torch.empty(shape, dtype=dtype or site.parameter_dtype, device=site.device))

@@ -47,7 +47,13 @@ def overlap(a: Index, b: Index) -> bool:
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute a change in, so that W' is rounded once: the widest, fp32 at least."""
+    """The dtype to compute a change in, so that W' is rounded once: the widest, fp32 at least.
+
+    The tensors may be of any shape.
+
+    Example:
+        assert pl.methods.wide(torch.zeros(2, dtype=torch.bfloat16)) is torch.float32
+    """
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 

@@ -25,7 +25,7 @@ class CallPatch(Patch):
         self.address, self.dim, self.o = site.address, wide.dim, wide.o
 
     def along(self, change: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """What `change` makes of z, whose features it finds and leaves in the last dimension."""
+        """What a `change` of (b, …, i) makes of z, whose features may lie along another `dim`."""
         if self.dim == -1:
             return change(z)
         return change(z.movedim(self.dim, -1)).movedim(-1, self.dim)

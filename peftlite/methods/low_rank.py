@@ -37,7 +37,7 @@ class LowRankPatch(Patch):
         self.stack, self.i, self.o = self.layout.stack, self.layout.i, self.layout.o
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B, in one dtype of their own."""
+        """A (*stack, r, i) and B (*stack, o, r), in one dtype of their own."""
         raise NotImplementedError
 
     def value(self, w: Tensor) -> Tensor:
@@ -49,6 +49,7 @@ class LowRankPatch(Patch):
         return torch.add(w, self.layout.product(a, b), alpha=self.scale).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """The map's output (b, …, o), plus s·BA of its input (b, …, i)."""
         a, b = self.factors()
         left, right = self.layout.factors(a, b)
         if self.index is not None:

@@ -12,7 +12,7 @@ from peftlite.io.export import export
 from peftlite.io.load import inspect, load
 from peftlite.io.merge_files import merge_files
 from peftlite.io.native import save
-from peftlite.io.peft.writing import check_vllm
+from peftlite.io.peft.vllm import check_vllm
 from peftlite.methods import catalog
 from peftlite.methods.catalog import *  # noqa: F403
 from peftlite.methods.fish import fish_scores

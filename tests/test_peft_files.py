@@ -305,8 +305,9 @@ def test_prefixes_both_ways(kind: str, tmp_path: Path) -> None:
     assert warned[0].filename == __file__
     at = torch.arange(TOKENS)[None] + 3
     assert apart(its.run(ours, {**batch, "position_ids": at}), expected) <= 1e-6
-    with pytest.warns(UserWarning, match="take 3 from position_ids"):
+    with pytest.warns(UserWarning, match="take 3 from position_ids") as warned:
         pl.export(delta, tmp_path / "out", settings={"task_type": task})
+    assert warned[0].filename == __file__
     back = peft.PeftModel.from_pretrained(its.model(torch.float64), tmp_path / "out").eval()
     assert apart(its.run(back.double(), batch), expected) <= 1e-6
 

@@ -11,9 +11,9 @@ from torch import nn
 from peftlite.core.delta import Delta
 from peftlite.core.find import given_delta
 from peftlite.fields import check_given
+from peftlite.io import peft
 from peftlite.io.files import as_path
 from peftlite.io.peers import DIFFUSERS, KOHYA
-from peftlite.io.peft import writing as peft
 
 Format = Literal["peft", "kohya", "diffusers"]
 

@@ -12,6 +12,9 @@ from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors
 from peftlite.io.peft.folder import CONFIG, MODEL, folders
 from peftlite.io.peft.reading import Reading
+from peftlite.io.peft.writing import write
+
+__all__ = ["inspect", "read", "recognises", "write"]
 
 
 def recognises(path: Path, file: Tensors | None) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from peftlite.core.patch import Method
-from peftlite.io.peft.folder import LAYER
+from peftlite.io.peft.folder import ALONE, LAYER
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, difference, plain
 from peftlite.io.peft.reading.copies import compared
 from peftlite.methods.bitfit import BitFit
@@ -21,7 +21,7 @@ def read_replaced(adapter: Adapter, left: Left) -> Iterator[Claim]:
     for rest, key in left.items():
         address = plain(rest)
         path, _, slot = address.rpartition(".")
-        if adapter.kind == "LN_TUNING" and LAYER in rest:
+        if adapter.kind == ALONE and LAYER in rest:
             flat = len(adapter.file.entries[key].shape) == 1
             method = NormTuning() if flat else FullTuning()
             module = address.partition(LAYER)[0]

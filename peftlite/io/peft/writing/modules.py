@@ -1,0 +1,107 @@
+"""Modules: those that the adapter's own method has tensors of, each translated by its form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from peftlite.core import maps
+from peftlite.core.assign import Placed
+from peftlite.io.peft.form import At, Form
+from peftlite.io.peft.writing.draft import Draft, module_of, refusal
+from peftlite.methods.ia3 import ScalePatch
+from peftlite.table import listed
+
+
+def write_modules(draft: Draft, form: Form, items: Sequence[Placed]) -> None:
+    """Adds the modules of a form, their settings, and the tensors that are for all of them."""
+    layers = _layers(draft, items)
+    settings = _settings(draft, form, layers)
+    stacked = [layer for _, layer in layers if layer.stacked]
+    starts, draft.layers = _nested(stacked), Counter(layer.path for layer in stacked)
+    for item, layer in layers:
+        start = f"{layer.name}.base_layer.out_proj" if layer.inner else layer.path
+        start = draft.key(starts.get(layer.name, start))
+        for name, tensor in form.theirs(item.patch, layer).items():
+            draft.tensors[f"{start}.{name}"] = tensor
+    shared = form.write_shared([item.patch for item in items])
+    for name, tensor in zip(form.shared, shared, strict=True):
+        draft.tensors[f"base_model.{name}"] = tensor
+    draft.targets = {*settings} - {*starts}
+    draft.config = form.joined(settings)
+    draft.config["target_modules"] = sorted(draft.targets) or None
+    if starts:
+        draft.config["target_parameters"] = sorted(starts)
+    if any(maps.kind_of(item.site.module) is maps.TransposedLinear for item in items):
+        draft.config["fan_in_fan_out"] = True
+
+
+def _layers(draft: Draft, items: Sequence[Placed]) -> list[tuple[Placed, At]]:
+    """The layers of the weights; a bias has no tensor of its own there."""
+    found = []
+    for item in items:
+        if item.site.whole.dim() == 1:
+            _check_bias(draft, item)
+        else:
+            found.append((item, At(module_of(item), item.site)))
+    return found
+
+
+def _settings(
+    draft: Draft, form: Form, layers: Sequence[tuple[Placed, At]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of every layer, by what the settings call it."""
+    settings: dict[str, dict[str, Any]] = {}
+    for item, layer in layers:
+        own = form.settings(item.method, item.patch)
+        _check(draft, form, item, layer)
+        if settings.setdefault(layer.name, own) != own:
+            raise refusal(item, "peft has one setting for both maps of an attention")
+    return settings
+
+
+def _nested(parameters: Sequence[At]) -> dict[str, str]:
+    """Where peft has the tensors of parameters, by name: the last of a module is outermost."""
+    modules: dict[str, list[At]] = {}
+    for layer in parameters:
+        modules.setdefault(layer.path, []).append(layer)
+    found = {}
+    for path, own in modules.items():
+        order = [*own[0].site.module._parameters]
+        own.sort(key=lambda layer: -order.index(layer.site.slot))
+        for depth, layer in enumerate(own):
+            found[layer.name] = path + ".base_layer" * depth
+    return found
+
+
+def _check(draft: Draft, form: Form, item: Placed, layer: At) -> None:
+    """Raises PeftliteError if peft doesn't take a site."""
+    site = item.site
+    if site.index is not None:
+        raise refusal(item, "peft takes whole weights")
+    if len(site.owners) > 1:
+        raise refusal(item, f"it is tied to {listed(site.names[1:])}, and peft would untie it")
+    if not form.taken(site) or not layer.path:
+        raise refusal(item, f"peft's {draft.kind} doesn't take a {type(site.module).__name__}")
+    _check_attention(draft, item, layer)
+    if isinstance(item.patch, ScalePatch) and not item.patch.inputs:
+        bias = draft.delta.placed.get(f"{layer.path}.bias")
+        if site.module.bias is not None and not (bias and bias.patch.l is item.patch.l):
+            raise refusal(item, "peft scales its bias, too, which the delta leaves as it is")
+
+
+def _check_attention(draft: Draft, item: Placed, layer: At) -> None:
+    """Raises PeftliteError if only one map of an attention is changed, where peft has both."""
+    other = f"{layer.name}.in_proj_weight" if layer.inner else f"{layer.path}.out_proj.weight"
+    attention = layer.inner or isinstance(item.site.module, nn.MultiheadAttention)
+    if attention and not layer.stacked and other not in draft.delta.placed:
+        raise refusal(item, f"peft changes {other} with it, which the delta leaves as it is")
+
+
+def _check_bias(draft: Draft, item: Placed) -> None:
+    weight = draft.delta.placed.get(f"{module_of(item)}.weight")
+    if weight is None or getattr(weight.patch, "l", None) is not item.patch.l:
+        raise refusal(item, "peft scales a bias with its weight alone")

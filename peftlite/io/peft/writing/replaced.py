@@ -1,0 +1,78 @@
+"""Replaced: modules that peft has as they are in the end, and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from peftlite.core.assign import Placed
+from peftlite.core.site import walk, whole_address
+from peftlite.core.tensors import raw
+from peftlite.io.peft.folder import ALONE, LAYER
+from peftlite.io.peft.writing.draft import Draft, refusal
+
+
+def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
+    """Adds modules of which tensors are changed entry by entry, and biases."""
+    modules: dict[str, nn.Module] = {}
+    slots: dict[str, set[str]] = {}
+    values: dict[str, Tensor] = {}
+    for item in items:
+        site = item.site
+        if len(site.owners) > 1 and len(site.names) != len(site.owners):
+            raise refusal(item, "its module has two names, and another module has its weight")
+        for name, (module, slot) in zip(site.names, site.owners, strict=False):
+            address = whole_address(name)
+            path = address.rpartition(".")[0]
+            modules[path] = module
+            slots.setdefault(path, set()).add(slot)
+            values[address] = draft.value(item)
+    biases = _write_biases(draft, slots, values)
+    paths = sorted(
+        path
+        for path in modules.keys() - biases
+        if not any(path.startswith(f"{other}.") for other in modules)
+    )
+    for path in paths:
+        _write_module(draft, path, modules[path], values, items[0])
+    if paths:
+        draft.config["target_modules" if draft.kind == ALONE else "modules_to_save"] = paths
+
+
+def _write_biases(
+    draft: Draft, slots: Mapping[str, set[str]], values: Mapping[str, Tensor]
+) -> set[str]:
+    """Adds the biases of modules that have no other change, where peft trains such alone."""
+    bias = draft.form.bias if draft.form else None
+    paths = {path for path, own in slots.items() if bias and own == {"bias"}}
+    if paths:
+        draft.config["bias"] = bias if paths <= draft.targets else "all"
+    for path in paths:
+        layer = f"{path}.base_layer" if path in draft.targets else path
+        draft.tensors[f"{draft.key(layer)}.bias"] = values[f"{path}.bias"]
+    return paths
+
+
+def _write_module(
+    draft: Draft, path: str, module: nn.Module, values: Mapping[str, Tensor], item: Placed
+) -> None:
+    """Adds all of a module, as peft takes it."""
+    if not path or any(f"{target}.".startswith(f"{path}.") for target in draft.targets):
+        raise refusal(item, f"peft takes a copy of all of {path or 'the model'}")
+    layer = path + (LAYER if draft.kind == ALONE else ".")
+    for name, part in walk(module, path):
+        if parametrize.is_parametrized(part):
+            raise refusal(item, f"{name} is parametrized")
+        for slot, tensor in _tensors(part).items():
+            address = f"{name}.{slot}"
+            rest = address.removeprefix(f"{path}.")
+            draft.tensors[f"{draft.key(layer)}{rest}"] = values.get(address, tensor)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module that a state dict has, no patch applied."""
+    found = {slot: raw(module, slot) for slot, p in module._parameters.items() if p is not None}
+    buffers = module._buffers.keys() - module._non_persistent_buffers_set
+    return found | {slot: b for slot in buffers if (b := module._buffers[slot]) is not None}

@@ -1,0 +1,57 @@
+"""Tokens: rows of embeddings, which peft has as they are in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peftlite.core import maps
+from peftlite.core.assign import Placed
+from peftlite.io.peft.folder import TOKENS
+from peftlite.io.peft.writing.draft import Draft, module_of, refusal
+from peftlite.methods.full import AddPatch
+from peftlite.methods.sparse import SparsePatch
+
+
+def rows_of(item: Placed) -> Tensor | None:
+    """The rows of an embedding that a patch changes, if it is all of a few rows."""
+    site, patch = item.site, item.patch
+    if maps.kind_of(site.module) is not maps.Embedding:
+        return None
+    if isinstance(patch, AddPatch) and site.index is not None and site.index[0] == 0:
+        return torch.arange(*site.index[1:])
+    if type(patch) is SparsePatch and site.index is None:
+        d, entries = site.whole.shape[1], patch.indices.cpu()
+        rows = entries.long()[::d] // d
+        if torch.equal(entries, (rows[:, None] * d + torch.arange(d)).flatten().int()):
+            return rows
+    return None
+
+
+def write_tokens(draft: Draft, items: Mapping[Placed, Tensor], alone: bool) -> None:
+    """Adds rows of embeddings.
+
+    Args:
+        items: with the rows that each changes.
+        alone: whether the delta has nothing else.
+    """
+    found: dict[str, Tensor] = {}
+    for item, rows in items.items():
+        path = module_of(item)
+        found[path] = torch.cat([found[path], rows]) if path in found else rows
+    inner = "" if alone else ".token_adapter"
+    for item in items:
+        path = module_of(item)
+        value = draft.value(item)
+        draft.tensors[f"{draft.key(path)}{inner}{TOKENS}"] = value[found[path].to(value.device)]
+    indices = {path: rows.tolist() for path, rows in found.items()}
+    if alone and len(indices) == 1:
+        draft.kind, ((path, tokens),) = "TRAINABLE_TOKENS", indices.items()
+        draft.config = {"target_modules": [path], "token_indices": tokens}
+    elif draft.kind == "LORA":
+        draft.config["trainable_token_indices"] = indices
+    else:
+        item = next(iter(items))
+        raise refusal(item, f"peft has rows of embeddings beside LoRA, and not {draft.kind}")

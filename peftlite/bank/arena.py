@@ -53,7 +53,7 @@ class Arena:
             self._places.append((part, places))
         self.neutral: Row = tuple(torch.zeros(end, dtype=torch.uint8, device="cpu") for end in ends)
         for site in range(len(self._places)):
-            for name, tensor in self.of_row(self.neutral, site).items():
+            for name, tensor in self.fields(self.neutral, site).items():
                 tensor.fill_(self._places[site][1][name][1].neutral)
         self.fills = [0] * (slots + 1)
         """How often each slot was filled: what was read off it holds until the next time."""
@@ -77,13 +77,9 @@ class Arena:
         """A site's tensors, each (slots + 1, *shape)."""
         return self._views(self.buffers, site)
 
-    def of_row(self, row: Sequence[Tensor], site: int) -> dict[str, Tensor]:
+    def fields(self, row: Row, site: int) -> dict[str, Tensor]:
         """A site's tensors in one row, each (*shape)."""
         return self._views(row, site)
-
-    def of_slot(self, slot: int) -> Row:
-        """A slot's bytes, where they are."""
-        return tuple(buffer[slot] for buffer in self.buffers)
 
     def _views(self, buffers: Sequence[Tensor], site: int) -> dict[str, Tensor]:
         part, places = self._places[site]
@@ -121,8 +117,8 @@ class Arena:
     def read(self, slot: int) -> Row:
         """A copy of a slot's bytes on the host."""
         row = self.blank()
-        for part, source in zip(row, self.of_slot(slot), strict=True):
-            part.copy_(source)
+        for part, buffer in zip(row, self.buffers, strict=True):
+            part.copy_(buffer[slot])
         return row
 
     def wait(self, arrived: Iterable[torch.cuda.Event]) -> None:

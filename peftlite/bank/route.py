@@ -23,8 +23,8 @@ from peftlite.core.patch import Patch
 from peftlite.errors import PeftliteError
 from peftlite.kernels.ops import op
 
-_entries: ContextVar[int | None] = ContextVar("peftlite_entries", default=None)
-"""How many entries the batch has that the model was called with."""
+_batch_size: ContextVar[int | None] = ContextVar("peftlite_batch_size", default=None)
+"""Of the batch that the model was called with."""
 
 _routers: WeakValueDictionary[int, Router] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -52,22 +52,22 @@ class Router:
         """The rows of a site's input, checked to be there. Raises PeftliteError."""
         if torch.compiler.is_compiling():
             slots = torch.ops.peftlite.rows(x, self.number) if self.traced is None else self.traced
-            rows, entries = Rows(slots), len(slots)
+            rows, size = Rows(slots), len(slots)
         else:
-            rows, entries = self.now(), _entries.get()
+            rows, size = self.now(), _batch_size.get()
             if rows is None:
                 return None
             rows = rows.on(x.device)
         b = len(rows.slots)
         if b > 1:  # else it's the same wherever the rows are
-            _check(x, b if entries is None else entries, entries)
+            _check(x, b if size is None else size, size)
         return rows
 
 
-def _check(x: Tensor, batch: int, entries: int | None) -> None:
+def _check(x: Tensor, batch: int, size: int | None) -> None:
     """Raises PeftliteError unless the entries of x are a batch's, one row after another."""
     n = len(x) if x.dim() > 1 else 1
-    turned = n != entries and x.dim() > 2 and x.shape[1] == entries
+    turned = n != size and x.dim() > 2 and x.shape[1] == size
     if n % batch or turned:
         raise PeftliteError(
             f"a map inside the model has an input of shape {tuple(x.shape)}, which isn't a batch "
@@ -125,11 +125,11 @@ class Entrance(Patch):
         if rows is None:
             return inner(*args, **kwargs)
         _fits(rows, len(batch))
-        token = _entries.set(len(batch))
+        token = _batch_size.set(len(batch))
         try:
             return inner(*args, **kwargs)
         finally:
-            _entries.reset(token)
+            _batch_size.reset(token)
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -21,13 +21,13 @@ class Groups(NamedTuple):
 
     Args:
         slots: of the n groups: a slice where they lie side by side, so that tables are viewed.
-        rows: (n·m,) of the batch; the last of a group again where others are longer.
-        first: which of those are a row's first; None where none is there again.
+        rows: (n·m,) of the batch; shorter groups are padded with their last one.
+        unpadded: which of those are no padding; None where all are.
     """
 
     slots: slice | Tensor
     rows: Tensor
-    first: Tensor | None
+    unpadded: Tensor | None
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Groups:
@@ -35,15 +35,14 @@ class Groups(NamedTuple):
         for slot, start, stop in sorted(runs):
             rows.setdefault(slot, []).extend(range(start, stop))
         m = max(map(len, rows.values()), default=0)
-        first = [i * m + j for i, own in enumerate(rows.values()) for j in range(len(own))]
+        real = [i * m + j for i, own in enumerate(rows.values()) for j in range(len(own))]
         with torch.inference_mode(False):
             slots: Any = torch.tensor(list(rows), device="cpu")
             if rows and max(rows) - min(rows) + 1 == len(rows):
                 slots = slice(min(rows), max(rows) + 1)
-            filled = [row for own in rows.values() for row in own + own[-1:] * (m - len(own))]
-            again = len(first) < len(filled)
-            there = torch.tensor(first, device="cpu") if again else None
-            return cls(slots, torch.tensor(filled, device="cpu"), there)
+            padded = [row for own in rows.values() for row in own + own[-1:] * (m - len(own))]
+            unpadded = torch.tensor(real, device="cpu") if len(real) < len(padded) else None
+            return cls(slots, torch.tensor(padded, device="cpu"), unpadded)
 
 
 class Rows:

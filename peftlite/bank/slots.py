@@ -202,7 +202,7 @@ class Slots:
             self.free.append(entry.slot)
             del self.resident[entry]
         if entry.leaves is not None:
-            entry.leaves.part()
+            entry.leaves.leave()
         entry.slot, entry.arrival, entry.leaves, entry.arrived = None, None, None, []
 
 

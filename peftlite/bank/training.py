@@ -28,16 +28,16 @@ class Leaves:
                 leaf = nn.Parameter(used)
                 self._leaves[mixed, name] = self.named[f"{mixed.address}:{name}"] = leaf
 
-    def of(self, mixed: Mixed, name: str) -> Tensor | None:
-        """What a table's row is in training, with zeros where nothing is used; None if fixed."""
+    def padded(self, mixed: Mixed, name: str) -> Tensor | None:
+        """A parameter with zeros where its table's row has no use; None if the table is fixed."""
         leaf = self._leaves.get((mixed, name))
         if leaf is None:
             return None
         missing = [n - m for n, m in zip(mixed.tables[name].shape[1:], leaf.shape, strict=True)]
         return F.pad(leaf, [m for n in reversed(missing) for m in (0, n)]) if any(missing) else leaf
 
-    def part(self) -> None:
-        """Leaves the slot: what an optimizer writes from now on is no one's but its own."""
+    def leave(self) -> None:
+        """Leaves the slot: what an optimizer writes from now on changes no delta."""
         for leaf in self.named.values():
             leaf.data = leaf.data.clone()
 
@@ -63,8 +63,8 @@ def training_rows(numbers: Sequence[int], leaves: Mapping[int, Leaves]) -> Rows:
         return {name: stack(mixed, name, table) for name, table in mixed.tables.items()}
 
     def stack(mixed: Mixed, name: str, table: Tensor) -> Tensor:
-        of = [leaves[slot].of(mixed, name) if slot in leaves else None for slot in distinct]
-        parts = zip(distinct, of, strict=True)
-        return torch.stack([table[slot] if leaf is None else leaf for slot, leaf in parts])
+        rows = [leaves[slot].padded(mixed, name) if slot in leaves else None for slot in distinct]
+        parts = zip(distinct, rows, strict=True)
+        return torch.stack([table[slot] if row is None else row for slot, row in parts])
 
     return Rows(back, tables=tables)

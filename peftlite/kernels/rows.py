@@ -64,7 +64,7 @@ def runs_low_rank(y: Tensor, x: Tensor, runs: Iterable[tuple[Factors, int, int]]
 
 
 def groups_low_rank(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Tensor, first: Tensor | None
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Tensor, unpadded: Tensor | None
 ) -> Tensor:
     """Adds to y in place, for n groups of m rows that share A (n, r, i) and B (n, o, r).
 
@@ -72,11 +72,11 @@ def groups_low_rank(
 
     Args:
         rows: (n·m,) of the batch.
-        first: those of them that count, where a row is there again to fill a group; None for all.
+        unpadded: those of them that count, where rows are repeated to fill a group; None for all.
     """
     part = x.index_select(0, rows).view(len(a), -1, x.shape[-1])
     h = torch.bmm(part.to(a.dtype), a.mT).mul_(scale[:, None, None])
     change = torch.bmm(h, b.mT).view(len(rows), -1, y.shape[-1]).to(y.dtype)
-    if first is not None:
-        rows, change = rows.index_select(0, first), change.index_select(0, first)
+    if unpadded is not None:
+        rows, change = rows.index_select(0, unpadded), change.index_select(0, unpadded)
     return y.index_add_(0, rows, change)

@@ -45,8 +45,8 @@ def test_every_way_is_the_reference(batch: tuple[dict[str, Tensor], list[int]]) 
         runs.append(((a[slot, :r], b[slot, :, :r], float(scale[slot])), start, stop))
     torch.testing.assert_close(runs_low_rank(y.clone(), x, runs), true)
     if runs:
-        of, picked, first = rows.groups
-        found = groups_low_rank(y.clone(), x, a[of], b[of], scale[of], picked, first)
+        shared, padded, unpadded = rows.groups
+        found = groups_low_rank(y.clone(), x, a[shared], b[shared], scale[shared], padded, unpadded)
         torch.testing.assert_close(found, true)
         base = torch.tensor(slots) == 0
         assert torch.equal(found[base], y[base])

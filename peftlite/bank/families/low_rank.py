@@ -81,13 +81,13 @@ class MixedLowRank(MixedLinear):
 
     def _grouped(self, rows: Rows) -> tuple[Any, ...]:
         """The factors of each group, as wide as the widest of them, and the rows."""
-        slots, picked, first = rows.groups
+        slots, padded, unpadded = rows.groups
         (known, fills, r), now = self._widest, sum(self.arena.fills)
         if known is not rows or fills != now:
             r = max(self.contents_of(slot)["rank"] for slot, _, _ in rows.runs or ())
             self._widest = rows, now, r  # replaced whole, for other threads
         a, b, scale = (self.tables[name][slots] for name in ("a", "b", "scale"))
-        return a[:, :r], b[..., :r], scale, picked, first
+        return a[:, :r], b[..., :r], scale, padded, unpadded
 
     def _factors_of(self, rows: Rows) -> Iterator[tuple[Factors, int, int]]:
         for slot, start, stop in rows.runs or ():

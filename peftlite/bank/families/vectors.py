@@ -112,15 +112,15 @@ class MixedVector(Mixed):
 
 def _affine(site: Site) -> tuple[int, nn.Module | None]:
     """The dimension of a layer's features, and n as a module, None for 1. Raises TargetError."""
-    module, wide = site.module, of_layer(site.module)
-    if wide is None or site.whole.dim() != 1 or not is_called(module):
+    module, features = site.module, of_layer(site.module)
+    if features is None or site.whole.dim() != 1 or not is_called(module):
         raise _unlike(site)
     kinds = {maps.kind_of(m) for m, _ in site.owners}
     if site.slot == "bias" and not kinds & {None, maps.Embedding}:
-        return wide.dim, None
+        return features.dim, None
     if len(site.owners) > 1:
         raise _unlike(site)
-    return wide.dim, one_of(site, wide.dim, _unlike(site))
+    return features.dim, one_of(site, features.dim, _unlike(site))
 
 
 def _unlike(site: Site) -> TargetError:

@@ -21,7 +21,7 @@ from torch import nn
 
 import peftlite as pl
 
-MODULES = ("kernels", "methods")
+MODULES = ("kernels", "methods", "train", "data", "losses")
 
 # a shape, as `(b, t, i)`, `(*stack, r, i)` or `(o)`; or words that say which it is
 SIDE = r"(?:…|\.\.\.|\*\w+|1|[a-z])"
@@ -34,8 +34,7 @@ def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
     for name in module.__all__:
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value):
-            if not value.__module__.startswith("peftlite.train"):
-                yield name, value
+            yield name, value
 
 
 def _plain(value: Any) -> Any:

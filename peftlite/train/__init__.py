@@ -4,19 +4,11 @@ from peftlite.train import data, losses
 from peftlite.train.continual import Forgetting, forgetting
 from peftlite.train.events import Callback, TensorBoard, WandB
 from peftlite.train.history import History
+from peftlite.train.settings import Training
 from peftlite.train.trainer import Trainer
-from peftlite.train.trials import Trials, search
+from peftlite.train.trials import Trial, Trials, search
 
 __all__ = [
-    "Callback",
-    "Forgetting",
-    "History",
-    "TensorBoard",
-    "Trainer",
-    "Trials",
-    "WandB",
-    "data",
-    "forgetting",
-    "losses",
-    "search",
-]
+    "Callback", "Forgetting", "History", "TensorBoard", "Trainer", "Training", "Trial", "Trials",
+    "WandB", "data", "forgetting", "losses", "search",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""forgetting: what was lost of each task while others were learned."""
+"""Forgetting: what was lost of each task while others were learned."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ class Forgetting:
     """What was forgotten, by task; it prints as a table.
 
     Attributes:
-        tasks: how much lower than its best each task's score is now, fⱼ; below 0 where it rose.
-        mean: the average forgetting F = Σ fⱼ / n. Chaudhry et al., arXiv:1801.10112, §4.1.
-        backward_transfer: the mean of (now − just learned), negative where tasks were forgotten.
-            Lopez-Paz and Ranzato, arXiv:1706.08840, §2.
+        learned: each task's score once it was learned.
+        best: its best score before now.
+        now: its score now.
     """
 
     learned: Mapping[str, float]
@@ -29,14 +28,20 @@ class Forgetting:
 
     @property
     def tasks(self) -> dict[str, float]:
+        """How much lower than its best each task's score is now, fⱼ; below 0 where it rose."""
         return {task: best - self.now[task] for task, best in self.best.items()}
 
     @property
     def mean(self) -> float:
+        """The average forgetting F = Σ fⱼ / n. Chaudhry et al., arXiv:1801.10112, §4.1."""
         return sum(self.tasks.values()) / len(self.tasks)
 
     @property
     def backward_transfer(self) -> float:
+        """The mean of (now − just learned), negative where tasks were forgotten.
+
+        Lopez-Paz and Ranzato, arXiv:1706.08840, §2.
+        """
         return sum(self.now[t] - score for t, score in self.learned.items()) / len(self.learned)
 
     def __str__(self) -> str:

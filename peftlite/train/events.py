@@ -130,7 +130,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Progress:
+class Progress(Callback):
     """A progress bar, in a terminal or a notebook."""
 
     def start(self, trainer: Training, history: History) -> None:
@@ -149,8 +149,12 @@ class Progress:
         self.bar.close()
 
 
-class TensorBoard:
-    """Scalars for TensorBoard, in a folder; needs the package tensorboard."""
+class TensorBoard(Callback):
+    """Scalars for TensorBoard, in a folder; needs the package tensorboard.
+
+    Args:
+        folder: to write them to.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder
@@ -168,8 +172,12 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
-    """Scalars for Weights & Biases; needs the package wandb. `options` are of `wandb.init`."""
+class WandB(Callback):
+    """Scalars for Weights & Biases; needs the package wandb.
+
+    Args:
+        options: of `wandb.init`.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.options = options

@@ -1,4 +1,4 @@
-"""History: what was measured while training, as a table, a CSV file and a plot."""
+"""History: the events of a training run, as a table, a CSV file and a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIELDS = (
     "train_mean_token_accuracy", "valid_mean_token_accuracy", "full_valid_mean_token_accuracy",
     "full_valid_perplexity", "lr", "grad_norm", "tokens_per_second", "memory",
 )  # fmt: skip
-"""What every event has, None where it doesn't apply; probes and a loss's own figures follow."""
+"""The fields of every event, None where one doesn't apply; probes and a loss's own follow."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class History:
 
     @property
     def epochs(self) -> list[Event]:
-        """The events at which all was measured, with the mean `train_loss` since the one before."""
+        """The events of whole epochs, each with the mean `train_loss` since the one before."""
         rows: list[Event] = []
         since: list[float] = []
         for event in self.events:
@@ -50,7 +50,7 @@ class History:
         return rows
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes all events, one a row."""
+        """Writes all events to a CSV file, one a row."""
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, _columns(self.events), lineterminator="\n")
             writer.writeheader()
@@ -60,20 +60,20 @@ class History:
         """The losses over the steps and, beside them, accuracies and probes; a matplotlib figure.
 
         Args:
-            path: where to write it, as what its ending says.
+            path: to write it to, in the format of its ending.
         """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         for name in _columns(self.events):
-            where = left if name.endswith("_loss") else right
+            axes = left if name.endswith("_loss") else right
             if name in FIELDS and not name.endswith(("_loss", "_accuracy")):
                 continue
             points = [(e["step"], e[name]) for e in self.events if e.get(name) is not None]
             if points:
                 every_step = len(points) > 2 + len(self.epochs)
-                where.plot(*zip(*points, strict=True), "-" if every_step else "o-", label=name)
+                axes.plot(*zip(*points, strict=True), "-" if every_step else "o-", label=name)
         for axes, title in ((left, "loss"), (right, "accuracy and probes")):
             axes.set(xlabel="step", title=title)
             if axes.lines:

@@ -1,17 +1,19 @@
 """Ready-made losses: functions of a model and a batch.
 
-A loss gives a tensor, the mean over the batch's examples, or a dict:
+A loss gives a tensor, the mean over the batch's examples, or a dict of scalars:
 
-    loss      the mean that is minimised, a scalar
-    count     what it is the mean over (tokens, for one); the examples of the batch if left out
+    loss      the mean that is minimised, in nats if the loss is a cross-entropy
+    count     what the mean is over (tokens, for one); the examples of the batch if left out
     correct   how many of these were predicted right, if the loss is a cross-entropy
     …         any other mean over the same, to be reported
+
+Those below compute in fp32 where a model gives less.
 
 The gradients of a step are those of its whole mean, Σ countₖ·lossₖ / Σ countₖ, however many
 micro-batches it comes in. Options go by `functools.partial(pl.losses.contrastive, scale=10)`.
 
-A batch is a mapping with `labels`, or a tuple that ends with them; the rest is the model's. What a
-model gives is a tensor, or has `.logits`, or is a tuple that begins with them.
+A batch is a mapping with `labels`, or a tuple that ends with the labels; the model is called with
+the rest. Its output is a tensor, or has `.logits`, or is a tuple that begins with the logits.
 """
 
 from __future__ import annotations
@@ -32,13 +34,28 @@ from peftlite.train.data.packing import IGNORED
 from peftlite.train.modes import evaluating
 from peftlite.verbs.use import using
 
+__all__ = ["causal_lm", "classification", "contrastive", "distillation", "regression"]
+
 
 def causal_lm(model: nn.Module, batch: Any, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
     """−log p(token | the tokens before it), the mean over the labelled tokens.
 
-    `labels` (b, t) are aligned with `input_ids` and shifted here; −100 has no loss. A model whose
-    `forward` takes no `attention_mask` does without one of padding, (b, t): on the right, where no
-    token looks at it.
+    A model whose `forward` takes no `attention_mask` does without a mask of padding, (b, t): on the
+    right, where no token looks at it.
+
+    Args:
+        model: from `input_ids` (b, t) to logits (b, t, o), of a vocabulary of o.
+        batch: its `labels` (b, t) are aligned with `input_ids` and shifted here; −100 has no loss.
+        label_smoothing: the share of the target that all tokens have alike.
+
+    Raises:
+        PeftliteError: the batch has no labels, the logits don't fit them, or the model has no
+            embedding for some ids.
+
+    Example:
+        model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+        ids = torch.tensor([[1, 2, 3, 4]])
+        pl.losses.causal_lm(model, {"input_ids": ids, "labels": ids})["loss"].backward()
     """
     inputs, labels = _split(batch)
     logits = _output(model, inputs)
@@ -48,17 +65,39 @@ def causal_lm(model: nn.Module, batch: Any, *, label_smoothing: float = 0.0) -> 
 def classification(
     model: nn.Module, batch: Any, *, weight: Tensor | None = None, label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
-    """Cross-entropy of logits (…, classes) and labels (…), the mean over those that aren't −100.
+    """−log p(label), the mean over the labels that aren't −100.
 
     Args:
-        weight: of each class (classes), against imbalance; the mean is then a weighted one.
+        model: gives logits (…, o), of o classes.
+        batch: its labels are (…).
+        weight: of each class (o), against imbalance; the mean is then a weighted one.
+        label_smoothing: the share of the target that all classes have alike.
+
+    Raises:
+        PeftliteError: the batch has no labels, or the logits don't fit them.
+
+    Example:
+        x, labels = torch.randn(6, 4), torch.tensor([0, 0, 0, 0, 1, 2])
+        weight = pl.data.class_weights(labels)
+        pl.losses.classification(nn.Linear(4, 3), (x, labels), weight=weight)["loss"].backward()
     """
     inputs, labels = _split(batch)
     return _cross_entropy(_output(model, inputs), labels, label_smoothing, weight)
 
 
 def regression(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """(output − labels)², the mean over examples and outputs; outputs (b, 1) serve labels (b)."""
+    """(output − labels)², the mean over examples and outputs.
+
+    Args:
+        model: gives outputs (…), of the labels' shape; (b, 1) serve labels (b), too.
+
+    Raises:
+        PeftliteError: the batch has no labels, or they have another shape.
+
+    Example:
+        batch = torch.randn(6, 4), torch.randn(6)
+        pl.losses.regression(nn.Linear(4, 1), batch)["loss"].backward()
+    """
     inputs, labels = _split(batch)
     output = _output(model, inputs)
     if output.dim() == labels.dim() + 1 and output.shape[-1] == 1:
@@ -72,12 +111,23 @@ def regression(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 def contrastive(model: nn.Module, batch: Any, *, scale: float = 20.0) -> dict[str, Tensor]:
-    """Every query is to find its own key among the batch's: cross-entropy of scale · cos(qᵢ, kⱼ).
+    """−log softmaxⱼ(scale · cos(qᵢ, kⱼ)) at j = i: each query is to find its key in the batch.
 
-    The batch is a pair (queries, keys) of what the model takes; an output (b, t, o), or one with a
-    `last_hidden_state`, is averaged over the tokens of the `attention_mask`. Negatives are those of
-    the same micro-batch, so here `accumulate` changes the loss. van den Oord et al.,
-    arXiv:1807.03748, eq. 4; the scale is of Sentence-BERT's implementation.
+    Other keys of the same micro-batch are the negatives, so here `accumulate` changes the loss. van
+    den Oord et al., arXiv:1807.03748, eq. 4; the scale is of Sentence-BERT's implementation.
+
+    Args:
+        model: gives a vector for each example (b, o); outputs (b, t, o), or a `last_hidden_state`
+            of that shape, are averaged over the tokens of the `attention_mask` (b, t).
+        batch: a pair (queries, keys), each as the model takes it.
+        scale: the inverse of the temperature.
+
+    Raises:
+        PeftliteError: the batch is no pair, or the outputs have other shapes.
+
+    Example:
+        queries, keys = torch.randn(6, 4), torch.randn(6, 4)
+        pl.losses.contrastive(nn.Linear(4, 3), (queries, keys))["loss"].backward()
     """
     if not isinstance(batch, Sequence) or len(batch) != 2:
         raise PeftliteError(f"contrastive takes batches (queries, keys), not {short(batch)}")
@@ -97,31 +147,45 @@ def distillation(
 ) -> dict[str, Tensor]:
     """(1 − share) · cross-entropy + share · T² · KL(p_teacher ‖ p_model), both p at temperature T.
 
+    Hinton et al., arXiv:1503.02531, §2.
+
     Args:
+        model: gives logits (b, t, o), or (…, o) where they aren't `causal`.
+        batch: its labels are (b, t), or (…); −100 has no loss.
         teacher: another model; or names of deltas of this very model, None for its base, which
             costs no memory for a second one. It runs in eval mode and gets no gradients.
+        temperature: T, above 0.
         share: of the teacher; 1 leaves the labels out, but for which positions count.
-        causal: whether logits predict the next token's label, or their own's.
+        causal: whether logits predict the next token's label, or their own position's.
 
-    Hinton et al., arXiv:1503.02531, §2.
+    Raises:
+        PeftliteError: the batch has no labels, the logits don't fit them, or the teacher's logits
+            have another shape.
+
+    Example:
+        model = nn.Linear(4, 3)
+        pl.attach(model, pl.LoRA(rank=1, targets="weight"), name="small")
+        batch = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+        loss = pl.losses.distillation(model, batch, teacher=None, causal=False)
+        print(loss["kl"])
     """
     inputs, labels = _split(batch)
     other = isinstance(teacher, nn.Module)
     choice: AbstractContextManager[Any] = nullcontext() if other else using(model, teacher)
-    with torch.no_grad(), choice, evaluating(teacher if other else model) as judge:
-        theirs = _output(judge, inputs)
-    ours = _output(model, inputs)
-    if ours.shape != theirs.shape:
+    with torch.no_grad(), choice, evaluating(teacher if other else model) as teaching:
+        targets = _output(teaching, inputs)
+    logits = _output(model, inputs)
+    if logits.shape != targets.shape:
         raise PeftliteError(
-            f"the model gives logits of shape {tuple(ours.shape)}, and its teacher "
-            f"{tuple(theirs.shape)}: both need the same vocabulary"
+            f"the model gives logits of shape {tuple(logits.shape)}, and its teacher "
+            f"{tuple(targets.shape)}: both need the same vocabulary"
         )
     if causal:
-        ours, theirs, labels = ours[:, :-1], theirs[:, :-1], labels[:, 1:]
-    result = _cross_entropy(ours, labels)
-    log_p, log_q = (F.log_softmax(z.to(wide(z)) / temperature, -1) for z in (ours, theirs))
-    each = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
-    kl = (each * (labels != IGNORED)).sum() / result["count"].clamp(min=1)
+        logits, targets, labels = logits[:, :-1], targets[:, :-1], labels[:, 1:]
+    result = _cross_entropy(logits, labels)
+    log_p, log_q = (F.log_softmax(z.to(wide(z)) / temperature, -1) for z in (logits, targets))
+    divergence = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    kl = (divergence * (labels != IGNORED)).sum() / result["count"].clamp(min=1)
     loss = (1 - share) * result["loss"] + share * temperature**2 * kl
     return {**result, "loss": loss, "kl": kl.detach()}
 
@@ -141,24 +205,24 @@ def _cross_entropy(
         ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing,
     )  # fmt: skip
     with torch.no_grad():
-        counted = labels != IGNORED
-        target = labels.where(counted, 0)
+        has_loss = labels != IGNORED
+        target = labels.where(has_loss, 0)
         # the largest is quicker to find than where it is
         right = logits.gather(-1, target[..., None])[..., 0] >= logits.amax(-1)
-        of_each = counted if weight is None else weight[target] * counted
-        count, correct = of_each.sum(), (right * of_each).sum()
+        weights = has_loss if weight is None else weight[target] * has_loss
+        count, correct = weights.sum(), (right * weights).sum()
     return {"loss": total / count.clamp(min=1e-12), "count": count, "correct": correct}
 
 
 def _split(batch: Any) -> tuple[Any, Tensor]:
-    """What the model takes, and the labels."""
+    """The inputs of the model, and the labels."""
     if isinstance(batch, Mapping) and "labels" in batch:
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if isinstance(batch, Sequence) and len(batch) > 1 and isinstance(batch[-1], Tensor):
         return batch[:-1], batch[-1]
-    held = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else short(batch)
+    given = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else short(batch)
     raise PeftliteError(
-        f"a batch is a mapping with 'labels', or a tuple that ends with them: not {held}"
+        f"a batch is a mapping with 'labels', or a tuple that ends with them: not {given}"
     )
 
 
@@ -195,7 +259,7 @@ def _takes(model: nn.Module, name: str) -> bool:
 
 
 def _output(model: nn.Module, inputs: Any) -> Tensor:
-    """The logits of a model, or whatever tensor it gives."""
+    """The logits of a model, or another output that is a tensor."""
     output = _run(model, inputs)
     found = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     if not isinstance(found, Tensor):

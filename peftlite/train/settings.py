@@ -22,7 +22,8 @@ class Settings:
         examples: of the training set.
         steps: of the optimizer, in all.
         processes: that train together.
-        others: as the arguments of `Trainer`.
+
+    All others are as the arguments of `Trainer`.
     """
 
     epochs: int
@@ -51,7 +52,7 @@ class Settings:
 
 
 class Training(Protocol):
-    """What a callback is given, the `Trainer` as far as callbacks go by it."""
+    """The `Trainer` as callbacks are given it: its settings, and a way to end training."""
 
     @property
     def total_steps(self) -> int:

@@ -104,8 +104,13 @@ class Trainer:
         progress: whether to print the settings and show a bar.
 
     Raises:
-        PeftliteError: an argument isn't of these, no delta is there to train, the loss isn't
-            finite, or memory doesn't suffice.
+        PeftliteError: an argument isn't of these, or no delta is there to train.
+
+    Example:
+        model, data = nn.Linear(4, 3), [(torch.randn(4), i % 3) for i in range(30)]
+        pl.attach(model, pl.LoRA(rank=2, targets="weight"), name="sql")
+        trainer = pl.Trainer(model, pl.losses.classification, data[6:], data[:6], epochs=2)
+        print(trainer.fit())
     """
 
     model: nn.Module
@@ -224,7 +229,8 @@ class Trainer:
         Raises:
             FileError: a checkpoint is damaged, or is of other settings; or there are some already,
                 and `resume` doesn't say so.
-            PeftliteError: as the class says. The deltas are then as after the last good step.
+            PeftliteError: no delta is there to train, the loss isn't finite, or memory doesn't
+                suffice. The deltas are then as after the last good step.
         """
         self.stopping = False
         with parallel.process_group(self.parallel) as processes:

@@ -17,6 +17,7 @@ from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
 from peftlite.table import format_cell, listed, short, table
 from peftlite.train.data.checks import check_counts
+from peftlite.train.events import Callback
 from peftlite.train.history import Event, History
 from peftlite.train.measure import best_of
 from peftlite.train.parallel import process_group
@@ -35,8 +36,8 @@ class Trial:
     """One choice, and how it went.
 
     Attributes:
+        number: of the trial, from 1.
         values: of the metric, after each epoch.
-        value: the best of them, by which it is judged; None if there is none.
         state: "done"; "pruned", stopped for being worse than others; or "failed", of `error`.
     """
 
@@ -49,6 +50,7 @@ class Trial:
 
     @property
     def value(self) -> float | None:
+        """The best of the values, by which the trial is judged; None if there is none."""
         return best_of(self.metric)(self.values, default=None)
 
 
@@ -60,7 +62,7 @@ class Trials:
 
     @property
     def best(self) -> Trial:
-        """The best one that was seen to the end. Raises PeftliteError if there is none."""
+        """The best trial that was seen to the end. Raises PeftliteError if there is none."""
         done = [trial for trial in self.trials if trial.state == "done"]
         if not done:
             errors = listed(f"trial {trial.number}: {trial.error}" for trial in self.trials)
@@ -68,14 +70,14 @@ class Trials:
         return best_of(done[0].metric)(done, key=lambda trial: trial.value)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What the table shows of each trial."""
+        """The cells of each trial in the table, by column."""
         metric = next((trial.metric for trial in self.trials if trial.metric), "value")
         for t in self.trials:
             result = {metric: t.value, "epochs": len(t.values), "state": t.state, "error": t.error}
             yield {"trial": t.number, **plain(t.choice), **result}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes the trials, one a row."""
+        """Writes the trials to a CSV file, one a row."""
         with open(path, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(self._cells())
 
@@ -99,23 +101,23 @@ def search(
     file: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Trials:
-    """Trains once for each of many choices, and tells which did best on the validation set.
+    """Trains once for each of many choices: trials, judged by the Trainer's metric.
 
     A trial follows from its choice and the seed alone. After each, the deltas that it trained are
-    detached, so that `build` may attach to one base again and again. One whose training fails with
-    a PeftliteError, such as for a loss that isn't finite, is noted, and the next begins.
+    detached, so that `build` may attach to one base again and again. A trial whose training fails
+    with a PeftliteError, such as for a loss that isn't finite, is noted, and the next begins.
 
     Args:
         build: makes a `Trainer` of a choice, `{"lr": 2e-3, "rank": 8}`. By its `metric`, at the
             best epoch, trials are judged. If it has a `folder`, of its own for each choice, a trial
             that was interrupted goes on from its checkpoints.
-        space: by name, what there is to choose from: a list of anything; `(low, high)`, floats or
-            whole numbers, both included; or `(low, high, "log")`, the same by ratios.
+        space: values to choose from, by name: a list of anything; `(low, high)`, floats or whole
+            numbers, both included; or `(low, high, "log")`, the same by ratios.
         trials: how many; None, for a grid, is all of it.
         how: "grid" takes combinations of lists in order, the last name varying fastest; "random"
             draws (Bergstra and Bengio, JMLR 13, 2012); "bayes" learns from the trials before, by
             the tree-structured Parzen estimators of optuna (Bergstra et al., NeurIPS 2011).
-        seed: of the choices, and of what `build` draws, the same for every trial.
+        seed: of the choices, and of the numbers that `build` draws, the same for every trial.
         prune: stop a trial whose best so far is worse than the median of the others' at that epoch
             (Golovin et al., KDD 2017, §3.2.2).
         file: JSONL to keep the trials that are over; a search that finds it goes on after them.
@@ -125,6 +127,17 @@ def search(
         PeftliteError: an argument isn't of these, or optuna isn't installed; and whatever `build`
             raises.
         FileError: the file is of another search.
+
+    Example:
+        model, data = nn.Linear(4, 3), [(torch.randn(4), i % 3) for i in range(30)]
+
+        def build(choice):
+            pl.attach(model, pl.LoRA(rank=choice["rank"], targets="weight"), name="trial")
+            options = {"epochs": 1, "lr": choice["lr"], "progress": False}
+            return pl.Trainer(model, pl.losses.classification, data[6:], data[:6], **options)
+
+        space = {"lr": (1e-4, 1e-1, "log"), "rank": [1, 2]}
+        print(pl.search(build, space, trials=2).best.choice)
     """
     check_given("how", how, get_args(How))
     check_space(space, how)
@@ -185,7 +198,7 @@ def _run(
 
 
 @dataclass
-class _Pruner:
+class _Pruner(Callback):
     """A callback: notes the metric after each epoch, and stops a trial that is worse than most."""
 
     trial: Trial
@@ -212,9 +225,6 @@ class _Pruner:
             return False
         own, median = best(self.trial.values), float(np.median(theirs))
         return own != median and best(own, median) == median
-
-    def end(self, history: History) -> None:
-        """Nothing is left to do."""
 
 
 def _line(trial: Trial, count: int) -> str:

@@ -137,7 +137,7 @@ def test_examples_are_made_once_as_long_as_there_is_room() -> None:
         return {"x": torch.zeros(row)}
 
     every = data.Data([3, 5], make)
-    every._memo.room = 16  # bytes
+    every._cache.room = 16  # bytes
     for _ in range(3):
         assert [len(example["x"]) for example in every] == [3, 5]
     assert made == [3, 5, 5, 5]

@@ -24,19 +24,26 @@ def class_weights(
     how: How = "inverse",
     beta: float = 0.999,
 ) -> Tensor:
-    """w_k = n / (c n_k), or ∝ (1 − β) / (1 − β^n_k): a class's weight (c,) in the loss, in fp32.
+    """w_k = n / (o n_k), or ∝ (1 − β) / (1 − β^n_k): each class's weight in the loss, (o) in fp32.
 
-    `nn.functional.cross_entropy(logits, labels, weight=class_weights(train_labels))`
+    n is the number of labels, n_k that of class k, o that of classes.
 
     Args:
-        labels: of all examples, from 0; −100, which losses leave out, has no weight.
-        classes: c; by default the largest label and one.
+        labels: of all examples, from 0, in any shape; −100, which losses leave out, has no weight.
+        classes: o; by default the largest label and one.
         how: "inverse", by frequency: over the examples the weights average 1. "effective", by the
             effective number of samples (Cui et al. 2019, arXiv:1901.05555, eq. 2): over the classes
             they average 1.
         beta: β in [0, 1): 0 weighs all alike, near 1 it is as "inverse".
 
-    Raises PeftliteError for a class without examples, which no weight makes up for.
+    Raises:
+        PeftliteError: labels are no whole numbers from 0, or a class has no examples, which no
+            weight makes up for.
+
+    Example:
+        weight = pl.data.class_weights([0, 0, 0, 1], how="effective", beta=0.9)
+        x, labels = torch.randn(4, 3), torch.tensor([0, 0, 0, 1])
+        loss = pl.losses.classification(nn.Linear(3, 2), (x, labels), weight=weight)
     """
     check_given("how", how, get_args(How))
     if not 0 <= beta < 1:

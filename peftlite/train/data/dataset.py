@@ -21,10 +21,10 @@ from peftlite.train.data.split import split
 Key = str | Callable[[Any], Any] | Sequence[Any]
 Augmentation = Callable[[Any, Generator], Any]
 
-PLAIN = (str, bytes, int, float, tuple, type(None))  # what has the same repr everywhere
+PLAIN = (str, bytes, int, float, tuple, type(None))  # types with the same repr everywhere
 
 
-class Memo(dict[int, Any]):
+class Cache(dict[int, Any]):
     """Examples that are kept once they are made, as long as there is room."""
 
     room = 2**30  # bytes of tensors
@@ -38,6 +38,7 @@ class Memo(dict[int, Any]):
 
 
 def _as_it_is(row: Any) -> Any:
+    """The row itself."""
     return row
 
 
@@ -45,25 +46,25 @@ def _as_it_is(row: Any) -> Any:
 class Data(Sequence[Any]):
     """`make(rows[i])` for each i: an example, a dict of tensors as a rule.
 
-    It is made when it is asked for, and kept while there is room (1 GiB): don't write into it.
-    A slice of data is data.
+    An example is made when it is asked for, and kept while there is room (1 GiB): don't write into
+    it. A slice of data is data.
 
     Args:
-        rows: what there is to learn from, in any form: dicts, tuples, a data set of the `datasets`
-            library.
+        rows: of any form: dicts, tuples, a data set of the `datasets` library.
         make: an example out of a row; left out, rows are examples.
     """
 
     rows: Sequence[Any]
     make: Callable[[Any], Any] = _as_it_is
-    _picks: Sequence[int] | None = None  # the rows that are examples here, in their order
+    _picks: Sequence[int] | None = None
     _augmentations: tuple[tuple[Augmentation, int], ...] = ()
     _stages: int = 1
     _epoch: int = 0
-    _memo: Memo = field(default_factory=Memo)
+    _cache: Cache = field(default_factory=Cache)
 
     @property
     def picks(self) -> Sequence[int]:
+        """The rows that are examples here, in their order."""
         return range(len(self.rows)) if self._picks is None else self._picks
 
     def __len__(self) -> int:
@@ -75,9 +76,9 @@ class Data(Sequence[Any]):
         pick = self.picks[i]
         if self._augmentations:
             return self._made(pick, self._augmented(pick))
-        if pick not in self._memo:
-            return self._memo.keep(pick, self._made(pick, self.rows[pick]))
-        return self._memo[pick]
+        if pick not in self._cache:
+            return self._cache.keep(pick, self._made(pick, self.rows[pick]))
+        return self._cache[pick]
 
     def _made(self, pick: int, row: Any) -> Any:
         try:
@@ -105,9 +106,9 @@ class Data(Sequence[Any]):
         Args:
             shares: of the examples, each in (0, 1), together less than 1.
             group: a field's name, a function of a row, or one value for each example.
-            stratify: the same, for what is to have its share in every part: a label.
+            stratify: the same, of a value that is to have its share in every part: a label.
 
-        Raises PeftliteError if a part would be empty.
+        Raises PeftliteError if the shares aren't such, or a part would be empty.
         """
         if not shares or min(shares) <= 0 or sum(shares) >= 1:
             raise PeftliteError(
@@ -131,6 +132,8 @@ class Data(Sequence[Any]):
             key: a field's name, a function of a row, or one value for each example, such as
                 `data.lengths`.
             stages: parts of equal size, each shuffled for itself; left out, nothing is shuffled.
+
+        Raises PeftliteError if `stages` is no count, or the key has no values.
         """
         check_counts(stages=stages)
         values = self.values(key)
@@ -146,12 +149,12 @@ class Data(Sequence[Any]):
     def augment(self, augmentation: Augmentation, seed: int = 0) -> Data:
         """The same, with `augmentation(row, generator)` in place of every row, anew in each epoch.
 
-        What comes of it is a function of the seed, the epoch and the row alone.
+        The augmented row is a function of the seed, the epoch and the row alone.
         """
         return replace(self, _augmentations=(*self._augmentations, (augmentation, seed)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the augmentations are for."""
+        """Sets the epoch that augmentations are drawn for."""
         self._epoch = epoch
 
     def _augmented(self, pick: int) -> Any:
@@ -165,8 +168,8 @@ class Data(Sequence[Any]):
     def pack(self, length: int) -> Blocks:
         """Blocks of at most `length` tokens, of several examples each, which don't see one another.
 
-        They come shuffled, so a curriculum ends here. Raises PeftliteError for an example that is
-        longer.
+        Their order is shuffled, so a curriculum ends here. Raises PeftliteError for an example that
+        is longer, and for augmented data.
         """
         if self._augmentations:
             raise PeftliteError(
@@ -176,7 +179,7 @@ class Data(Sequence[Any]):
         return Blocks(self, lengths, fill(lengths, length), length)
 
     def values(self, key: Key) -> list[Any]:
-        """A key's value for each example."""
+        """A key's value for each example. Raises PeftliteError if it has none, or no plain ones."""
         if isinstance(key, str):
             found = [self._field(pick, key) for pick in self.picks]
         elif callable(key):

@@ -15,7 +15,10 @@ IGNORED = -100  # the label of a token that isn't learned
 
 
 def fill(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Which sizes share a block, by first-fit decreasing: at most 11/9 of the fewest, and one."""
+    """Which sizes share a block, by first-fit decreasing: at most 11/9 of the fewest, and one.
+
+    Raises PeftliteError for a size above a block's length.
+    """
     if too_long := [i for i, size in enumerate(sizes) if size > length]:
         raise PeftliteError(
             f"example {too_long[0]} has {sizes[too_long[0]]} tokens, and a block {length}: read "
@@ -69,7 +72,7 @@ class Blocks(Sequence[dict[str, Tensor]]):
         return used / (len(self) * self.length)
 
     def order(self, generator: Generator | None = None) -> list[int]:
-        """The order of an epoch, shuffled."""
+        """The order of an epoch, shuffled: indices of blocks."""
         return torch.randperm(len(self), generator=generator).tolist()
 
 
@@ -94,10 +97,17 @@ def _has_tokens(example: Mapping[str, Any], key: str) -> bool:
 
 
 def block_mask(position_ids: Tensor) -> Tensor:
-    """0 where a token may look, itself and what came before it in its example, else −∞.
+    """0 where a token may look, at itself and its example's tokens before it, else −∞.
 
-    position_ids (b, t), 0 at the first token of every example; the mask is (b, 1, t, t) in fp32,
-    to be added to the scores.
+    Args:
+        position_ids: (b, t), 0 at the first token of every example.
+
+    Returns:
+        The mask (b, 1, t, t) in fp32, to be added to the scores.
+
+    Example:
+        mask = pl.data.block_mask(torch.tensor([[0, 1, 0]]))
+        assert (mask[0, 0] == 0).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     """
     example = (position_ids == 0).cumsum(-1)
     seen = (example[:, :, None] == example[:, None, :]).tril()

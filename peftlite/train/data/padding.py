@@ -1,4 +1,4 @@
-"""Collating: examples of different lengths as one batch."""
+"""Padding: examples of different lengths as one batch."""
 
 from __future__ import annotations
 
@@ -26,23 +26,26 @@ def collate(
     multiple: int = 1,
     mask: bool = True,
 ) -> Any:
-    """A batch out of examples.
+    """A batch (b, t) of examples (t), padded to the longest: all tensors as long as `input_ids`.
 
-    Tensors as long as their example's `input_ids` are padded to the longest of the batch, and an
-    `attention_mask` (b, t) is added, 1 for a token and 0 for padding. In a batch of packed blocks,
-    which have `position_ids`, it is (b, 1, t, t) and added to the scores: within its example, a
-    token sees those before it.
-    What has no `input_ids` goes to torch's `default_collate`.
-
-    Raises PeftliteError if examples don't fit together.
+    An `attention_mask` (b, t) is added, 1 for a token and 0 for padding. For packed blocks, which
+    have `position_ids`, it is (b, 1, t, t) and added to the scores: within its example, a token
+    sees those before it. Examples without `input_ids` go to torch's `default_collate`.
 
     Args:
         pad: the id to fill up with; labels are filled up with −100, all else with 0. Some models go
-            by theirs, as transformers' classifiers of sequences do to find the last token.
-        side: where to.
+            by their own id, as transformers' classifiers of sequences do to find the last token.
+        side: which end is filled up.
         multiple: of tokens, to which the length is rounded up.
         mask: False leaves the mask of packed blocks out, for a model that goes by `position_ids`
             alone, as transformers' do under flash attention (with no cache: `use_cache=False`).
+
+    Raises:
+        PeftliteError: an argument isn't of these, or the examples don't fit together.
+
+    Example:
+        examples = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in (3, 5)]
+        assert pl.data.collate(examples)["attention_mask"].tolist()[0] == [1, 1, 1, 0, 0]
     """
     check_given("side", side, get_args(Side))
     check_counts(multiple=multiple)

@@ -34,6 +34,9 @@ def estimate(examples: int) -> Estimate:
 
     There are more epochs, up to 25, where 3 don't come to 100 examples seen, and fewer, but at
     least one, where they come to more than 25,000. A batch has 1 to 256 examples.
+
+    Example:
+        assert pl.data.estimate(1000) == pl.data.Estimate(epochs=3, batch_size=2, steps=1500)
     """
     examples = max(examples, 1)
     epochs = min(max(3, ceil(100 / examples)), 25, max(1, 25_000 // examples))
@@ -43,7 +46,7 @@ def estimate(examples: int) -> Estimate:
 
 @dataclass
 class FileReport:
-    """What a file has. `tokens`, and the assistant's of them, are those left by truncation."""
+    """Counts of a file. `tokens`, and those of the assistant, are counted after truncation."""
 
     path: str
     lines: int = 0
@@ -57,7 +60,7 @@ class FileReport:
 
 @dataclass
 class Report:
-    """What validation found. It prints as a table; `ok` says that no problem was found."""
+    """The counts and problems of one or two files, and an estimate; it prints as a table."""
 
     train: FileReport
     validation: FileReport | None
@@ -67,10 +70,12 @@ class Report:
 
     @property
     def files(self) -> list[FileReport]:
+        """That of the training file, and that of the validation file if there is one."""
         return [self.train] if self.validation is None else [self.train, self.validation]
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not any(file.problems for file in self.files)
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,30 +121,39 @@ def validate(
     max_length: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Reads a chat JSONL file once and tells all that is wrong with it, line by line.
+    """Reads a chat JSONL file once and reports every problem by its line.
 
-    A line at a time is in memory, beside 16 bytes for each example and what was found.
+    A line at a time is in memory, beside 16 bytes for each example and the problems.
 
     Args:
         validation: a second file; an example that is in both is reported.
         tokenizer: as in `chat`.
         max_length: of an example in tokens; longer ones are counted and reported.
+        progress: whether to show a bar.
 
-    Raises FileError if a file can't be read at all.
+    Raises:
+        FileError: a file can't be read at all.
+        PeftliteError: an argument isn't of these.
+
+    Example:
+        with open("chats.jsonl", "w") as file:
+            print('{"messages": [{"role": "user", "content": "1 + 2?"}]}', file=file)
+        report = pl.data.validate("chats.jsonl")
+        assert not report.ok
     """
     check_counts(max_length=max_length)
-    coder = as_tokenizer(tokenizer)
-    train, seen = _read(path, coder, max_length, progress)
     name = "bytes" if tokenizer is None else type(tokenizer).__name__
+    tokenizer = as_tokenizer(tokenizer)
+    train, seen = _read(path, tokenizer, max_length, progress)
     report = Report(train, None, name, max_length, estimate(train.examples))
     if train.examples < FEWEST:
-        few = f"there are {train.examples} examples: {FEWEST} are the least to train on"
-        train.problems.append(Problem(None, "too few", few))
+        message = f"there are {train.examples} examples: {FEWEST} are the least to train on"
+        train.problems.append(Problem(None, "too few", message))
     if validation is not None:
-        report.validation, held = _read(validation, coder, max_length, progress)
+        report.validation, others = _read(validation, tokenizer, max_length, progress)
         report.validation.problems += [
             Problem(line, "leakage", f"the example is line {other} of the training file, too")
-            for line, other in held.found_in(seen)
+            for line, other in others.found_in(seen)
         ]
         if not report.validation.examples:
             report.validation.problems.append(Problem(None, "too few", "there are no examples"))
@@ -155,8 +169,8 @@ class _Seen:
         self.hashes, self.lines = array("Q"), array("Q")
 
     def add(self, row: Row, line: int) -> None:
-        said = [(m["role"], m.get("name"), m["content"]) for m in row["messages"]]
-        digest = blake2b(repr(said).encode(), digest_size=8).digest()
+        messages = [(m["role"], m.get("name"), m["content"]) for m in row["messages"]]
+        digest = blake2b(repr(messages).encode(), digest_size=8).digest()
         self.hashes.append(int.from_bytes(digest, "big"))
         self.lines.append(line)
 
@@ -174,7 +188,7 @@ class _Seen:
 
 
 def _read(
-    path: Path, coder: Tokenizer, max_length: int | None, progress: bool
+    path: Path, tokenizer: Tokenizer, max_length: int | None, progress: bool
 ) -> tuple[FileReport, _Seen]:
     from tqdm.auto import tqdm
 
@@ -187,7 +201,7 @@ def _read(
         if line.row is None:
             continue
         try:
-            ids, mask = coder.render_with_mask(line.row["messages"])
+            ids, mask = tokenizer.render_with_mask(line.row["messages"])
         except PeftliteError as error:
             report.problems.append(Problem(line.number, "template", str(error)))
             continue

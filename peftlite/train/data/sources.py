@@ -31,7 +31,7 @@ def chat(
 ) -> Data:
     """Chats: `{"messages": [{"role": ..., "content": ..., "name"?: ...}, ...]}`, one a row.
 
-    An example has `input_ids` (t,) and `labels` (t,): the same ids, −100 where none is learned.
+    An example has `input_ids` (t) and `labels` (t): the same ids, −100 where none is learned.
 
     Args:
         source: a JSONL file, of which a line is read when its example is asked for; or rows.
@@ -41,8 +41,15 @@ def chat(
         max_length: tokens after which an example is cut off. A warning says if that leaves none to
             learn.
 
-    Raises FileError, or PeftliteError for rows, if a row is no chat, of which `validate` tells all;
-    and PeftliteError if the tokenizer's template doesn't take the first one.
+    Raises:
+        FileError: a line of a file is no chat; `validate` reports all of them.
+        PeftliteError: an argument isn't of these, a row is no chat, or the tokenizer's template
+            doesn't take the first one.
+
+    Example:
+        messages = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}]
+        data = pl.data.chat([{"messages": messages}])
+        assert (data[0]["labels"] != -100).sum() == 2  # the 3 and its end
     """
     check_counts(max_length=max_length)
     make = partial(_chat, as_tokenizer(tokenizer), assistant_only, max_length)
@@ -61,8 +68,20 @@ def pairs(
 ) -> Data:
     """Prompts and responses: `{"prompt": ..., "response": ...}`, or tuples of the two.
 
-    No template is put around them: an example is the prompt, the response and the token that ends
-    a text. The arguments are those of `chat`.
+    No template is put around them: an example has the prompt, the response and the token that ends
+    a text, as `input_ids` (t) and `labels` (t).
+
+    Args:
+        source, tokenizer, max_length: as in `chat`.
+        response_only: learn the response and its end, and not the prompt.
+
+    Raises:
+        FileError: a line of a file is no pair.
+        PeftliteError: an argument isn't of these, or a row is no pair.
+
+    Example:
+        data = pl.data.pairs([("1 + 2 = ", "3"), ("2 + 2 = ", "4")])
+        print(data[0]["input_ids"], data[0]["labels"])
     """
     check_counts(max_length=max_length)
     make = partial(_pair, as_tokenizer(tokenizer), response_only, max_length)
@@ -72,31 +91,43 @@ def pairs(
 def text(source: Source, tokenizer: Any = None, *, length: int | None = None) -> Data:
     """Texts: `{"text": ...}`, or strings. Every token is learned.
 
-    A text is an example, or as many as it has pieces of `length` tokens, the last one shorter.
-    The tokens are made now, and kept.
+    A text is an example, `input_ids` (t) and equal `labels` (t), or as many as it has pieces of
+    `length` tokens, the last one shorter. The tokens are made now, and kept.
+
+    Args:
+        tokenizer: as in `chat`.
+        length: of a piece, in tokens; None leaves texts in one.
+
+    Raises:
+        FileError: a line of a file is no text.
+        PeftliteError: an argument isn't of these, or a row is no text.
+
+    Example:
+        data = pl.data.text(["How do I sort a list?"], length=8)
+        assert data.lengths == [8, 8, 6]
     """
     check_counts(length=length)
-    coder, pieces = as_tokenizer(tokenizer), []
+    tokenizer, pieces = as_tokenizer(tokenizer), []
     for row in _rows(source, check_text, _text_row):
-        ids = torch.tensor([*coder.start, *coder.encode(row["text"]), *coder.end])
-        pieces += ids.split(length or len(ids))
+        ids = [*tokenizer.start, *tokenizer.encode(row["text"]), *tokenizer.end]
+        pieces += torch.tensor(ids).split(length or len(ids))
     return Data(pieces, _piece)
 
 
 def _chat(
-    coder: Tokenizer, assistant_only: bool, max_length: int | None, row: Mapping[str, Any]
+    tokenizer: Tokenizer, assistant_only: bool, max_length: int | None, row: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     if not assistant_only:
-        ids = coder.render(row["messages"])
+        ids = tokenizer.render(row["messages"])
         return _example(ids, [1] * len(ids), max_length)
-    return _example(*coder.render_with_mask(row["messages"]), max_length)
+    return _example(*tokenizer.render_with_mask(row["messages"]), max_length)
 
 
 def _pair(
-    coder: Tokenizer, response_only: bool, max_length: int | None, row: Mapping[str, Any]
+    tokenizer: Tokenizer, response_only: bool, max_length: int | None, row: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    prompt = [*coder.start, *coder.encode(row["prompt"])]
-    response = [*coder.encode(row["response"]), *coder.end]
+    prompt = [*tokenizer.start, *tokenizer.encode(row["prompt"])]
+    response = [*tokenizer.encode(row["response"]), *tokenizer.end]
     mask = [int(not response_only)] * len(prompt) + [1] * len(response)
     return _example(prompt + response, mask, max_length)
 
@@ -127,7 +158,7 @@ def _example(ids: Sequence[int], mask: Sequence[int], max_length: int | None) ->
 
 
 def _rows(source: Source, check: Check, as_row: Callable[[Any], Any] | None = None) -> Any:
-    """The rows of a file, or those given, once all of them are sound."""
+    """The rows of a file, or those given. Raises FileError or PeftliteError for unsound ones."""
     if isinstance(source, str | os.PathLike):
         return Lines(source, check)
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
@@ -135,12 +166,10 @@ def _rows(source: Source, check: Check, as_row: Callable[[Any], Any] | None = No
             f"give the path of a JSONL file, or a list of rows: not {short(source)}"
         )
     rows = source if as_row is None else list(map(as_row, source))
-    wrong = []
+    problems = []
     for i, row in enumerate(rows):
-        found = (
-            check(row) if isinstance(row, Mapping) else [("row", f"it is {short(row)}, no dict")]
-        )
-        wrong += [f"row {i}: {what}" for kind, what in found if kind not in MILD]
-    if wrong:
-        raise PeftliteError(f"the rows have problems: {listed(wrong)}")
+        found = check(row) if isinstance(row, Mapping) else [("", f"it is {short(row)}, no dict")]
+        problems += [f"row {i}: {what}" for kind, what in found if kind not in MILD]
+    if problems:
+        raise PeftliteError(f"the rows have problems: {listed(problems)}")
     return rows

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, transformers', any function from text to ids; and what the assistant says."""
+"""Tokenizers: bytes, transformers', any function from text to ids; and the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Tokenizer:
     """What data asks of a tokenizer. Your own overrides `encode` and, for chats, `render`."""
 
     pad: int = 0  # the id that fills up a batch
-    start: Sequence[int] = ()  # what comes before a text
-    end: Sequence[int] = ()  # what comes after it
+    start: Sequence[int] = ()  # the ids before a text
+    end: Sequence[int] = ()  # the ids after a text
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, and no others."""
@@ -47,8 +47,8 @@ class Tokenizer:
     def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """The ids of a chat, and 1 for each that the assistant is to say, else 0.
 
-        An assistant's message is what it adds to the chat before it. Raises PeftliteError if a
-        chat doesn't start with the ids of its own beginning, so that this can't be told.
+        The tokens of an assistant's message are those that it adds to the chat before it. Raises
+        PeftliteError if a longer chat doesn't start with the ids of its own beginning.
         """
         ids = self.render(messages)
         mask = [0] * len(ids)
@@ -69,8 +69,8 @@ class Tokenizer:
 
 def chatml(messages: Sequence[Message], prompt: bool = False) -> str:
     """A chat as text, in ChatML."""
-    said = [f"<|im_start|>{_who(m)}\n{m['content']}<|im_end|>\n" for m in messages]
-    return "".join([*said, "<|im_start|>assistant\n" * prompt])
+    turns = [f"<|im_start|>{_who(m)}\n{m['content']}<|im_end|>\n" for m in messages]
+    return "".join([*turns, "<|im_start|>assistant\n" * prompt])
 
 
 def _who(message: Message) -> str:
@@ -104,11 +104,12 @@ class ByteTokenizer(Tokenizer):
         return [*chain.from_iterable(map(self._render_one, messages)), *opening]
 
     def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The ids of a chat, and 1 for each of an assistant's content and end, else 0."""
         ids, mask = [], []
         for message in messages:
-            said = self._render_one(message)
-            ids += said
-            mask += [0, *[int(message["role"] == "assistant")] * (len(said) - 1)]
+            turn = self._render_one(message)
+            ids += turn
+            mask += [0, *[int(message["role"] == "assistant")] * (len(turn) - 1)]
         return ids, mask
 
     def _render_one(self, message: Message) -> list[int]:
@@ -199,6 +200,14 @@ def as_tokenizer(given: Any = None) -> Tokenizer:
 
     Takes a tokenizer of transformers, with its chat template; anything else with `encode`; or a
     function from a text to ids, whose chats are written in ChatML.
+
+    Raises:
+        PeftliteError: it is none of these.
+
+    Example:
+        words = ["one", "two", "three"]
+        tokenizer = pl.data.as_tokenizer(lambda text: [words.index(w) for w in text.split()])
+        assert tokenizer.encode("two one") == [1, 0]
     """
     if given is None:
         return ByteTokenizer()

@@ -13,7 +13,6 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import fold, per_row
 from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
-from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.methods.bottleneck import BottleneckPatch
@@ -27,6 +26,7 @@ class MixedBottleneck(Mixed):
     """An adapter behind a call: z is y. A slot has its width r ≤ R, its f and its s."""
 
     learned = ("down", "down_bias", "up", "up_bias")
+    trained = (BottleneckPatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -55,9 +55,6 @@ class MixedBottleneck(Mixed):
             "function": _FUNCTIONS.index(patch.act),
             "size": size,
         }
-
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        return type(patches[0]) is BottleneckPatch
 
     def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r = int(contents["size"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import per_row
 from peftlite.bank.families.linear import MixedLinear
-from peftlite.bank.families.mixed import Contents, is_whole
+from peftlite.bank.families.mixed import Contents
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
@@ -26,6 +26,7 @@ class MixedDense(MixedLinear):
     """`d`, in the shape of W: each slot costs what the weight does."""
 
     learned = ("d",)
+    trained = (AddPatch,)
 
     def __init__(self, site: Site, patch: Patch, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -37,9 +38,6 @@ class MixedDense(MixedLinear):
     def encode(self, patches: Sequence[Any]) -> Contents:
         own = self.trains(patches)
         return {"d": patches[0].difference if own else change_of(patches, self.site.tensor)}
-
-    def trains(self, patches: Sequence[Any]) -> bool:
-        return type(patches[0]) is AddPatch and is_whole(patches)
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference

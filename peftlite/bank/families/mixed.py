@@ -35,6 +35,8 @@ class Mixed(Patch):
     """Whether it sits at the call of the module whose tensor it changes."""
     learned: ClassVar[tuple[str, ...]] = ()
     """The tables that `bank.train` trains."""
+    trained: ClassVar[tuple[type[Patch], ...]] = ()
+    """The patches whose parameters those are, and nothing else of them."""
     template: Any
     """The patch that room was made by."""
 
@@ -86,8 +88,8 @@ class Mixed(Patch):
             self.parameter(patches[0], name).data.copy_(value)
 
     def trains(self, patches: Sequence[Any]) -> bool:
-        """Whether the learned tables, as `used` cuts them, are the parameters of these patches."""
-        return False
+        """Whether the learned tables, as `used` cuts them, are all that these patches are."""
+        return type(patches[0]) in self.trained and is_whole(patches)
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         """What is learned of a patch, by the name of its table."""

@@ -12,7 +12,6 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import per_row
 from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
-from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.methods.attention import Prepend
@@ -23,6 +22,7 @@ class MixedPrefix(Mixed):
     """`prefix` (2, h, n, d), of which `used` virtual tokens are there; the others are masked."""
 
     learned = ("prefix",)
+    trained = (PrefixPatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -41,8 +41,8 @@ class MixedPrefix(Mixed):
             )
         return {"prefix": prefix, "used": n}
 
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        return type(patches[0]) is PrefixPatch and patches[0].trunk is None
+    def trains(self, patches: Sequence[Any]) -> bool:
+        return super().trains(patches) and patches[0].trunk is None
 
     def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prefix": contents["prefix"][:, :, : int(contents["used"])]}

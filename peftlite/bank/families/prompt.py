@@ -31,6 +31,7 @@ class MixedPrompt(Mixed):
     """At the embedding's call: `rows` (n, d) of each slot for the last n of the N codes."""
 
     learned = ("rows",)
+    trained = (PromptPatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -43,9 +44,6 @@ class MixedPrompt(Mixed):
     def encode(self, patches: Sequence[Any]) -> Contents:
         rows = patches[0].prompt()
         return {"rows": rows, "used": _used(self, rows.shape[0])}
-
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        return type(patches[0]) is PromptPatch
 
     def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"rows": contents["rows"][: int(contents["used"])]}

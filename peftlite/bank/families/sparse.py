@@ -11,7 +11,7 @@ from torch import Tensor
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import per_row
 from peftlite.bank.families.linear import MixedLinear
-from peftlite.bank.families.mixed import Contents, is_whole
+from peftlite.bank.families.mixed import Contents
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
@@ -26,6 +26,7 @@ class MixedSparse(MixedLinear):
     """`values` (n) and their flat `indices` (n) in W; what a delta has fewer is 0 at entry 0."""
 
     learned = ("values",)
+    trained = (SparsePatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -63,9 +64,6 @@ class MixedSparse(MixedLinear):
         row, column = torch.unravel_index(indices, shape)
         row, column = (row + start, column) if dim == 0 else (row, column + start)
         return values, row * self.shape[1] + column
-
-    def trains(self, patches: Sequence[Patch]) -> bool:
-        return type(patches[0]) is SparsePatch and is_whole(patches)
 
     def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"values": contents["values"][: int(contents["used"])]}

@@ -73,6 +73,7 @@ class MixedVector(Mixed):
 
     at_call = True
     learned = ("d",)
+    trained = (AddPatch, AddedBiasPatch)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -95,9 +96,6 @@ class MixedVector(Mixed):
         if self.trains(patches):
             return {"d": self.parameter(patches[0], "d")}
         return {"d": change_of(patches, self.site.whole)}
-
-    def trains(self, patches: Sequence[Any]) -> bool:
-        return type(patches[0]) in (AddPatch, AddedBiasPatch) and is_whole(patches)
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference if isinstance(patch, AddPatch) else patch.d

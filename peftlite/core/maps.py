@@ -38,7 +38,7 @@ class Map:
         raise NotImplementedError
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """What the map gives for `input` with `left @ right` for weight and no bias, as y is."""
+        """What the map gives with `left` (n, r) `right` (r, m) for weight and no bias, as y is."""
         raise NotImplementedError
 
     def add_low_rank(
@@ -51,7 +51,7 @@ class Map:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """The call, plus `scale` times what the input, dropped out, gives with `left @ right`."""
+        """The call, plus `scale` times that of `left` (n, r) `right` (r, m) on the input dropped out."""
         y, dtype = self(input, *args, **kwargs), self.weight.dtype
         x = F.dropout(input, dropout) if dropout and input.is_floating_point() else input
         change = self.low_rank(x, y, left.to(dtype), right.to(dtype))

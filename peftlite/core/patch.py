@@ -201,7 +201,7 @@ class WeightMethod(Method, abstract=True):
 
 
 def apply(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """The tensor `w` as `patches` change it, one after another."""
+    """W' in the shape of `w`, as `patches` on all or parts of it change it, one after another."""
     for patch in patches:
         if patch.index is None:
             w = patch.value(w)

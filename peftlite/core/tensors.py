@@ -32,7 +32,7 @@ def narrow(tensor: Tensor, index: Index) -> Tensor:
 
 
 def widen(left: Tensor, right: Tensor, index: Index, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The factors of a change to a part of a weight, as factors of a change to all of it."""
+    """The factors (n, r) and (r, m) of a change to a part, as those of one to all of it."""
     if index is None:
         return left, right
     dim, start, stop = index
@@ -58,7 +58,7 @@ def wide(*tensors: Tensor) -> torch.dtype:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """max |a − b|, looked for in pieces that fit into a cache; 0 for tensors without entries."""
+    """max |a − b| of tensors of any shape, in pieces that fit a cache; 0 without entries."""
     if not a.numel():
         return 0.0
     pieces = [(a, b)]

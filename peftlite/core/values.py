@@ -39,7 +39,7 @@ def refuse_calls(delta: Delta) -> None:
 
 @torch.no_grad()
 def applied(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """A tensor with patches in it as they are at inference: no dropout, no autocast."""
+    """W', in the shape of W, with patches as they are at inference: no dropout, no autocast."""
     training = [patch.training for patch in patches]
     try:
         for patch in patches:
@@ -55,7 +55,7 @@ def applied(patches: Sequence[Patch], w: Tensor) -> Tensor:
 
 
 def change_of(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """ΔW = W' − W in fp64, as at inference, for patches on all of a tensor or parts of it."""
+    """ΔW = W' − W in fp64 and the shape of W, as at inference."""
     w = w.detach().double()
     return applied(patches, w) - w
 

@@ -34,7 +34,7 @@ def row_norms_squared(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def reference(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`row_norms_squared` in plain torch."""
+    """`row_norms_squared` (*stack, o) in plain torch."""
     return torch.linalg.vector_norm(w + scale * (b @ a), dim=-1).square()
 
 

@@ -69,7 +69,7 @@ def expand(
 
 
 def drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """x with zeros where the mask has them, and the rest of it divided by what is kept."""
+    """x (..., i) with zeros where the mask has them, the rest divided by what is kept."""
     if seed is None:
         return F.dropout(x, dropout)
     tokens = x[..., 0].numel()
@@ -88,7 +88,7 @@ def kept(dropout: float) -> float:
 
 
 def keep(seed: Tensor, tokens: int, i: int, dropout: float) -> Tensor:
-    """(tokens, i) of bool, False with probability `dropout`.
+    """(t, i) of bool, False with probability `dropout`.
 
     A word is hashed of the seed, the row and the pair of columns; its halves decide for the two.
     """

@@ -30,7 +30,7 @@ def rescale(y: Tensor, change: Tensor, bias: Tensor | None = None, behind: int =
 
 
 def reference(y: Tensor, change: Tensor, bias: Tensor | None = None, behind: int = 0) -> Tensor:
-    """`rescale` in plain torch."""
+    """`rescale` in plain torch: y (..., o, *positions), a change and a bias (o)."""
     change, bias = _columns(y, change, bias, behind)
     return torch.addcmul(y, _without(bias, y), change)
 

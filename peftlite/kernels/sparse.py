@@ -52,19 +52,19 @@ def reference(
     indices: Tensor,
     transposed: bool = False,
 ) -> Tensor:
-    """`sparse_linear` in plain torch."""
+    """`sparse_linear` in plain torch: x (..., i), values (n) at flat indices (n)."""
     w = added(w, values, indices)
     return F.linear(x, w.t() if transposed else w, bias)
 
 
 def added(w: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """W with values added at flat indices, rounded once to its dtype."""
+    """W with values (n) added at flat indices (n), rounded once to its dtype."""
     entries = torch.unravel_index(indices, w.shape)
     return w.index_put(entries, (w[entries] + values).to(w.dtype))
 
 
 def grad_values(u: Tensor, v: Tensor, indices: Tensor) -> Tensor:
-    """The entries of uᵀ v at flat indices, in order, for u (t, rows) and v (t, columns)."""
+    """The entries of uᵀ v at flat indices (n), in order, for u (t, i) and v (t, o)."""
     rows, columns = u.shape[1], v.shape[1]
     triton = dispatch.path_with(u, u.dtype) == "triton"
     if len(indices) > _few(u, triton) * rows * columns:

@@ -33,7 +33,7 @@ def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | No
 def grad_ab(
     dy: Tensor, h: Tensor, b: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """dh = s·dY B and dB = dYᵀ h in c, for an h that is scaled."""
+    """dh (t, r) = s·dY B and dB (o, r) = dYᵀ h in c, for an h that is scaled."""
     dh, db, factor = [], None, _factor(scale, dropout)
     for rows, part in _parts(dy, h.dtype, 0.0, None):
         dh.append(_low(b.t(), part, factor))
@@ -78,7 +78,7 @@ def product(
 
 
 def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """y += h U, or drop(h U) for an h that is scaled, in place."""
+    """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
     if h.dtype is y.dtype and not dropout:
         return y.addmm_(h, up)
     for rows, to, room, mask in _blocks(y, h.dtype, dropout, seed):
@@ -98,7 +98,7 @@ def expand(
     seed: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """h U + bias, or drop(h U) for an h that is scaled, rounded to a dtype once."""
+    """h U + bias (t, o), or drop(h U) for a scaled h (t, r), rounded to a dtype once."""
     y = h.new_zeros(len(h), up.shape[1], dtype=dtype)
     return add(y if bias is None else y.add_(bias), h, up, dropout, seed)
 

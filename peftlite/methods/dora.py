@@ -51,7 +51,7 @@ class DoRAPatch(LoRAPatch):
         return squares.sqrt().reshape(self.m.shape)
 
     def ratio(self, w: Tensor) -> Tensor:
-        """m / ‖V‖, where ‖V‖ is rounded as m is. An output whose weights are all 0 keeps them."""
+        """m / ‖V‖ (*stack, o), ‖V‖ rounded as m is. An output whose weights are 0 keeps them."""
         norm = self._norm(w)
         m, norm = self.m.to(norm.dtype), norm.to(self.m.dtype).to(norm.dtype)
         nothing = norm == 0

@@ -64,14 +64,14 @@ def skew(q: Tensor, k: int) -> Tensor:
 
 
 def cayley(q: Tensor) -> Tensor:
-    """R − I = −2Q (I+Q)⁻¹ for R = (I−Q)(I+Q)⁻¹: without the I, no small rotation is rounded."""
+    """R − I = −2Q (I+Q)⁻¹ for R = (I−Q)(I+Q)⁻¹, Q (…, k, k): no small rotation is rounded."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # I+Q is never singular: without the check there's no wait for the device
     return torch.linalg.solve_ex(identity + q, -2 * q)[0]
 
 
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:
-    """R − I for R ≈ (I−Q)(I − Q + … ± Qᵏ), which is I − 2Q + 2Q² … ∓ Qᵏ⁺¹."""
+    """R − I (…, k, k) for R ≈ (I−Q)(I − Q + … ± Qᵏ), which is I − 2Q + 2Q² … ∓ Qᵏ⁺¹."""
     power, total = -q, -2 * q
     for _ in range(terms - 1):
         power = -power @ q

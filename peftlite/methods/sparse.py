@@ -175,7 +175,7 @@ def largest(scores: Callable[[], Iterator[Tensor]], count: int) -> Iterator[Tens
 
 
 def draw(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """`count` different numbers below `size`, in order."""
+    """`count` different numbers below `size`, in order: (n) of int64."""
     if 4 * count > size:
         return torch.randperm(size, generator=generator)[:count].sort().values
     found = torch.empty(0, dtype=torch.int64)

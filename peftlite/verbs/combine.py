@@ -191,7 +191,7 @@ class Part:
     patches: dict[Delta, list[Patch]]
 
     def change(self, delta: Delta) -> Tensor:
-        """ΔW of one delta, in fp64."""
+        """ΔW of one delta, in fp64 and the shape of the site."""
         return narrow(change_of(self.patches[delta], self.whole), self.site.index)
 
     def factors(self, weights: Weights) -> Factors | None:

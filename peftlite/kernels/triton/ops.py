@@ -44,7 +44,7 @@ def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | No
 def grad_ab(
     dy: Tensor, h: Tensor, b: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """dh = s·dY B, and dB = dYᵀ h for an h that is scaled."""
+    """dh (t, r) = s·dY B, and dB (o, r) = dYᵀ h for an h that is scaled."""
     (tokens, columns), rank = dy.shape, h.shape[1]
     if rank > ONCE:
         dh = shrink(dy, b.t(), _factor(scale, dropout), 0.0, None)
@@ -80,7 +80,7 @@ def expand(
     seed: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """h U + bias, or drop(h U) for an h that is scaled, in a dtype."""
+    """h U + bias (t, o), or drop(h U) for an h (t, r) that is scaled, in a dtype."""
     y = h.new_empty(len(h), up.shape[1], dtype=dtype)
     return _expand(y, h, up, bias, dropout, seed, add=False)
 
@@ -94,7 +94,7 @@ def product(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """x W + h U + bias, or x W + drop(h U) for an h that is scaled.
+    """x W + h U + bias (t, o), or x W + drop(h U) for an h (t, r) that is scaled.
 
     The low-rank part comes last: it isn't rounded before it is added, however large it is.
     """
@@ -105,7 +105,7 @@ def product(
 
 
 def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """y += h U, or drop(h U) for an h that is scaled, in place."""
+    """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
     return _expand(y, h, up, None, dropout, seed, add=True)
 
 
@@ -130,7 +130,7 @@ def _expand(
 
 
 def total(planes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of planes of fp32, (planes, ...), in a dtype."""
+    """The sum of planes of fp32, (n, …), in a dtype."""
     if len(planes) == 1 and planes.dtype is dtype:
         return planes[0]
     out = planes.new_empty(planes.shape[1:], dtype=dtype)

@@ -124,10 +124,3 @@ def test_the_project_has_one_address(name: str) -> None:
     assert set(re.findall(r"https://github\.com/[\w-]+/[\w-]+", text)) == {
         "https://github.com/peftlite/peftlite"
     }
-
-
-@pytest.mark.parametrize("name", sorted(n for n in dir(pl) if not n.startswith("_")))
-def test_public_names_have_docstrings(name: str) -> None:
-    value = getattr(pl, name)
-    if callable(value):
-        assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name

@@ -51,7 +51,7 @@ class Map:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """The call, plus `scale` times that of `left` (n, r) `right` (r, m) on the input dropped out."""
+        """The call, plus s times what `left @ right`, as above, gives for the input dropped out."""
         y, dtype = self(input, *args, **kwargs), self.weight.dtype
         x = F.dropout(input, dropout) if dropout and input.is_floating_point() else input
         change = self.low_rank(x, y, left.to(dtype), right.to(dtype))

@@ -124,16 +124,13 @@ class Checkpoints:
         return state
 
     def newest(self) -> Path | None:
-        """The newest undamaged checkpoint; warns of newer ones. Raises FileError if all are
-        damaged."""
+        """The newest undamaged checkpoint; warns of newer ones. Raises FileError if none is."""
         damaged: dict[str, str] = {}
         for path in self.candidates()[::-1]:
             if (damage := _damage(path)) is None:
                 for name, why in damaged.items():
-                    warnings.warn(
-                        f"checkpoint {name!r} is not whole: {why}; going on from {path.name!r}",
-                        stacklevel=8,
-                    )
+                    message = f"checkpoint {name!r} is not whole: {why}"
+                    warnings.warn(f"{message}; going on from {path.name!r}", stacklevel=8)
                 return path
             damaged[path.name] = damage
         if self.finished():
@@ -171,7 +168,7 @@ def read(path: Path, deltas: Iterable[Delta], bases: Bases) -> dict[str, Tree]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it's whole."""
+    """The damage of a checkpoint, in words; None for a sound one."""
     try:
         manifest = (path / MANIFEST).read_text()
         return None if manifest == _manifest(path) else "its files aren't what was written"

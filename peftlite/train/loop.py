@@ -119,8 +119,8 @@ class Run:
 
     def update(self) -> float:
         """A step of the optimizer, and of the methods that act after it. Returns the rate."""
-        its = self.settings
-        factor = lr_factor(self.step, its.steps, its.warmup, its.schedule)
+        given = self.settings
+        factor = lr_factor(self.step, given.steps, given.warmup, given.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = factor * peak
         self.scaler.step(self.optimizer)

@@ -7,10 +7,12 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, product
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from peftlite.errors import PeftliteError
+from peftlite.fields import check_given
 from peftlite.table import short
+from peftlite.train.data.checks import check_counts
 from peftlite.train.study import plain
 
 How = Literal["grid", "random", "bayes"]
@@ -18,8 +20,19 @@ Choice: TypeAlias = "dict[str, Any]"
 Space: TypeAlias = "Mapping[str, Any]"  # by name: a list, (low, high), or (low, high, "log")
 
 
-def check_space(space: Any, how: str) -> None:
-    """Raises PeftliteError for what can't be searched."""
+def count_trials(space: Any, how: How, trials: int | None) -> int:
+    """How many trials to make. Raises PeftliteError for what can't be searched."""
+    check_given("how", how, get_args(How))
+    _check_space(space, how)
+    check_counts(trials=trials)
+    if how == "grid":
+        return min(trials or grid_size(space), grid_size(space))
+    if trials is None:
+        raise PeftliteError(f"say how many trials: {how!r} has no end of its own")
+    return trials
+
+
+def _check_space(space: Any, how: How) -> None:
     if not isinstance(space, Mapping) or not space:
         raise PeftliteError(
             f"a space is a dict of what there is to choose from, by name: not {short(space)}"

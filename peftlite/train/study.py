@@ -59,8 +59,7 @@ class Study:
         except (ValueError, TypeError) as error:
             raise FileError(f"{str(path)!r} is no file of a search: {error}") from error
         if others := [key for key, value in self.about.items() if head.get(key) != value]:
-            about = self.about
-            differences = listed(f"{k}={head.get(k)!r}, not {about[k]!r}" for k in others)
+            differences = listed(f"{k}={head.get(k)!r}, not {self.about[k]!r}" for k in others)
             raise FileError(
                 f"{str(path)!r} is of another search, {differences}: go on with that one, or give "
                 "another file"

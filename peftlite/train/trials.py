@@ -7,22 +7,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
 from peftlite.core.attach import detach
 from peftlite.errors import PeftliteError
-from peftlite.fields import check_given
 from peftlite.table import format_cell, listed, short, table
-from peftlite.train.data.checks import check_counts
 from peftlite.train.events import Callback
 from peftlite.train.history import Event, History
 from peftlite.train.measure import best_of
 from peftlite.train.parallel import process_group
 from peftlite.train.settings import Training
-from peftlite.train.space import Choice, How, Space, check_space, choose, grid_size, restored
+from peftlite.train.space import Choice, How, Space, choose, count_trials, restored
 from peftlite.train.state import fork_rng
 from peftlite.train.study import Study, plain
 from peftlite.train.trainer import Trainer
@@ -124,28 +122,18 @@ def search(
         progress: print a line for each trial.
 
     Raises:
-        PeftliteError: an argument isn't of these, or optuna isn't installed; and whatever `build`
-            raises.
+        PeftliteError: an argument isn't of these, optuna isn't installed, or `build` raises it.
         FileError: the file is of another search.
 
     Example:
         model, data = nn.Linear(4, 3), [(torch.randn(4), i % 3) for i in range(30)]
-
+        loss, options = pl.losses.classification, {"epochs": 1, "progress": False}
         def build(choice):
             pl.attach(model, pl.LoRA(rank=choice["rank"], targets="weight"), name="trial")
-            options = {"epochs": 1, "lr": choice["lr"], "progress": False}
-            return pl.Trainer(model, pl.losses.classification, data[6:], data[:6], **options)
-
-        space = {"lr": (1e-4, 1e-1, "log"), "rank": [1, 2]}
-        print(pl.search(build, space, trials=2).best.choice)
+            return pl.Trainer(model, loss, data[6:], data[:6], **options)
+        print(pl.search(build, {"rank": [1, 2]}, how="grid").best.choice)
     """
-    check_given("how", how, get_args(How))
-    check_space(space, how)
-    if trials is None and how != "grid":
-        raise PeftliteError(f"say how many trials: {how!r} has no end of its own")
-    check_counts(trials=trials)
-    count = trials or grid_size(space)
-    count = min(count, grid_size(space)) if how == "grid" else count
+    count = count_trials(space, how, trials)
     about = {"how": how, "seed": seed, "prune": prune, "space": plain(dict(space))}
     with process_group("auto") as processes:
         study = Study(file if processes.first else None, about)
@@ -153,10 +141,7 @@ def search(
             lines = processes.broadcast(own)[:count]
             found = [Trial(**{**line, "choice": restored(space, line["choice"])}) for line in lines]
             while len(found) < count:
-                tried = [(trial.choice, trial.value) for trial in found]
-                minimise = any(best_of(trial.metric) is min for trial in found)
-                choice = choose(space, how, tried, minimise, seed)
-                trial = Trial(len(found) + 1, choice)
+                trial = Trial(len(found) + 1, _choose(space, how, found, seed))
                 _run(build, trial, found if prune else [], seed)
                 # callbacks run in the first process alone
                 vars(trial).update(processes.broadcast(_result(trial)))
@@ -165,6 +150,11 @@ def search(
                 if progress and processes.first:
                     print(_line(trial, count))
     return Trials(found)
+
+
+def _choose(space: Space, how: How, found: Sequence[Trial], seed: int) -> Choice:
+    tried = [(trial.choice, trial.value) for trial in found]
+    return choose(space, how, tried, any(best_of(t.metric) is min for t in found), seed)
 
 
 def _result(trial: Trial) -> dict[str, Any]:

@@ -28,9 +28,8 @@ def collate(
 ) -> Any:
     """A batch (b, t) of examples (t), padded to the longest: all tensors as long as `input_ids`.
 
-    An `attention_mask` (b, t) is added, 1 for a token and 0 for padding. For packed blocks, which
-    have `position_ids`, it is (b, 1, t, t) and added to the scores: within its example, a token
-    sees those before it. Examples without `input_ids` go to torch's `default_collate`.
+    An `attention_mask` (b, t) is added, 1 for a token and 0 for padding; for packed blocks, which
+    have `position_ids`, that of `block_mask`. Without `input_ids` torch's `default_collate` serves.
 
     Args:
         pad: the id to fill up with; labels are filled up with −100, all else with 0. Some models go

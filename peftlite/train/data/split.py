@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-WHOLE = 10**9  # shares are counted in billionths, so that 0.1 of 10 is 1
+UNITS = 10**9  # shares are counted in billionths, so that 0.1 of 10 is 1
 EXACT = 2**16  # rows of a part up to which the best choice of groups is found among all
 
 
@@ -29,8 +29,8 @@ def split(
         shares: of the parts after the first, in (0, 1).
         seed: of the order in which groups are taken, which goes by a hash.
     """
-    units = [round(share * WHOLE) for share in shares]
-    units = [WHOLE - sum(units), *units]
+    units = [round(share * UNITS) for share in shares]
+    units = [UNITS - sum(units), *units]
     members = defaultdict(list)
     for row, group in enumerate(groups):
         members[group].append(row)
@@ -64,15 +64,15 @@ def _hash(seed: int, group: Hashable) -> bytes:
 
 def round_shares(count: int, units: Sequence[int], owed: list[int]) -> list[int]:
     """`count` in whole shares, each rounded up or down: up those that are owed most so far."""
-    whole = [unit * count // WHOLE for unit in units]
-    rests = [unit * count % WHOLE for unit in units]
+    counts = [unit * count // UNITS for unit in units]
+    rests = [unit * count % UNITS for unit in units]
     for i, rest in enumerate(rests):
         owed[i] += rest
     uneven = sorted((i for i, rest in enumerate(rests) if rest), key=lambda i: -owed[i])
-    for i in uneven[: count - sum(whole)]:
-        whole[i] += 1
-        owed[i] -= WHOLE
-    return whole
+    for i in uneven[: count - sum(counts)]:
+        counts[i] += 1
+        owed[i] -= UNITS
+    return counts
 
 
 def closest(sizes: Sequence[int], target: int) -> set[int]:

@@ -40,6 +40,7 @@ METHODS: Mapping[str, pl.Method] = {
     "DoRA r8": pl.DoRA(rank=8),
     "VeRA r256": pl.VeRA(rank=256),
     "LoKr r8": pl.LoKr(rank=8),
+    "HiRA r32": pl.HiRA(rank=32),
     "OFT b32": pl.OFT(block_size=32),
     "IA3": pl.IA3(),
     "BitFit": pl.BitFit(add_missing=True),

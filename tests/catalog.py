@@ -1,14 +1,15 @@
-"""The catalog of methods, as `python -m tests.catalog` writes it from the files of methods."""
+"""The catalog of methods, as `python -m tests.made` writes it from the files of methods."""
 
 import importlib
 import pkgutil
+import textwrap
 from pathlib import Path
 
 from peftlite import methods
 
 FILE = Path(methods.__file__).with_name("catalog.py")
 
-HEAD = '''"""Every method by name: made by `python -m tests.catalog` from the files beside it."""
+HEAD = '''"""Every method by name: made by `python -m tests.made` from the files beside it."""
 '''
 
 
@@ -27,11 +28,6 @@ def text() -> str:
     """The file, as it should be."""
     homes = found()
     lines = [f"from peftlite.methods.{home} import {name}" for name, home in homes.items()]
-    listed = ",\n".join(
-        f'    "{name}"' for name in sorted(homes, key=lambda n: (not n.isupper(), n))
-    )
-    return "\n".join([HEAD, *lines, "", f"__all__ = [\n{listed},\n]", ""])
-
-
-if __name__ == "__main__":
-    FILE.write_text(text())
+    names = ", ".join(f'"{name}"' for name in sorted(homes, key=lambda n: (not n.isupper(), n)))
+    packed = textwrap.fill(names, 96, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join([HEAD, *lines, "", f"__all__ = [\n{packed},\n]  # fmt: skip", ""])

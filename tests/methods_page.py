@@ -1,4 +1,4 @@
-"""docs/methods.md and README's table, made of the cards: `python -m tests.methods_page` writes.
+"""docs/methods.md and README's table, made of the cards: `python -m tests.made` writes.
 
 What a method says of itself is its docstring; what it does on the models of the zoo is tried out.
 """
@@ -20,7 +20,7 @@ TABLE = re.compile(r"\| family \| methods \|\n(?:\|.*\n)+")
 HEAD = """\
 # Methods
 
-Made from the methods' own docstrings by `python -m tests.methods_page`; what it says of kinds of
+Made from the methods' own docstrings by `python -m tests.made`; what it says of kinds of
 models and of merging is tried out on the models of `tests/zoo.py`.
 
 Every method takes `targets`, `exclude` (see [concepts](concepts.md), "Targets") and `dtype`, the
@@ -148,8 +148,3 @@ def _kinds(missing: list[str]) -> str:
     if not missing:
         return "Serves every kind of model."
     return f"Serves every kind of model but {', '.join(f'`{name}`' for name in missing)}."
-
-
-if __name__ == "__main__":
-    PAGE.write_text(render())
-    README.write_text(render_readme())

@@ -91,6 +91,11 @@ def lora(layer: Any, placed: Any) -> dict[str, Tensor]:
     return {"a": peer(layer, kind + "A"), "b": peer(layer, kind + "B")}
 
 
+def hira(layer: Any, placed: Any) -> dict[str, Tensor]:
+    kind = "hira_embedding_" if "default" in layer.hira_embedding_A else "hira_"
+    return {"a": peer(layer, kind + "A"), "b": peer(layer, kind + "B")}
+
+
 def dora(layer: Any, placed: Any) -> dict[str, Tensor]:
     return {**lora(layer, placed), "m": peer(layer, "lora_magnitude_vector")}
 
@@ -231,6 +236,14 @@ ROWS = (
         FourierFT(n=40, alpha=20.0, seed=777),
         peft.FourierFTConfig(n_frequency=40, scaling=20.0, random_loc_seed=777),
         named(c="fourierft_spectrum"),
+        conv1d=True,
+    ),
+    Row(
+        "hira",
+        pl.HiRA(rank=3),
+        peft.HiraConfig(r=3),
+        hira,
+        (*CONVS, "conv3d", "conv1d_hf", "embedding"),
         conv1d=True,
     ),
     Row("loha", pl.LoHa(rank=3, alpha=5), peft.LoHaConfig(r=3, alpha=5), HADA, **GROUPED),

@@ -13,8 +13,6 @@ import pytest
 import peftlite as pl
 from peftlite import methods
 from peftlite.bank.families.registry import family_of
-from peftlite.train.auto import FIXED as FIXED_RATES
-from peftlite.train.auto import OF_LORA
 from tests import golden
 from tests.cards import CARDS, ROWS, WAY, WAYS
 from tests.cards.card import FIXED, Card, Row
@@ -52,7 +50,7 @@ def test_names_of_rows_are_unique_and_their_ways_known() -> None:
 @each_card
 def test_the_golden_delta_is_its_own(card: Card) -> None:
     path = golden.HERE / pl.__version__ / f"{card.name}.safetensors"
-    assert path.exists(), "python -m tests.golden"
+    assert path.exists(), "python -m tests.made"
     ((method, _),) = pl.inspect(path).methods
     assert method == replace(card.golden, targets=None)  # a file has the sites themselves
 
@@ -101,11 +99,8 @@ def test_peft_has_it_under_its_name(card: Card, tmp_path: Path) -> None:
 
 @each_card
 def test_the_rate_is_the_trainers(card: Card) -> None:
-    of_lora = OF_LORA.get(card.name)
-    if card.rate == FIXED:
-        assert card.name in FIXED_RATES and of_lora is None
-    elif isinstance(card.rate, str):
-        assert reason(card.rate, "as LoRA's: ")
-        assert of_lora is None and card.name not in FIXED_RATES
-    else:
-        assert card.rate == of_lora
+    assert card.method.rate_by_width is (card.rate != FIXED)
+    if isinstance(card.rate, str) and card.rate != FIXED:
+        assert reason(card.rate, "as LoRA's: ") and card.method.rate == 1
+    elif card.rate != FIXED:
+        assert card.rate == card.method.rate

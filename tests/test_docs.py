@@ -65,12 +65,12 @@ def test_the_readme_learns_and_restores(tmp_path: Path, monkeypatch: pytest.Monk
     reason="the page is made with the versions of constraints.txt, which serve other models",
 )
 def test_the_page_of_methods_is_what_they_say() -> None:
-    stale = "docs/methods.md is stale: python -m tests.methods_page"
+    stale = "docs/methods.md is stale: python -m tests.made"
     assert methods_page.PAGE.read_text() == methods_page.render(), stale
 
 
 def test_the_table_of_methods_is_the_cards() -> None:
-    stale = "README's table is stale: python -m tests.methods_page"
+    stale = "README's table is stale: python -m tests.made"
     assert methods_page.README.read_text() == methods_page.render_readme(), stale
 
 

@@ -109,6 +109,10 @@ class Method:
     known: ClassVar[dict[str, type[Method]]] = {}
     takes: ClassVar[str] = "nothing"
     """What the method works on, as its error messages say it: "tensors of 2 or more dimensions"."""
+    rate: ClassVar[float] = 1.0
+    """The learning rate for AdamW, times LoRA's for the model's width: see train/auto.py."""
+    rate_by_width: ClassVar[bool] = True
+    """Whether that is so; or else `rate` is the rate itself, for every width."""
 
     def __post_init__(self) -> None:
         dtype = self.dtype

@@ -10,19 +10,7 @@ from peftlite.methods.catalog import *  # noqa: F403
 from peftlite.methods.low_rank import LowRankPatch, RankMethod
 
 __all__ = [
-    "CallMethod",
-    "CallPatch",
-    "Layout",
-    "LowRankPatch",
-    "Method",
-    "Patch",
-    "RankMethod",
-    "WeightMethod",
-    "integer",
-    "number",
-    "one_of",
-    "positive",
-    "trainable",
-    "wide",
-]
+    "CallMethod", "CallPatch", "Layout", "LowRankPatch", "Method", "Patch", "RankMethod",
+    "WeightMethod", "integer", "number", "one_of", "positive", "trainable", "wide",
+]  # fmt: skip
 __all__ += catalog.__all__

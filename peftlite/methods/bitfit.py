@@ -44,6 +44,8 @@ class BitFit(Method):
 
     add_missing: bool = False
 
+    # * 1e-3 for BERT-base (×1): benzakenelad/BitFit, README.md
+    rate = 3
     takes = "biases, which have 1 dimension"
 
     def default(self, site: Site) -> bool:

@@ -118,6 +118,8 @@ class BottleneckAdapter(CallMethod):
     scale: float | None = positive(None)
     init: str = "zero"
 
+    # * 3e-4 for RoBERTa-large, as LoRA (×0.4): microsoft/LoRA, examples/NLU
+    rate = 2
     patch = BottleneckPatch
     inits: ClassVar[tuple[str, ...]] = ("zero", "normal")
     places: ClassVar[Mapping[str, Place]] = {

@@ -1,4 +1,4 @@
-"""Every method by name: made by `python -m tests.catalog` from the files beside it."""
+"""Every method by name: made by `python -m tests.made` from the files beside it."""
 
 from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.bitfit import BitFit
@@ -10,6 +10,7 @@ from peftlite.methods.dora import DoRA
 from peftlite.methods.fourier import FourierFT
 from peftlite.methods.full import FullTuning
 from peftlite.methods.gated import Gated
+from peftlite.methods.hira import HiRA
 from peftlite.methods.hra import HRA
 from peftlite.methods.ia3 import IA3
 from peftlite.methods.loha import LoHa
@@ -28,30 +29,8 @@ from peftlite.methods.vblora import VBLoRA
 from peftlite.methods.vera import VeRA
 
 __all__ = [
-    "BOFT",
-    "HRA",
-    "IA3",
-    "LTSFT",
-    "OFT",
-    "AdaLoRA",
-    "BitFit",
-    "BottleneckAdapter",
-    "Compacter",
-    "DiffPruning",
-    "DoRA",
-    "FourierFT",
-    "FullTuning",
-    "Gated",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "LoReFT",
-    "NormTuning",
-    "PTuning",
-    "PrefixTuning",
-    "PromptTuning",
-    "SHiRA",
-    "SparseMask",
-    "VBLoRA",
-    "VeRA",
-]
+    "BOFT", "HRA", "IA3", "LTSFT", "OFT", "AdaLoRA", "BitFit", "BottleneckAdapter", "Compacter",
+    "DiffPruning", "DoRA", "FourierFT", "FullTuning", "Gated", "HiRA", "LoHa", "LoKr", "LoRA",
+    "LoReFT", "NormTuning", "PTuning", "PrefixTuning", "PromptTuning", "SHiRA", "SparseMask",
+    "VBLoRA", "VeRA",
+]  # fmt: skip

@@ -86,6 +86,8 @@ class Compacter(BottleneckAdapter):
     phm_dim: int = integer(4)
     phm_rank: int = integer(1)
 
+    # 3e-3 for T5-base (×3): rabeehk/compacter, seq2seq/configs/compacter.json
+    rate = 3
     takes = "calls that are made and give features, a multiple of phm_dim of them"
     patch = CompacterPatch
     inits: ClassVar[tuple[str, ...]] = ("zero", "glorot")

@@ -51,6 +51,7 @@ class FullTuning(Method):
 
     top_layers: int | None = integer(None)
 
+    rate = 0.1
     takes = "tensors"
 
     def accepts(self, site: Site) -> bool:

@@ -79,4 +79,6 @@ class HRA(RotationMethod):
 
     rank: int = number(8, int, lambda r: r >= 2 and r % 2 == 0, "an even number from 2 up")
 
+    # 8e-4 to 3e-3 for DeBERTaV3-base (×1 to 3): DaShenZi721/HRA, nlu/experiments/glue
+    rate = 2
     patch = HRAPatch

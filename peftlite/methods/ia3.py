@@ -74,6 +74,9 @@ class IA3(Method):
 
     feedforward: bool = False
 
+    # 3e-3 for T0-3B (×6): r-three/t-few, configs/ia3.json; 5e-3 for Llama-3.2-3B (×14): peft,
+    # method_comparison/MetaMathQA
+    rate = 10
     takes = "tensors of 2 or more dimensions, and the biases of linear maps"
 
     def default(self, site: Site) -> bool:

@@ -51,4 +51,6 @@ class LoHa(RankMethod):
         alpha: the numerator of the scaling. Default: equal to `rank`.
     """
 
+    # * of three small models
+    rate = 4
     patch = LoHaPatch

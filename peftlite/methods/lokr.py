@@ -97,4 +97,6 @@ class LoKr(RankMethod):
     factor: int | None = integer(None)
     decompose_both: bool = False
 
+    # 3e-3 for Llama-3.2-3B (×8): peft, method_comparison/MetaMathQA
+    rate = 8
     patch = LoKrPatch

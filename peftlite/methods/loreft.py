@@ -132,6 +132,8 @@ class LoReFT(CallMethod):
     positions: str = "all"
     init: Init = one_of("linear", Init)
 
+    # 9e-4 for LLaMA-7B (×3): stanfordnlp/pyreft, examples/loreft/README.md
+    rate = 3
     takes = "calls that are made and give features, at least rank of them"
     patch = LoReFTPatch
 

@@ -24,6 +24,8 @@ class NormTuning(Method):
     "Tuning LayerNorm in Attention", arXiv:2312.11420, §3.
     """
 
+    # * of three small models
+    rate = 4
     takes = "the scales and shifts of normalisation layers"
 
     def accepts(self, site: Site) -> bool:

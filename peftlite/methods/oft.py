@@ -140,4 +140,6 @@ class OFT(RotationMethod):
     neumann_terms: int | None = integer(None)
     eps: float | None = positive(None)
 
+    # 6e-5 for Stable Diffusion, 0.6 of LoRA's there: Zeju1997/oft, oft-db/train_dreambooth_*.sh
+    rate = 0.5
     patch = OFTPatch

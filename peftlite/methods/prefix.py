@@ -126,6 +126,8 @@ class PrefixTuning(Method):
     num_heads: int | None = integer(None)
     head_dim: int | None = integer(None)
 
+    # 5e-3 to 1e-2 for BERT- and RoBERTa-large (×6 to 12): THUDM/P-tuning-v2, run_script
+    rate = 10
     takes = (
         "calls of attention that come to F.scaled_dot_product_attention (for transformers, type "
         'model.set_attn_implementation("sdpa") first) or of nn.MultiheadAttention'

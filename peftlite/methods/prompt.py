@@ -204,6 +204,10 @@ class PromptTuning(PromptMethod):
     init: Init = one_of("random", Init)
     init_ids: Sequence[int] | None = None
 
+    # 3e-2 for BLOOMZ-560M (×36): peft, examples/causal_language_modeling; the authors' 0.3 is for
+    # Adafactor, whose steps are in proportion to the parameters
+    rate = 30
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_ids is not None:

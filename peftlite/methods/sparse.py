@@ -102,6 +102,9 @@ class SparseMask(EntryMethod):
     seed: int = number(0, int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
     scores: InitVar[Mapping[str, Tensor] | None] = None
 
+    # * of three small models
+    rate = 2
+
     def __post_init__(self, scores: Mapping[str, Tensor] | None) -> None:
         super().__post_init__()
         object.__setattr__(self, "scores", scores)

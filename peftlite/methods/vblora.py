@@ -116,6 +116,9 @@ class VBLoRA(WeightMethod):
     topk: int = integer(2, least=2)
     save_only_topk_weights: bool = False
 
+    # * 1e-3 for vectors, 1e-2 for logits of RoBERTa-base (×1, ×9): leo-yangli/VB-LoRA, NLU/NLU
+    rate = 4
+
     def __post_init__(self) -> None:
         super().__post_init__()
         enough = f"a whole number from topk={self.topk} up"

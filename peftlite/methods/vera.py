@@ -84,6 +84,10 @@ class VeRA(WeightMethod):
     d_initial: float = number(0.1, float, lambda d: 0 < abs(d) < math.inf, "finite and not 0")
     seed: int = number(0, int, lambda seed: 0 <= seed < 2**64, "in [0, 2**64)")
 
+    # 1e-3 for Llama-3.2-3B (×3), 2e-2 for RoBERTa-base (×19): huggingface/peft,
+    # method_comparison/MetaMathQA and examples/sequence_classification
+    rate = 15
+
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         for site in sites:
             if not self.accepts(site):

@@ -9,17 +9,17 @@ with the hidden width, LoRA's is 10 times that, and with s = 32/r it is the same
 The exponent is the one fitted to Llama models. The root is ours, for other scales s: a step of
 AdamW moves s·BA by about s·r·lr while only B has left its start, and by s·r·lr² later.
 
-Other methods are multiples of the rule's rate for s = 32/r: × is a published rate over the rule's
-for the same model. Where none holds for AdamW, or none suits short runs as well, the multiple is
-from the rates tuned on three small models (benchmarks/results/quality_runs.csv), and marked *.
-A method that isn't listed has 1.
+Other methods are multiples of the rule's rate for s = 32/r, their `rate`: × beside it is a
+published rate over the rule's for the same model. Where none holds for AdamW, or none suits short
+runs as well, the multiple is from the rates tuned on three small models
+(benchmarks/results/quality_runs.csv), and marked *. A method that states none has 1.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -28,45 +28,6 @@ from peftlite.core.attach import base_parameters
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
 from peftlite.methods import FullTuning, Gated, LoRA
-
-OF_LORA: Mapping[str, float] = {
-    "FullTuning": 0.1,
-    # 1e-3 for Llama-3.2-3B (×3), 2e-2 for RoBERTa-base (×19): huggingface/peft,
-    # method_comparison/MetaMathQA and examples/sequence_classification
-    "VeRA": 15,
-    # 3e-3 for T0-3B (×6): r-three/t-few, configs/ia3.json; 5e-3 for Llama-3.2-3B (×14): peft, there
-    "IA3": 10,
-    # 3e-3 for T5-base (×3): rabeehk/compacter, seq2seq/configs/compacter.json
-    "Compacter": 3,
-    # 9e-4 for LLaMA-7B (×3): stanfordnlp/pyreft, examples/loreft/README.md
-    "LoReFT": 3,
-    # 5e-3 to 1e-2 for BERT- and RoBERTa-large (×6 to 12): THUDM/P-tuning-v2, run_script
-    "PrefixTuning": 10,
-    # 3e-2 for BLOOMZ-560M (×36): peft, examples/causal_language_modeling; the authors' 0.3 is for
-    # Adafactor, whose steps are in proportion to the parameters
-    "PromptTuning": 30,
-    # 6e-5 for Stable Diffusion, 0.6 of LoRA's there: Zeju1997/oft, oft-db/train_dreambooth_*.sh
-    "OFT": 0.5,
-    # 8e-4 to 3e-3 for DeBERTaV3-base (×1 to 3): DaShenZi721/HRA, nlu/experiments/glue
-    "HRA": 2,
-    # 3e-3 for Llama-3.2-3B (×8): peft, method_comparison/MetaMathQA
-    "LoKr": 8,
-    # * 1e-3 for vectors, 1e-2 for logits of RoBERTa-base (×1, ×9): leo-yangli/VB-LoRA, NLU/NLU
-    "VBLoRA": 4,
-    # * 5e-4 to 2.2e-3 for DeBERTaV3-base (×1), in thousands of steps: QingruZhang/AdaLoRA, NLU
-    "AdaLoRA": 3,
-    # * 3e-4 for RoBERTa-large, as LoRA (×0.4): microsoft/LoRA, examples/NLU
-    "BottleneckAdapter": 2,
-    # * 1e-3 for BERT-base (×1): benzakenelad/BitFit, README.md
-    "BitFit": 3,
-    "LoHa": 4, "NormTuning": 4, "SparseMask": 2,  # *
-}  # fmt: skip
-
-FIXED: Mapping[str, float] = {
-    # 0.05 for Llama-2-7B, 0.05 to 0.12 for RoBERTa-base: Chaos96/fourierft, experiments
-    "FourierFT": 0.03,  # *
-}
-"""Rates that are the same for every width."""
 
 
 def learning_rate(model: nn.Module, deltas: Sequence[Delta], b_ratio: float = 1.0) -> float:
@@ -85,8 +46,7 @@ def _rate(method: Method, of_lora: float) -> float:
         return _rate(method.method, of_lora)
     if isinstance(method, LoRA):
         return of_lora * _of_scale(method)
-    name = type(method).__name__
-    return FIXED.get(name) or of_lora * OF_LORA.get(name, 1)
+    return method.rate * (of_lora if method.rate_by_width else 1)
 
 
 def _of_scale(method: LoRA) -> float:

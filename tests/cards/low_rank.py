@@ -139,6 +139,18 @@ CARDS = (
         rate=4,
     ),
     Card(
+        pl.HiRA,
+        "value",
+        (
+            Row("hira", pl.HiRA(rank=3)),
+            Row("hira_anywhere", pl.HiRA(rank=2, targets=anywhere)),
+        ),
+        golden=pl.HiRA(rank=2),
+        bank="dense",
+        peft="HIRA",
+        rate=12,
+    ),
+    Card(
         pl.LoKr,
         "map",
         (

@@ -200,6 +200,9 @@ CASES = [
     exporting([pl.OFT(targets="q_proj", block_size=4), pl.OFT(targets="v_proj", block_size=8)],
               "peft has one oft_block_size for all modules, and this delta has 4 and 8: attach "
               "what differs as another delta"),
+    exporting([pl.HiRA(targets="q_proj", rank=2), pl.HiRA(targets="v_proj", rank=3)],
+              "peft has one rank for all modules of a HiRA, whatever rank_pattern says, and this "
+              "delta has 2, 3: attach what differs as another delta"),
     exporting([pl.VeRA(targets="q_proj", rank=2), pl.VeRA(targets="lm_head", rank=2)],
               "peft has one random A and B for all of a VeRA, and this delta has several of "
               "different sizes: attach it as one method"),

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 import peftlite as pl
-from peftlite.train.auto import FIXED, OF_LORA, learning_rate
+from peftlite.train.auto import learning_rate
 from tests.train.tiny import gpt, trainer
 
 
@@ -73,7 +73,3 @@ def test_a_model_without_a_config_is_as_wide_as_most_of_its_matrices() -> None:
     wide = 5e-4 * (2000 / 16) ** 0.781
     settings = trainer(gpt(pl.LoRA(rank=32)), lr="auto").settings()
     assert settings["lr"] == pytest.approx(wide, rel=0.05)
-
-
-def test_every_method_with_a_rate_of_its_own_is_known() -> None:
-    assert {*OF_LORA, *FIXED} <= set(pl.Method.known)

@@ -84,6 +84,8 @@ def fit(tensor: Tensor, *shape: int) -> Tensor:
 class Form:
     """A method in peft; by default its tensors are ours under other names."""
 
+    type: ClassVar[str]
+    """peft's name of the method."""
     kinds: ClassVar[tuple[type[Method], ...]]
     names: ClassVar[tuple[tuple[str, str], ...]]
     """peft's names of the tensors at a module, with ours."""

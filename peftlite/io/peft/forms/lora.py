@@ -23,6 +23,7 @@ from peftlite.methods.lora import LoRA
 
 
 class LoRAForm(Form):
+    type = "LORA"
     kinds = (LoRA, DoRA)
     names = (
         ("lora_A.weight", "a"), ("lora_embedding_A", "a"), ("lora_B.weight", "b"),
@@ -127,6 +128,7 @@ class LoRAForm(Form):
 
 
 class AdaLoRAForm(Form):
+    type = "ADALORA"
     kinds = (AdaLoRA,)
     names = (("lora_A", "q"), ("lora_B", "p"), ("lora_E", "lam"))
     layers = (maps.Linear, maps.TransposedLinear)

@@ -20,6 +20,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 class OFTForm(Form):
+    type = "OFT"
     kinds = (OFT,)
     names = (("oft_R.weight", "q"),)
     convs = (2,)
@@ -63,6 +64,7 @@ class OFTForm(Form):
 
 
 class BOFTForm(Form):
+    type = "BOFT"
     kinds = (BOFT,)
     names = (("boft_R", "q"), ("boft_s", "s"))
     convs = (2,)
@@ -94,6 +96,7 @@ class BOFTForm(Form):
 
 
 class HRAForm(Form):
+    type = "HRA"
     kinds = (HRA,)
     names = (("hra_u", "u"),)
     convs = (2,)

@@ -1,17 +1,22 @@
-"""LoHa and LoKr in PEFT: elementwise and Kronecker products of factors."""
+"""LoHa, HiRA and LoKr in PEFT: elementwise and Kronecker products of factors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from peftlite.core import maps
+from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import At, Form, Tensors, fit
+from peftlite.methods.hira import HiRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 
 
 class LoHaForm(Form):
+    type = "LOHA"
     kinds = (LoHa,)
     names = tuple((f"hada_w{k}_{x}", f"w{k}{x}") for k in (1, 2) for x in "ab")
     convs = (1, 2)
@@ -24,10 +29,57 @@ class LoHaForm(Form):
         return {"r": method.rank, "alpha": method.scale * method.rank}
 
 
+class HiRAForm(Form):
+    type = "HIRA"
+    kinds = (HiRA,)
+    names = (
+        ("hira_A", "a"), ("hira_embedding_A", "a"), ("hira_B", "b"), ("hira_embedding_B", "b"),
+    )  # fmt: skip
+    layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
+    convs = (1, 2, 3)
+
+    def method(self, config: Config, at: At, t: Tensors) -> HiRA:
+        a = t["hira_embedding_A" if "hira_embedding_A" in t else "hira_A"]
+        return HiRA(rank=len(a), dropout=config.number("hira_dropout", 0.0))
+
+    def settings(self, method: HiRA, patch: Any) -> dict[str, Any]:
+        return {"r": method.rank, "hira_dropout": method.dropout}
+
+    def joined(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        if len(ranks := {its["r"] for its in settings.values()}) > 1:
+            raise PeftliteError(
+                f"peft has one rank for all modules of a HiRA, whatever rank_pattern says, and "
+                f"this delta has {', '.join(map(str, sorted(ranks)))}: attach what differs as "
+                "another delta"
+            )
+        return super().joined(settings)
+
+    def ours(self, t: Tensors, at: At) -> Tensors:
+        found = super().ours(t, at)
+        if not at.taps:
+            return found
+        kernel = at.site.whole.shape[1:]
+        return {
+            "a": fit(found["a"], -1, *kernel).flatten(1),
+            "b": fit(found["b"], -1, -1, *at.ones).flatten(1),
+        }
+
+    def theirs(self, patch: Any, at: At) -> Tensors:
+        a, b, ones = patch.a.detach(), patch.b.detach(), at.ones
+        if ones:
+            a, b = a.reshape(len(a), *at.site.shape[1:]), b.reshape(*b.shape, *ones)
+        stem = "hira_embedding" if patch.layout.embeds else "hira"
+        return {f"{stem}_A": a, f"{stem}_B": b}
+
+    def taken(self, site: Site) -> bool:
+        return super().taken(site) and site.layout.groups == 1
+
+
 _MIXED_UP = "{} is a Conv1d, the taps of whose lokr_w2 peft mixes up, unless it's of a low rank"
 
 
 class LoKrForm(Form):
+    type = "LOKR"
     kinds = (LoKr,)
     names = tuple((f"lokr_w{k}{x}", f"w{k}{x[1:]}") for k in (1, 2) for x in ("", "_a", "_b"))
     convs = (1, 2)

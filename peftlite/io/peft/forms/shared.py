@@ -19,6 +19,7 @@ from peftlite.methods.vera import VeRA
 
 
 class VeRAForm(Form):
+    type = "VERA"
     kinds = (VeRA,)
     names = (("vera_lambda_b", "b"), ("vera_lambda_d", "d"))
     layers = (maps.Linear, maps.TransposedLinear)
@@ -59,6 +60,7 @@ class VeRAForm(Form):
 
 
 class VBLoRAForm(Form):
+    type = "VBLORA"
     kinds = (VBLoRA,)
     names = tuple(
         (f"vblora_logits_{x.upper()}{end}", f"{own}_{x}")

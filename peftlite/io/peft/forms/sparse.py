@@ -14,6 +14,7 @@ from peftlite.methods.shira import SHiRA
 
 
 class FourierFTForm(Form):
+    type = "FOURIERFT"
     kinds = (FourierFT,)
     names = (("fourierft_spectrum", "c"),)
     layers = (maps.Linear, maps.TransposedLinear)
@@ -31,6 +32,7 @@ class FourierFTForm(Form):
 
 
 class SHiRAForm(Form):
+    type = "SHIRA"
     kinds = (SHiRA,)
     names = (("shira_weight", "values"), ("shira_indices", "indices"))
 

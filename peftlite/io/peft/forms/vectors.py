@@ -17,6 +17,7 @@ from peftlite.methods.ia3 import IA3
 
 
 class IA3Form(Form):
+    type = "IA3"
     kinds = (IA3,)
     names = (("ia3_l", "l"),)
     layers = (maps.Linear, maps.TransposedLinear)
@@ -55,6 +56,7 @@ class IA3Form(Form):
 
 
 class BEFTForm(Form):
+    type = "BEFT"
     kinds = ()
     names = (("beft_bias", "difference"),)
 

@@ -106,9 +106,8 @@ def search(
     with a PeftliteError, such as for a loss that isn't finite, is noted, and the next begins.
 
     Args:
-        build: makes a `Trainer` of a choice, `{"lr": 2e-3, "rank": 8}`. By its `metric`, at the
-            best epoch, trials are judged. If it has a `folder`, of its own for each choice, a trial
-            that was interrupted goes on from its checkpoints.
+        build: makes a `Trainer` of a choice, `{"lr": 2e-3, "rank": 8}`, judged at its best epoch.
+            With a `folder` of its own, a trial that was interrupted goes on from its checkpoints.
         space: values to choose from, by name: a list of anything; `(low, high)`, floats or whole
             numbers, both included; or `(low, high, "log")`, the same by ratios.
         trials: how many; None, for a grid, is all of it.
@@ -143,7 +142,6 @@ def search(
             while len(found) < count:
                 trial = Trial(len(found) + 1, _choose(space, how, found, seed))
                 _run(build, trial, found if prune else [], seed)
-                # callbacks run in the first process alone
                 vars(trial).update(processes.broadcast(_result(trial)))
                 found.append(trial)
                 study.add(vars(trial))
@@ -158,7 +156,7 @@ def _choose(space: Space, how: How, found: Sequence[Trial], seed: int) -> Choice
 
 
 def _result(trial: Trial) -> dict[str, Any]:
-    """A trial's fields, but for its choice."""
+    """A trial's fields, but for its choice: the first process has them, where callbacks run."""
     return {name: value for name, value in vars(trial).items() if name != "choice"}
 
 

@@ -30,27 +30,27 @@ class Placed:
     def all(cls, sites: Sequence[Site], method: Method) -> list[Placed]:
         """A patch for each site, its parameters not yet filled. Raises TargetError."""
         patches, kind = method.build_all(sites), type(method).__name__
-        for where, patch in zip(sites, patches, strict=True):
+        for site, patch in zip(sites, patches, strict=True):
             if not isinstance(patch, Patch):
                 raise PeftliteError(
-                    f"{kind}.build gave {short(patch)} for {where.address}: no pl.Patch"
+                    f"{kind}.build gave {short(patch)} for {site.address}: no pl.Patch"
                 )
-            if not (patch.has_call if where.is_call else patch.has_value):
-                need = "call" if where.is_call else "value"
-                raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {where.address}")
-            patch.train(where.module.training)
-            patch.slot, patch.index = where.slot, where.index
+            if not (patch.has_call if site.is_call else patch.has_value):
+                need = "call" if site.is_call else "value"
+                raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {site.address}")
+            patch.train(site.module.training)
+            patch.slot, patch.index = site.slot, site.index
         return [
-            cls(where, method, patch, None if where.is_call else where.whole.shape)
-            for where, patch in zip(sites, patches, strict=True)
+            cls(site, method, patch, None if site.is_call else site.whole.shape)
+            for site, patch in zip(sites, patches, strict=True)
         ]
 
     def check(self) -> None:
         """Raises PeftliteError if the model was taken apart under the patch."""
-        where = self.site
-        if not where.is_call and where.whole.shape != self.shape:
+        site = self.site
+        if not site.is_call and site.whole.shape != self.shape:
             raise PeftliteError(
-                f"{where.address} is {tuple(where.whole.shape)} now, and was {tuple(self.shape)} "
+                f"{site.address} is {tuple(site.whole.shape)} now, and was {tuple(self.shape)} "
                 "when the delta was attached: pl.detach, then resize, then attach"
             )
 
@@ -114,41 +114,41 @@ def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Method, li
     taken: dict[str, tuple[Site, Method, bool]] = {}
     sharing: dict[str, list[str]] = {}  # the addresses taken of each whole tensor
     for method in methods:
-        for where, asked in targets.select(everything, method.targets, method.exclude, method):
-            usable(where)
-            others = sharing.setdefault(whole_address(where.address), [])
-            for held in [taken[a] for a in others if taken[a][0].overlaps(where)]:
-                if held[2] == asked:
+        for site, asked in targets.select(everything, method.targets, method.exclude, method):
+            usable(site)
+            others = sharing.setdefault(whole_address(site.address), [])
+            for other in [taken[a] for a in others if taken[a][0].overlaps(site)]:
+                if other[2] == asked:
                     raise TargetError(
-                        f"{where.address} is taken by {type(held[1]).__name__} at "
-                        f"{held[0].address} and by {type(method).__name__}: name it once, or leave "
-                        "it out of one with exclude="
+                        f"{site.address} is taken by {type(other[1]).__name__} at "
+                        f"{other[0].address} and by {type(method).__name__}: name it once, or "
+                        "leave it out of one with exclude="
                     )
                 if asked:
-                    del taken[held[0].address]
-                    others.remove(held[0].address)
-            if not any(taken[a][0].overlaps(where) for a in others):
-                taken[where.address] = (where, method, asked)
-                others.append(where.address)
+                    del taken[other[0].address]
+                    others.remove(other[0].address)
+            if not any(taken[a][0].overlaps(site) for a in others):
+                taken[site.address] = (site, method, asked)
+                others.append(site.address)
     return [
-        (method, [where for where, how, _ in taken.values() if how is method]) for method in methods
+        (method, [site for site, how, _ in taken.values() if how is method]) for method in methods
     ]
 
 
-def usable(where: Site) -> None:
+def usable(site: Site) -> None:
     """Raises PeftliteError if no patch can sit at a site, whatever the method."""
-    if where.is_call:
+    if site.is_call:
         return
-    tensor = where.whole
+    tensor = site.whole
     if is_sharded(tensor):
         raise PeftliteError(
-            f"{where.address} is sharded over devices: attach before fully_shard, so that the "
+            f"{site.address} is sharded over devices: attach before fully_shard, so that the "
             "delta is sharded and its gradients are synchronised too"
         )
     if not tensor.is_floating_point():
-        raise TargetError(f"{where.address} holds {tensor.dtype}: no gradient can flow through it")
+        raise TargetError(f"{site.address} holds {tensor.dtype}: no gradient can flow through it")
     if tensor.is_inference():
         raise PeftliteError(
-            f"{where.address} was made under torch.inference_mode, so autograd can't use it: "
+            f"{site.address} was made under torch.inference_mode, so autograd can't use it: "
             "build or load the model outside of it"
         )

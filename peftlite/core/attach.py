@@ -66,7 +66,7 @@ def new_delta(model: nn.Module, methods: Sequence[Method], name: str) -> Delta:
     for how, sites in assign(model, methods):
         own = Placed.all(sites, how)
         with torch.no_grad():
-            tensors = [None if where.is_call else where.tensor for where in sites]
+            tensors = [None if site.is_call else site.tensor for site in sites]
             how.reset_all([item.patch for item in own], tensors)
         placed += own
     return Delta(name, methods, placed)

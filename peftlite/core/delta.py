@@ -190,9 +190,9 @@ class Delta(Weighted):
         """A table of its sites; those that differ only in a block's number share a line."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for address, placed in self.placed.items():
-            where = placed.site
+            site = placed.site
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", address)
-            shape = "call" if where.is_call else "×".join(map(str, where.shape))
+            shape = "call" if site.is_call else "×".join(map(str, site.shape))
             kind = type(placed.method).__name__
             groups.setdefault((pattern, kind, shape), []).append(address)
         lines = []

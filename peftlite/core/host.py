@@ -296,18 +296,18 @@ def restoring(root: nn.Module) -> Iterator[None]:
     for module in root.modules():
         hosted = module.__dict__.get(ATTRIBUTE)
         ours = isinstance(hosted, Patches)
-        held = (hosted, hosted.__dict__.copy(), hosted._modules.copy()) if ours else None
-        before.append((module, type(module), module.__dict__.copy(), held))
+        patched = (hosted, hosted.__dict__.copy(), hosted._modules.copy()) if ours else None
+        before.append((module, type(module), module.__dict__.copy(), patched))
     try:
         yield
     except BaseException:
-        for module, kind, own, held in before:
+        for module, kind, own, patched in before:
             if type(module) is not kind:
                 module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(own)
-            if held is not None:
-                hosted, state, patches = held
+            if patched is not None:
+                hosted, state, patches = patched
                 hosted.__dict__.update(state)
                 hosted._modules.clear()
                 hosted._modules.update(patches)

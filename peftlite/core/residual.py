@@ -53,9 +53,9 @@ class Few(Residual):
     """The entries of a tensor that another has otherwise, and where they are."""
 
     def _keep(self, planes: np.ndarray, beside: np.ndarray) -> None:
-        at = np.flatnonzero((planes != beside).any(0))
-        self._at = at.astype(np.int32 if planes.shape[1] < 2**31 else np.int64)
-        self._entries = planes[:, at]
+        indices = np.flatnonzero((planes != beside).any(0))
+        self._at = indices.astype(np.int32 if planes.shape[1] < 2**31 else np.int64)
+        self._entries = planes[:, indices]
 
     def _put_back(self, planes: np.ndarray) -> None:
         planes[:, self._at] = self._entries

@@ -51,15 +51,14 @@ def select(
     chosen = [pair for pair in picked.values() if not {*_addresses(pair[0])} & left_out]
     if not chosen:
         raise TargetError(f"exclude={exclude!r} leaves {type(method).__name__} no site to take")
-    whole = {where.address for where, _ in chosen}
-    if parts := [a for a in left_out if whole_address(a) != a and whole_address(a) in whole]:
+    asked = {site.address: how for site, how in chosen}
+    if parts := [a for a in left_out if whole_address(a) != a and whole_address(a) in asked]:
         raise TargetError(
             f"exclude names {parts[0]}, a part of a tensor that is taken whole: name the parts to "
             "take with targets="
         )
-    asked = {where.address: how for where, how in chosen}
-    taken = method.choose([where for where, _ in chosen], everything)
-    return [(where, asked.get(where.address, targets is not None)) for where in taken]
+    taken = method.choose([site for site, _ in chosen], everything)
+    return [(site, asked.get(site.address, targets is not None)) for site in taken]
 
 
 def _addresses(site: Site) -> tuple[str, str]:
@@ -98,8 +97,8 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) ->
     literal = isinstance(text, str) and "*" not in text
     if text == "":
         raise TargetError("an empty string names nothing; leave targets out for the default")
-    whole = literal and any(text in (*s.names, *_modules_above(s)) for s in everything)
-    matches = _matcher(text, whole)
+    is_path = literal and any(text in (*s.names, *_modules_above(s)) for s in everything)
+    matches = _matcher(text, is_path)
     found, refused = [], []
     for site in everything:
         by_address = any(map(matches, site.names))
@@ -121,15 +120,15 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) ->
     return found
 
 
-def _matcher(text: Any, whole: bool) -> Callable[[str], bool]:
+def _matcher(text: Any, is_path: bool) -> Callable[[str], bool]:
     """What a pattern says of a path; cached, since sites share their modules.
 
-    Words that are no whole path (`whole`) are the end of one.
+    Words that are no path of the model (`is_path`) are the end of one.
     """
     if isinstance(text, re.Pattern):
         regex = text
     else:
-        start = "" if "*" in text or (whole and "." in text) else r"(.*\.)?"
+        start = "" if "*" in text or (is_path and "." in text) else r"(.*\.)?"
         regex = re.compile(start + ".*".join(map(re.escape, text.split("*"))))
     return functools.cache(lambda path: regex.fullmatch(path) is not None)
 

@@ -36,7 +36,7 @@ def fish_scores(
         scores = pl.fish_scores(model, lambda model, x: model(x).square().sum(-1), [x])
         pl.attach(model, pl.SparseMask(fraction=0.5, select="fish", scores=scores))
     """
-    found = {where.address: where.whole for where in sites(model) if not where.is_call}
+    found = {site.address: site.whole for site in sites(model) if not site.is_call}
     found = {address: w for address, w in found.items() if w.requires_grad and w.is_leaf}
     scores = {address: torch.zeros_like(w, dtype=wide(w)) for address, w in found.items()}
     examples = 0

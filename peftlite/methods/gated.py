@@ -33,9 +33,9 @@ class GatedPatch(CallPatch):
     weight: nn.Parameter | None
 
     def __init__(self, site: Site, method: Gated, patch: Patch):
-        told = features(site) if site.is_call else None
-        super().__init__(site, told or Features(None, 0))
-        self.patch, self.per, i = patch, method.per, told and told.i
+        widths = features(site) if site.is_call else None
+        super().__init__(site, widths or Features(None, 0))
+        self.patch, self.per, i = patch, method.per, widths and widths.i
         weight = trainable(1, i, site=site, dtype=method.dtype) if i else None
         self.register_parameter("weight", weight)
         self.bias = trainable(1, site=site, dtype=method.dtype)
@@ -47,9 +47,9 @@ class GatedPatch(CallPatch):
             self.weight.normal_(std=0.02)
 
     def value(self, w: Tensor) -> Tensor:
-        whole = w.to(wide(w, self.bias))  # so that the patch doesn't round
-        change = self.patch.value(whole) - whole
-        return (whole + torch.sigmoid(self.bias.to(whole.dtype)) * change).to(w.dtype)
+        widened = w.to(wide(w, self.bias))  # so that the patch doesn't round
+        change = self.patch.value(widened) - widened
+        return (widened + torch.sigmoid(self.bias.to(widened.dtype)) * change).to(w.dtype)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made: list[Any] = []

@@ -30,8 +30,8 @@ class LoReFTPatch(CallPatch):
     rows v of `v` (r, d): whatever they become in training, R's rows are orthonormal.
     """
 
-    def __init__(self, site: Site, method: LoReFT, told: Features):
-        super().__init__(site, told)
+    def __init__(self, site: Site, method: LoReFT, widths: Features):
+        super().__init__(site, widths)
         self.method, self.everywhere = method, method.positions == "all"
         self.names = arguments(site.module)
         shapes = (method.rank, self.o), (method.rank, self.o), (method.rank,)
@@ -71,8 +71,8 @@ class LoReFTPatch(CallPatch):
     def _intervene(self, h: Any, given: Mapping[str, Any]) -> Tensor:
         self.check(h, self.o)
         change = self.along(self._change, h)
-        at = self.positions(h, given, *self.method.ends)
-        return h + (change if at is None else change * at[..., None])
+        places = self.positions(h, given, *self.method.ends)
+        return h + (change if places is None else change * places[..., None])
 
     def _change(self, h: Tensor) -> Tensor:
         rotation = self.rotation()
@@ -82,18 +82,18 @@ class LoReFTPatch(CallPatch):
 
     def positions(self, h: Tensor, given: Mapping[str, Any], first: Any, last: Any) -> Any:
         """Where to intervene, (b, t) or (t), by how many are first and last; everywhere if None."""
-        at = given.get("reft_positions")
-        if at is None and self.everywhere:
+        places = given.get("reft_positions")
+        if places is None and self.everywhere:
             return None
         t = h.shape[-2] if h.dim() > 2 and self.dim == -1 else None
-        if t is None or (at is not None and at.shape[-1] != t):
+        if t is None or (places is not None and places.shape[-1] != t):
             what = f"positions={self.method.positions!r}"
-            what = what if at is None else f"reft_positions of shape {tuple(at.shape)}"
+            what = what if places is None else f"reft_positions of shape {tuple(places.shape)}"
             raise PeftliteError(
                 f"{what} need a tensor (b, t, d); {self.address} gives {tuple(h.shape)}"
             )
-        if at is not None:
-            return at
+        if places is not None:
+            return places
         places = torch.arange(t, device=h.device)
         known = [given.get("position_ids"), given.get("cache_position"), places]
         index = next(p for p in known if isinstance(p, Tensor) and p.dim() < 3)

@@ -150,8 +150,8 @@ class PrefixTuning(Method):
 
     def _shape(self, site: Site) -> tuple[int, int]:
         """h and d of a site's keys. Raises TargetError."""
-        told = self.num_heads and self.head_dim
-        if not site.is_call or not (told or self.accepts(site)):
+        given = self.num_heads and self.head_dim
+        if not site.is_call or not (given or self.accepts(site)):
             raise self.refuse(site)
         h, d = key_heads(site.module)
         h, d = self.num_heads or h, self.head_dim or d

@@ -50,8 +50,8 @@ class PromptPatch(Patch):
         if ids is None:
             ids = torch.randint(min(len(words), COMMON), (self.n,)).tolist()
         if not all(0 <= i < len(words) for i in ids):
-            where = self.embedding.address
-            raise TargetError(f"init_ids {ids} has ids beyond {where}, which has {len(words)}")
+            address = self.embedding.address
+            raise TargetError(f"init_ids {ids} has ids beyond {address}, which has {len(words)}")
         self.rows.copy_(words[list((ids * self.n)[: self.n])])
 
     def prompt(self) -> Tensor:

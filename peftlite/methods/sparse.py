@@ -113,15 +113,15 @@ class SparseMask(EntryMethod):
         return {**self.__dict__, "scores": None}  # a copied or pickled model has its entries
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
-        for where in sites:
-            if where.is_call:
-                raise self.refuse(where)
+        for site in sites:
+            if site.is_call:
+                raise self.refuse(site)
         # even shares, until `reset_all` has seen the weights, or `resize` the file
-        ends = [0, *accumulate(where.tensor.numel() for where in sites)]
+        ends = [0, *accumulate(site.tensor.numel() for site in sites)]
         shares = [self.count(ends[-1]) * end // max(ends[-1], 1) for end in ends]
         return [
-            SparsePatch(where, stop - start, self.dtype)
-            for where, (start, stop) in zip(sites, pairwise(shares), strict=True)
+            SparsePatch(site, stop - start, self.dtype)
+            for site, (start, stop) in zip(sites, pairwise(shares), strict=True)
         ]
 
     def reset_all(self, patches: Sequence[Any], tensors: Sequence[Any]) -> None:

@@ -140,8 +140,8 @@ def before(x: Tensor, n: int, value: Any) -> Tensor:
 def cut(output: Any, n: int, t: int | None = None) -> Any:
     """An output without the first n positions of every (b, t, d) in it, caches left alone."""
     if isinstance(output, Tensor):
-        whole = output.dim() == 3 and t in (None, output.shape[1])
-        return output[:, n:] if whole else output
+        has_prompt = output.dim() == 3 and t in (None, output.shape[1])
+        return output[:, n:] if has_prompt else output
     if isinstance(output, tuple | list | dict):
         return pytree.tree_map(lambda x: cut(x, n, t), output, is_leaf=lambda x: x is not output)
     return output

@@ -25,7 +25,7 @@ from peftlite.fields import check_fields, integer, number, one_of
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.methods.sparse import largest
 from peftlite.table import short
-from peftlite.verbs.held import Factors, Held, truncated
+from peftlite.verbs.draft import Draft, Factors, truncated
 
 How = Literal["sum", "linear", "cat", "svd", "ties", "dare", "magnitude_prune"]
 Weights = Mapping[Delta, float]
@@ -82,15 +82,15 @@ def combine(
     options = Options(how, rank, energy, density, seed)
     root, registry, weights = _weights(model, deltas, how)
     check(root, name)
-    held, parts = Held(name), _parts(registry, [*weights])
+    draft, parts = Draft(name), _parts(registry, [*weights])
     changes = (_pruned if options.prunes else _added)(parts, weights, options)
     for part, change in zip(parts, changes, strict=True):
-        held.check(part.site, change)
+        draft.check(part.site, change)
         if how == "svd" and part.whole.dim() >= 2:
             change, kept = truncated(part.site, change, options.rank, options.energy)
-            held.energy[part.site.address] = kept
-        held.put(part.site, change)
-    return held.attach(root)
+            draft.energy[part.site.address] = kept
+        draft.put(part.site, change)
+    return draft.attach(root)
 
 
 def rescale(model: nn.Module, delta: Delta | str, factor: float, *, name: str) -> Delta:
@@ -224,19 +224,21 @@ def _parts(registry: Registry, deltas: Sequence[Delta]) -> list[Part]:
             # the first of its names: a file may have had another
             tensor = whole_address(placed.site.names[0])
             tensors.setdefault(tensor, []).append((delta, placed))
-    return [part for address, held in tensors.items() for part in _cut_up(registry, address, held)]
+    return [
+        part for address, pairs in tensors.items() for part in _cut_up(registry, address, pairs)
+    ]
 
 
 def _cut_up(
-    registry: Registry, address: str, held: Sequence[tuple[Delta, Placed]]
+    registry: Registry, address: str, pairs: Sequence[tuple[Delta, Placed]]
 ) -> Iterator[Part]:
-    found = {placed.site.index: placed.site for _, placed in held}
+    found = {placed.site.index: placed.site for _, placed in pairs}
     if any(a.overlaps(b) for a, b in combinations(found.values(), 2)):
-        site = held[0][1].site
+        site = pairs[0][1].site
         found = {None: replace(site, index=None, names=tuple(map(whole_address, site.names)))}
     for index, site in found.items():
         patches: dict[Delta, list[Patch]] = {}
-        for delta, placed in held:
+        for delta, placed in pairs:
             if index is None or placed.site.index == index:
                 patches.setdefault(delta, []).append(placed.patch)
         whole = site.whole

@@ -21,7 +21,7 @@ from peftlite.errors import PeftliteError
 from peftlite.methods.lora import LoRA
 from peftlite.table import listed, short
 from peftlite.verbs.combine import Options
-from peftlite.verbs.held import Held, truncated
+from peftlite.verbs.draft import Draft, truncated
 
 
 @torch.no_grad()
@@ -69,23 +69,23 @@ def extract(
     before, after = _both(base, tuned)
     assigned = _assigned(base, methods)
     for how, found in assigned:  # says what a method can't take before the work begins
-        Placed.all([replace(where, on="meta") for where in found], how)
-    taken = [where for _, found in assigned for where in found]
-    if calls := [where.address for where in taken if where.is_call]:
+        Placed.all([replace(site, on="meta") for site in found], how)
+    taken = [site for _, found in assigned for site in found]
+    if calls := [site.address for site in taken if site.is_call]:
         raise PeftliteError(f"weights don't say how calls differ: {listed(calls)}")
     if rest == "error" and (left := _left(before, after, taken)):
         raise PeftliteError(
             f"tuned differs from base where no method takes it: {listed(left)}; add "
             "pl.FullTuning(), which takes the parameters that others leave, or pass rest='ignore'"
         )
-    held = Held(name)
+    draft = Draft(name)
     for how, found in assigned:
         changes = Changes(found, after)
-        changed = [where for where, d in zip(found, changes, strict=True) if d.any()]
-        _hold(held, how, Changes(changed, after), energy)
-    if not held.placed:
+        changed = [site for site, d in zip(found, changes, strict=True) if d.any()]
+        _hold(draft, how, Changes(changed, after), energy)
+    if not draft.placed:
         raise PeftliteError("tuned is the same as base wherever these methods could take it")
-    return held.attach(base)
+    return draft.attach(base)
 
 
 @dataclass(frozen=True)
@@ -96,25 +96,25 @@ class Changes:
     after: Mapping[str, Tensor]
 
     def __iter__(self) -> Iterator[Tensor]:
-        for where in self.sites:
-            w = where.tensor.double()
-            yield narrow(self.after[whole_address(where.names[0])], where.index).to(w) - w
+        for site in self.sites:
+            w = site.tensor.double()
+            yield narrow(self.after[whole_address(site.names[0])], site.index).to(w) - w
 
 
-def _hold(held: Held, how: Method, changes: Changes, energy: float | None) -> None:
+def _hold(draft: Draft, how: Method, changes: Changes, energy: float | None) -> None:
     """Fits a method to the changes, and notes what of them it has kept."""
-    first = len(held.placed)
-    for where, change in zip(changes.sites, changes, strict=True):
-        held.check(where, change)
+    first = len(draft.placed)
+    for site, change in zip(changes.sites, changes, strict=True):
+        draft.check(site, change)
         if isinstance(how, LoRA):
             rank = how.rank if energy is None else None
-            held.put_product(where, truncated(where, change, rank, energy)[0], how)
+            draft.put_product(site, truncated(site, change, rank, energy)[0], how)
     if not isinstance(how, LoRA):
-        patches = held.place(changes.sites, how)
-        how.fit_all(patches, [where.tensor for where in changes.sites], changes)
-    for placed, change in zip(held.placed[first:], changes, strict=True):
+        patches = draft.place(changes.sites, how)
+        how.fit_all(patches, [site.tensor for site in changes.sites], changes)
+    for placed, change in zip(draft.placed[first:], changes, strict=True):
         lost = change - narrow(change_of([placed.patch], placed.site.whole), placed.site.index)
-        held.energy[placed.site.address] = 1 - (lost.norm() / change.norm()).item() ** 2
+        draft.energy[placed.site.address] = 1 - (lost.norm() / change.norm()).item() ** 2
 
 
 def _assigned(base: nn.Module, methods: Sequence[Method]) -> list[tuple[Method, list[Site]]]:
@@ -124,12 +124,12 @@ def _assigned(base: nn.Module, methods: Sequence[Method]) -> list[tuple[Method, 
     for method in methods:
         [(how, found)] = assign(base, [method])
         free = []
-        for where in found:
-            others = taken.setdefault(whole_address(where.address), [])
-            if not any(where.overlaps(other) for other in others):
-                free.append(where)
-        for where in free:
-            taken[whole_address(where.address)].append(where)
+        for site in found:
+            others = taken.setdefault(whole_address(site.address), [])
+            if not any(site.overlaps(other) for other in others):
+                free.append(site)
+        for site in free:
+            taken[whole_address(site.address)].append(site)
         assigned.append((how, free))
     return assigned
 
@@ -151,10 +151,10 @@ def _both(
         after = dict(tuned)
     else:
         raise PeftliteError(f"tuned must be a model or a state dict, not {short(tuned)}")
-    for where in sites(base):
+    for site in sites(base):
         # of a tied tensor a checkpoint may have one name alone
-        given = [after[name] for name in where.names if name in after]
-        after.update({name: after.get(name, given[0]) for name in where.names if given})
+        given = [after[name] for name in site.names if name in after]
+        after.update({name: after.get(name, given[0]) for name in site.names if given})
     before = _tensors(base)
     unreal = [f"{key} without values in base" for key, w in before.items() if w.is_meta]
     if problems := misfits(before, after) + unreal:
@@ -164,9 +164,7 @@ def _both(
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's tensors without deltas, by every name: parameters, and the buffers it saves."""
-    found = {
-        name: where.whole for where in sites(model) if not where.is_call for name in where.names
-    }
+    found = {name: site.whole for site in sites(model) if not site.is_call for name in site.names}
     for path, module in walk(model):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -179,15 +177,15 @@ def _left(
 ) -> list[str]:
     """The tensors that would still differ if all that is taken were as in `after`."""
     by_name: dict[str, list[Site]] = {}
-    for where in taken:
-        for name in where.names:
-            by_name.setdefault(whole_address(name), []).append(where)
+    for site in taken:
+        for name in site.names:
+            by_name.setdefault(whole_address(name), []).append(site)
     left = []
     for name, w in before.items():
         w = w.to(torch.promote_types(w.dtype, torch.float64), copy=True)
-        for where in by_name.get(name, ()):
-            tuned = after[whole_address(where.names[0])]
-            narrow(w, where.index).copy_(narrow(tuned, where.index))
+        for site in by_name.get(name, ()):
+            tuned = after[whole_address(site.names[0])]
+            narrow(w, site.index).copy_(narrow(tuned, site.index))
         if not torch.allclose(w, after[name].to(w), rtol=0, atol=0, equal_nan=True):
             left.append(name)
     return left

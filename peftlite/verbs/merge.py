@@ -82,7 +82,7 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
     root, registry, delta = require_delta(model, delta)
     name = delta.name
     touched = _mergeable(root, registry, delta, backup)
-    tensors = {address: where.whole for address, (where, _) in touched.items()}
+    tensors = {address: site.whole for address, (site, _) in touched.items()}
     values, change, rounding = {}, {}, {}
     for address, (_, patches) in touched.items():
         w = tensors[address]
@@ -155,10 +155,10 @@ def _mergeable(
                 "pl.detach it, and attach to the model as it is now"
             )
     touched = by_tensor(delta)
-    for address, (where, _) in touched.items():
-        if where.whole.is_meta:
+    for address, (site, _) in touched.items():
+        if site.whole.is_meta:
             raise PeftliteError(f"{address} is on the meta device and has no values to merge into")
-        if where.slot not in where.module._parameters:
+        if site.slot not in site.module._parameters:
             raise PeftliteError(
                 f"{address} is computed by a parametrization, not stored: remove it first with "
                 "torch.nn.utils.parametrize.remove_parametrizations"

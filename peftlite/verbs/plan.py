@@ -59,7 +59,7 @@ def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
     placed = [
         item
         for how, sites in assign(model, methods)
-        for item in Placed.all([replace(where, on="meta") for where in sites], how)
+        for item in Placed.all([replace(site, on="meta") for site in sites], how)
     ]
     base = base_parameters(model, deltas(model).values())
     return Plan(Delta("plan", methods, placed), sum(p.numel() for _, p in base))

@@ -1,4 +1,4 @@
-"""Held: changes of weights, in fp64, as the patches of a new delta."""
+"""Draft: a new delta made of changes of weights, each in the patch that holds it in few bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Factors = tuple[Tensor, Tensor]  # of ΔW = BA: A (*stack, r, i) and B (*stack, 
 _LORA, _FULL = LoRA(), FullTuning()
 
 
-class Held:
+class Draft:
     """The patches of a new delta, as they come."""
 
     def __init__(self, name: str):
@@ -34,33 +34,33 @@ class Held:
         self._loras: dict[tuple[int, int], LoRA] = {}
         self._sparse: list[tuple[Site, Tensor, Tensor]] = []
 
-    def check(self, where: Site, change: Tensor | Factors) -> None:
+    def check(self, site: Site, change: Tensor | Factors) -> None:
         """Raises PeftliteError if a change is beyond what a patch at its site can hold."""
         for tensor in (change,) if isinstance(change, Tensor) else change:
-            if not tensor.to(where.parameter_dtype).isfinite().all():
+            if not tensor.to(site.parameter_dtype).isfinite().all():
                 raise PeftliteError(
-                    f"{self.name!r} would be infinite or NaN at {where.address}; nothing was done"
+                    f"{self.name!r} would be infinite or NaN at {site.address}; nothing was done"
                 )
 
-    def put(self, where: Site, change: Tensor | Factors) -> None:
+    def put(self, site: Site, change: Tensor | Factors) -> None:
         """Holds a change by its factors or, where they aren't known, by its entries."""
         if not isinstance(change, Tensor):
-            self.put_product(where, change)
+            self.put_product(site, change)
             return
         flat = change.reshape(-1)
         indices = flat.nonzero()[:, 0]
         if 2 * len(indices) < len(flat):
-            self._sparse.append((where, indices, flat[indices].to(where.parameter_dtype)))
+            self._sparse.append((site, indices, flat[indices].to(site.parameter_dtype)))
         else:
-            [patch] = self.place([where], _FULL)
+            [patch] = self.place([site], _FULL)
             patch.difference.copy_(change)
 
-    def put_product(self, where: Site, factors: Factors, like: LoRA = _LORA) -> None:
+    def put_product(self, site: Site, factors: Factors, like: LoRA = _LORA) -> None:
         """Holds a product as a LoRA of its rank."""
         (a, b), key = factors, (id(like), factors[0].shape[-2])
         method = self._loras.setdefault(key, replace(like, rank=key[1]))
-        [patch] = self.place([where], method)
-        patch.start(where.tensor, a, b / patch.scale)
+        [patch] = self.place([site], method)
+        patch.start(site.tensor, a, b / patch.scale)
 
     def place(self, found: Sequence[Site], method: Method) -> list[Any]:
         """Fresh patches of a method, to be filled."""
@@ -69,15 +69,17 @@ class Held:
         return [item.patch for item in placed]
 
     def attach(self, root: nn.Module) -> Delta:
-        """Installs what is held, frozen, as the standing choice."""
+        """Installs the new delta, frozen, as the standing choice."""
         if self._sparse:
             sites, indices, values = zip(*self._sparse, strict=True)
             entries = max(1, sum(map(len, values)))
-            share = entries / sum(where.shape.numel() for where in sites)
+            share = entries / sum(site.shape.numel() for site in sites)
             method = SparseMask(fraction=share, select="given")
-            for patch, at, held in zip(self.place(sites, method), indices, values, strict=True):
-                patch.place(at)
-                patch.values.copy_(held)
+            for patch, entries_at, kept in zip(
+                self.place(sites, method), indices, values, strict=True
+            ):
+                patch.place(entries_at)
+                patch.values.copy_(kept)
         methods = {id(item.method): item.method for item in self.placed}
         order = [*methods]  # one after another, as attach and load place them
         placed = sorted(self.placed, key=lambda item: order.index(id(item.method)))
@@ -87,7 +89,7 @@ class Held:
 
 
 def truncated(
-    where: Site, change: Tensor | Factors, rank: int | None, energy: float | None
+    site: Site, change: Tensor | Factors, rank: int | None, energy: float | None
 ) -> tuple[Factors, float]:
     """A change's first singular directions, and the share of its squared singular values in them.
 
@@ -95,7 +97,7 @@ def truncated(
     its squares together.
     """
     if isinstance(change, Tensor):
-        u, s, v = torch.linalg.svd(where.layout.matrices(change), full_matrices=False)
+        u, s, v = torch.linalg.svd(site.layout.matrices(change), full_matrices=False)
     else:  # no larger than its rank is the matrix that has the spectrum of a product
         a, b = change
         (qa, ra), (qb, rb) = torch.linalg.qr(a.mT), torch.linalg.qr(b)

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ torch.set_num_threads(1)
 
 # torch.empty gives NaN, or the largest integer: memory that is read before it is written shows. A
 # GPU's kernels that are not deterministic would be refused as well
-torch.use_deterministic_algorithms(not torch.cuda.is_available())
+torch.set_deterministic_debug_mode("default" if torch.cuda.is_available() else "error")
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
@@ -27,6 +28,23 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
         settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
         settings.register_profile("nightly", deadline=None, max_examples=2000)
         settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what `-m quick` runs: a cut through all files that a developer has time for.
+
+    Of every test that is the first case and a few drawn by its name, one for each 40; of those
+    marked slow or heavy none, and of those marked quick by hand all.
+    """
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if not {"slow", "heavy", "quick"} & {mark.name for mark in item.iter_markers()}:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for name, (first, *others) in cases.items():
+        drawn = random.Random(name).sample(others, -(-len(others) // 40))
+        for item in (first, *drawn):
+            item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -103,6 +103,7 @@ def test_sum_and_linear(case: Case) -> None:
         close(change(model, "mean"), plus(each, [w / total for w in weights.values()]))
 
 
+@pytest.mark.heavy
 @settings(max_examples=25)
 @given(case=cases(), rank=st.integers(1, 6), energy=st.floats(0.05, 1))
 def test_svd_keeps_the_energy_that_it_says_by_the_least_rank(case, rank, energy) -> None:
@@ -136,6 +137,7 @@ def trimmed(delta: pl.Delta, its: Tensors, density: float) -> Tensors:
     return {address: w.where(w.abs() >= least, 0) for address, w in its.items()}
 
 
+@pytest.mark.heavy
 @settings(max_examples=25)
 @given(case=cases(), density=st.floats(0.05, 1))
 def test_ties_and_magnitude_prune(case: Case, density: float) -> None:

@@ -36,6 +36,7 @@ def test_a_script_imports(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.import_module(script).__doc__
 
 
+@pytest.mark.heavy
 def test_quick_shows_a_row_for_every_method(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +57,7 @@ def test_names_are_distinct() -> None:
     assert len({row.name for row in METHODS}) == len(METHODS)
 
 
+@pytest.mark.heavy
 def test_a_sweep_resumes(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "runs.csv"
     for row in (LORA, LOST):
@@ -72,6 +74,7 @@ def test_a_sweep_resumes(digits: Digits, tmp_path: Path, monkeypatch: pytest.Mon
     assert file.read_text() == before
 
 
+@pytest.mark.heavy
 def test_results_have_means_and_reasons(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

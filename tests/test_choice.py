@@ -307,6 +307,7 @@ def enter(pair: Pair, scope: str | None) -> AbstractContextManager[None]:
     return nullcontext() if scope == "no scope" else pair.using(scope)
 
 
+@pytest.mark.heavy
 def test_a_choice_under_compile_is_never_stale() -> None:
     pair = Pair("mha_encoder")  # it calls its linear maps, and reads weights besides
     compiled = torch.compile(pair.model, backend=Graphs())
@@ -335,6 +336,7 @@ def test_a_choice_under_fullgraph_is_honoured_or_refused() -> None:
     assert refused == 2 * len(CHOICES) ** 2
 
 
+@pytest.mark.heavy
 def test_a_scope_inside_compiled_code() -> None:
     pair, graphs = Pair("mha_encoder"), Graphs()
 
@@ -380,6 +382,7 @@ def test_a_graph_break_inside_a_scope_inside_compiled_code(pair: Pair) -> None:
     assert elsewhere == ["a"] * 6
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_part_of_a_model() -> None:
     pair = Pair("gpt")
@@ -390,6 +393,7 @@ def test_a_compiled_part_of_a_model() -> None:
             assert pair.seen() == in_force
 
 
+@pytest.mark.heavy
 def test_inductor_equals_eager(pair: Pair) -> None:
     compiled = torch.compile(pair.model, fullgraph=True)
     for name in CHOICES:

@@ -13,6 +13,8 @@ import peftlite as pl
 from peftlite import cli, demo
 from peftlite.demo import gpt, text, training
 
+pytestmark = pytest.mark.heavy
+
 LEARNS = training.Recipe(steps=40, lr=2e-2, context=32)
 TINY = demo.Settings(
     dim=32,

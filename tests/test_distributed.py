@@ -18,6 +18,8 @@ from tests.cells import close, disturb
 from tests.digest import bits
 from tests.zoo import GPT, KINDS, Kind, seeded
 
+pytestmark = pytest.mark.heavy
+
 
 class CheckpointedGPT(GPT):
     """The small GPT with its blocks recomputed in the backward pass."""

@@ -60,6 +60,7 @@ def test_the_readme_learns_and_restores(tmp_path: Path, monkeypatch: pytest.Monk
     assert loss < 0.9 * base
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     not version("transformers").startswith("4."),
     reason="the page is made with the versions of constraints.txt, which serve other models",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 # the rooms of the package from the ground up: a module, or a folder of them
 FLOORS = (
     "errors table version fields",

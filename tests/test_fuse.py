@@ -334,6 +334,7 @@ def test_threads_do_not_meet() -> None:
     assert not wrong
 
 
+@pytest.mark.heavy
 def test_compiled_code_is_as_without_it() -> None:
     graphs: list[torch.fx.GraphModule] = []
 

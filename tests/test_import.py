@@ -31,6 +31,7 @@ def imported(use: str = "") -> set[str]:
     return set(json.loads(result.stdout))
 
 
+@pytest.mark.heavy
 def test_imports_what_is_used() -> None:
     assert imported() == {"peftlite", "peftlite.version"}
     served = imported("peftlite.attach")

@@ -47,6 +47,7 @@ def test_a_model_with_deltas_is_freed_at_once(name: str) -> None:
         gc.enable()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["mlp", "hf_llama"])
 def test_a_file_gives_the_same_bits_in_another_process(name: str, tmp_path: Path) -> None:
     kind, model = ZOO[name], ZOO[name].model()

@@ -315,6 +315,7 @@ def test_dropout_drops_inputs_of_the_delta_alone(case, lora, p, seed) -> None:
     close(raw(layer, "weight"), w + d)
 
 
+@pytest.mark.heavy
 @settings(max_examples=10)
 @given(case=layers(st.just(torch.float64)), p=st.floats(0.1, 0.9), seed=seeds)
 def test_dropout_changes_no_expected_value(case: Layer, p: float, seed: int) -> None:
@@ -380,6 +381,7 @@ def transforms(f: Callable, values: dict[str, Tensor], x: Tensor) -> dict[str, T
 
 
 # torch's own forward mode still scripts its decompositions
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @given(case=functions())
 def test_torch_func(case) -> None:
@@ -691,5 +693,5 @@ class Verbs(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-TestVerbs = Verbs.TestCase
+TestVerbs = pytest.mark.heavy(Verbs.TestCase)
 TestVerbs.settings = settings(stateful_step_count=100)  # deep enough for three deltas

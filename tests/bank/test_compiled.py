@@ -12,6 +12,8 @@ from peftlite.bank import DeltaBank
 from tests.bank.banks import WIDTH, Models
 from tests.zoo import KINDS
 
+pytestmark = pytest.mark.heavy
+
 ZOO = {kind.name: kind for kind in KINDS}
 
 

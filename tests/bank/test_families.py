@@ -203,6 +203,7 @@ def compiled(family: Family, kind: str, backend: str) -> None:
             assert_close(got, each_alone(ZOO[kind], twin, mix, batch))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("family", "kind"), COMPILED, ids=str)
 @torch.no_grad()
 def test_compiled_once_for_every_mix(family: Family, kind: str) -> None:

@@ -28,6 +28,7 @@ MIX = st.lists(st.sampled_from([None, *"abc"]), min_size=1, max_size=6).filter(a
 MIXES = st.lists(MIX, max_size=4)
 
 
+@pytest.mark.heavy
 @given(mixes=MIXES)
 def test_each_delta_learns_as_it_would_alone(mixes: list[list[str | None]]) -> None:
     own = Models("abc")
@@ -190,6 +191,7 @@ def test_half_precision_is_for_inference() -> None:
         bank.parameters("a")
 
 
+@pytest.mark.heavy
 def test_compiled_code_refuses_to_train() -> None:
     own = Models("a")
     compiled = torch.compile(own.model, fullgraph=True, backend="eager")

@@ -217,6 +217,7 @@ def test_autocast_is_the_base_s(dtype: torch.dtype) -> None:
     assert_close({name: t.to(dtype) for name, t in found.items()}, true)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
 def test_compiles_whole(dropout: float, shape: tuple[int, ...]) -> None:

@@ -27,6 +27,7 @@ SEED = torch.tensor(0x1234_5678_9ABC_DEF)
 dropouts = pytest.mark.parametrize("dropout", [0.0, 0.3])
 
 
+@pytest.mark.heavy
 @dropouts
 def test_any_number_of_tokens_is_one_graph(dropout: float) -> None:
     torch.compiler.reset()

@@ -14,7 +14,10 @@ ROOT = HERE.parents[1]
 # for each factor's dtype, on the newer GPU: four and three blocks of four warps a multiprocessor
 MOST_REGISTERS = {"bf16, bf16": 128, "fp16, fp16": 128, "bf16, fp32": 168, "fp16, fp32": 168}
 MOST_SHARED = {80: 163 * 2**10, 90: 227 * 2**10}
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux alone")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux alone"),
+]
 
 
 @pytest.mark.parametrize("file", ["interpreted.py", "interpreted_beside.py", "interpreted_rows.py"])

@@ -65,6 +65,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_step_it_goes_on_to_the_bit(kind: str, tmp_path: Path) -> None:
     method, options = KINDS[kind]
@@ -77,6 +78,7 @@ def test_killed_at_any_step_it_goes_on_to_the_bit(kind: str, tmp_path: Path) -> 
         assert same(found[0], expected[0]) and found[1:] == expected[1:], at
 
 
+@pytest.mark.heavy
 def test_kill_minus_9() -> None:
     script, path = resume.__file__, {"PYTHONPATH": str(Path(pl.__file__).parents[1])}
     run = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True,

@@ -83,6 +83,7 @@ def reader() -> nn.Module:
 LORA = pl.LoRA(rank=8, targets="*")
 
 
+@pytest.mark.heavy
 def test_three_tasks_with_a_delta_each_forget_nothing() -> None:
     model = reader()
     learned = {"0": score(model, 0)}
@@ -100,6 +101,7 @@ def test_three_tasks_with_a_delta_each_forget_nothing() -> None:
     assert set(found.tasks.values()) == {0.0} and found.mean == found.backward_transfer == 0
 
 
+@pytest.mark.heavy
 def test_three_tasks_on_one_delta_forget() -> None:
     model = reader()
     pl.attach(model, LORA, "all")

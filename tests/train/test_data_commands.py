@@ -75,6 +75,7 @@ def answers(run: Run, *args: str) -> Any:
     return json.loads(run("compare", "model", *args, "--json"))
 
 
+@pytest.mark.heavy
 def test_compare(run: Run) -> None:
     learn("sql", ASKED)
     model = llama()
@@ -95,6 +96,7 @@ def test_compare(run: Run) -> None:
     assert text.count("wanted") == 2 and "as wanted, of 1" in text
 
 
+@pytest.mark.heavy
 def test_compare_on_plain_prompts(run: Run) -> None:
     learn("sql", ASKED)
     Path("folder").mkdir()

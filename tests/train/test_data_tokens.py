@@ -56,6 +56,7 @@ def test_texts_come_back(text: str) -> None:
     assert tokenizer.to_bytes(tokenizer.encode(text)) == text.encode(errors="surrogatepass")
 
 
+@pytest.mark.heavy
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), st.text())))
 def test_no_text_spells_a_role(turns: list[tuple[str, str]]) -> None:
     tokenizer = data.ByteTokenizer()

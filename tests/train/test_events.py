@@ -160,6 +160,7 @@ def test_csv(tmp_path: Path) -> None:
     assert rows[1]["full_valid_loss"] == "" and rows[9]["old forgotten"] == "0.0"
 
 
+@pytest.mark.heavy
 def test_a_plot(tmp_path: Path) -> None:
     history = trainer(probes={"old": lambda _: 0.5}, valid_every=1).fit()
     figure = history.plot(tmp_path / "history.png")

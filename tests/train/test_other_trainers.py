@@ -120,6 +120,7 @@ def base(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in digest(model).items() if not key.endswith(": attributes")}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("loop", [peftlites, transformers, accelerate, lightning])
 # pytorch-lightning 2.6 on torch 2.13
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning")
@@ -137,6 +138,7 @@ def test_every_loop_learns_the_same_delta(loop: Callable[..., None], tmp_path: P
     assert torch.equal(shown(model).logits, tuned.logits)
 
 
+@pytest.mark.heavy
 def test_transformers_trainer_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
     transformers(attached(llama()), tmp_path)
     again = attached(llama())

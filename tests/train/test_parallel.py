@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import peftlite as pl
+from peftlite.cli import main
 from tests.train import together
 from tests.train.chats import hf_tokenizer, llama, rows, write
 from tests.train.test_trainer import same
 from tests.train.tiny import gpt, timeless, trainer, values
 from tests.train.together import CASES, DRY, EQUAL, EVEN, fitted
+
+pytestmark = pytest.mark.heavy
 
 KINDS = ("ddp", "fsdp")
 
@@ -196,20 +199,23 @@ def test_a_checkpoint_of_two_is_not_gone_on_with_by_one(ran: Path, tmp_path: Pat
         run.fit(resume=ran / "uneven-ddp" / "step-00000009-epoch-3")
 
 
-def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One file, one report, and what one process leaves."""
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained("model")
     hf_tokenizer(pl.data.CHATML).save_pretrained("model")
     write(Path("chats.jsonl"), rows()[:24])
     command = [
-        "-m", "peftlite", "train", "--model", "model", "--data", "chats.jsonl", "--max-length",
-        "48", "--epochs", "1", "--batch-size", "8", "--set", "dropout=0", "--json", "--out",
+        "train", "--model", "model", "--data", "chats.jsonl", "--max-length",
+        "64", "--epochs", "1", "--batch-size", "8", "--set", "dropout=0", "--json", "--out",
     ]  # fmt: skip
-    alone = launched([*command, "one"], [sys.executable])
+    assert main([*command, "one"]) == 0
+    alone = json.loads(capsys.readouterr().out)
     for kind in KINDS:
-        told = json.loads(launched([*command, kind, "--parallel", kind, "--name", "one"]))
-        assert told["settings"] == {**json.loads(alone)["settings"], "processes": 2}
+        module = ["-m", "peftlite", *command, kind, "--parallel", kind, "--name", "one"]
+        assert json.loads(launched(module))["settings"] == {**alone["settings"], "processes": 2}
         found, expected = (load_file(f"{folder}/one.safetensors") for folder in (kind, "one"))
         assert {path.name for path in Path(kind).iterdir()} == {
             path.name for path in Path("one").iterdir()

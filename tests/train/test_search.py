@@ -122,6 +122,7 @@ def test_a_grid_of_trials_is_trainers_by_themselves() -> None:
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("how", HOWS)
 def test_goes_on_after_a_break(how: Any, tmp_path: Path) -> None:
     build = builder(base())
@@ -159,6 +160,7 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoints(tmp_path: Path) -> No
     assert found == whole
 
 
+@pytest.mark.heavy
 def test_worse_trials_are_stopped() -> None:
     scores = [0.0, 0.5, 0.6] * STARTUP + [0.0, 0.4] + [0.0, 0.5, 0.4] + [0.0, 0.7, 0.1]
     found = scored(scores, trials=STARTUP + 3)

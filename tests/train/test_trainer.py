@@ -65,6 +65,7 @@ def test_it_is_the_loop_by_hand_to_the_bit() -> None:
     assert same(values(ours), values(theirs))
 
 
+@pytest.mark.heavy
 @settings(max_examples=15)
 @given(st.integers(2, 12), st.integers(1, 12), st.sampled_from(["tokens", "rows"]))
 def test_accumulation_is_one_big_batch(parts: int, size: int, kind: str) -> None:
@@ -148,6 +149,7 @@ def test_checkpointing_changes_nothing(build: Callable[[], nn.Module]) -> None:
     assert not getattr(ours, "is_gradient_checkpointing", False)
 
 
+@pytest.mark.heavy
 def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -54,6 +54,22 @@ def conv() -> nn.Module:
     return nn.Sequential(nn.Conv1d(16, 16, 3), nn.GELU(), nn.Conv1d(16, 16, 3))
 
 
+class Thrice(nn.Module):
+    """A weight of two modules, one of them under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(4, 4)
+        self.c = nn.Linear(4, 4)
+        self.c.weight = self.a.weight
+
+
+FOURTH_TOKEN = pl.SparseMask(
+    select="given", fraction=1 / 29, targets="embed",
+    scores={"embed.weight": torch.eye(29)[3][:, None].expand(29, 16)},
+)  # fmt: skip
+
+
 def exporting(method: Any, says: str, model: Callable[[], Any] = bare, **options: Any) -> Case:
     def act(model: nn.Module, path: Path) -> None:
         pl.export(delta(model), path, **options)
@@ -195,6 +211,23 @@ CASES = [
     exporting(pl.LoRA(targets="in_proj_weight"), cannot("0.layers.0.self_attn.in_proj_weight",
               "peft changes 0.layers.0.self_attn.out_proj.weight with it, which the delta leaves "
               "as it is"), on("mha_encoder")),
+    exporting([pl.LoRA(rank=2, targets="in_proj_weight"), pl.LoRA(rank=3, targets="out_proj")],
+              cannot("0.layers.0.self_attn.out_proj.weight", "peft has one setting for both maps "
+              "of an attention"), on("mha_encoder")),
+    exporting(pl.IA3(targets="v_proj.bias"), cannot("blocks.0.attn.v_proj.bias", "peft scales a "
+              "bias with its weight alone")),
+    exporting([pl.PrefixTuning(prefix_length=2, targets="blocks.0.attn"),
+               pl.PrefixTuning(prefix_length=3, targets="blocks.1.attn")],
+              cannot("blocks.0.attn()", "peft has one prompt in an adapter, or one shape of "
+              "prefix"), settings={"task_type": "CAUSAL_LM"}),
+    exporting([pl.IA3(targets="q_proj"), FOURTH_TOKEN], cannot("embed.weight", "peft has rows of "
+              "embeddings beside LoRA, and not IA3")),
+    exporting(pl.FullTuning(targets="scale_matrix"), cannot("scale_matrix", "peft takes a copy of "
+              "all of the model"), on("raw")),
+    exporting(pl.FullTuning(targets="2.bias"), cannot("2.bias", "2 is parametrized"),
+              on("weight_norm")),
+    exporting(pl.FullTuning(targets="a.weight"), cannot("a.weight", "its module has two names, and "
+              "another module has its weight"), Thrice),
     exporting(pl.OFT(neumann_terms=1),
               "peft has no OFT with neumann_terms=1, but from 2 up, and exact"),
     exporting([pl.OFT(targets="q_proj", block_size=4), pl.OFT(targets="v_proj", block_size=8)],

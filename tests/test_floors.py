@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
@@ -83,6 +85,27 @@ def test_imports_go_down(module: str) -> None:
 
 def test_imports_across_a_floor_make_no_circle() -> None:
     TopologicalSorter(_graph()).prepare()
+
+
+@each_module
+def test_is_what_its_name_leads_to(module: str) -> None:
+    """No function of a module's name hides it, in a process that has imported all of them."""
+    assert module not in _hidden()
+
+
+@functools.cache
+def _hidden() -> set[str]:
+    names = [module for module in MODULES if not module.endswith("__main__")]
+    code = f"""
+import functools, sys
+{"; ".join(f"import {name}" for name in names)}
+for name in {names}:
+    found = functools.reduce(getattr, name.split(".")[1:], peftlite)
+    print(name if found is not sys.modules[name] else "")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if _room(m) == "methods"])

@@ -57,8 +57,8 @@ def run_compare(args: argparse.Namespace) -> Outcome:
             with using(model, delta):
                 answer = _answer(model, tokenizer, question.prompt, args.max_new_tokens)
                 question.answers[name] = answer
-    asked = [q for q in questions if q.wanted is not None]
-    hits = {name: sum(q.answers[name].strip() == q.wanted.strip() for q in asked) for name in names}
+    asked = [(q.answers, q.wanted.strip()) for q in questions if q.wanted is not None]
+    hits = {name: sum(own[name].strip() == wanted for own, wanted in asked) for name in names}
     texts = [*map(str, questions)]
     if asked:
         texts.append(

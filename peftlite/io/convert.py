@@ -80,22 +80,25 @@ class Unpickled(Tensors):
         self.path, self.metadata, self.num_bytes = str(path), {}, path.stat().st_size
         try:
             with open(path, "rb") as file:  # by its name torch may take it for something else
-                held: Any = torch.load(file, map_location="cpu", weights_only=True)
+                found: Any = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # there is no end to how one can fail
             raise FileError(
                 f"{self.path!r} is neither a safetensors file nor a pickle of tensors alone, and "
                 "nothing else is unpickled, since it may run code"
             ) from error
-        while isinstance(held, dict) and len(held) == 1 and isinstance(*held.values(), dict):
-            (held,) = held.values()  # litgpt's {"model": …}
-        self._held = dict(held) if isinstance(held, dict) else {"": held}
-        for key, x in self._held.items():
+        while isinstance(found, dict) and len(found) == 1:
+            (inner,) = found.values()
+            if not isinstance(inner, dict):
+                break
+            found = inner  # litgpt's {"model": …}
+        self._tensors = dict(found) if isinstance(found, dict) else {"": found}
+        for key, x in self._tensors.items():
             if not isinstance(key, str) or not isinstance(x, Tensor) or not _is_plain(x):
                 raise FileError(f"{self.path!r} holds {short(x)} as {key!r}, no plain tensor")
-        self.entries = {k: Entry.of(x) for k, x in self._held.items()}
+        self.entries = {k: Entry.of(x) for k, x in self._tensors.items()}
 
     def get(self, key: str) -> Tensor:
-        return self._held[key]
+        return self._tensors[key]
 
 
 def _is_plain(x: Tensor) -> bool:

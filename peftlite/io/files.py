@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import safetensors
 import torch
@@ -27,9 +27,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-if TYPE_CHECKING:
-    import numpy as np
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -137,8 +134,10 @@ def _temporary(path: Path) -> BinaryIO:
 
 def _collect(path: Path) -> None:
     """Deletes the temporary files of `path` that killed processes left: those that none locks."""
+    if fcntl is None:
+        return
     left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
-    for name in filter(left.fullmatch, os.listdir(path.parent) if fcntl is not None else ()):
+    for name in filter(left.fullmatch, os.listdir(path.parent)):
         with contextlib.suppress(OSError), open(path.with_name(name), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(file.name)
@@ -222,9 +221,9 @@ def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield waiting.popleft().result()
 
 
-def data_of(tensor: Tensor) -> np.ndarray:
+def data_of(tensor: Tensor) -> memoryview:
     """A tensor's bytes in order, without copying where they lie in order already."""
-    return bytes_of(unshard(tensor.detach()).cpu()).numpy()
+    return bytes_of(unshard(tensor.detach()).cpu()).numpy().data
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

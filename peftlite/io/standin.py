@@ -106,21 +106,11 @@ def stand_in(
         modules: what is known of the modules, by a tensor's address.
         transposed: whether an unknown matrix is (i, o), as in the GPT-2 of transformers.
     """
-    given = {name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items()}
-    parameters = {}
-    for address, its in modules.items():  # first, as a patch goes by the first of a tensor's owners
-        names = [address, *its.get("names", ())]
-        for name in names:
-            if held := [given[n] for n in (name, *names) if n in given]:
-                parameters[name] = held[0]
-    parameters |= {name: parameter for name, parameter in given.items() if name not in parameters}
     known = {address.rpartition(".")[0]: its for address, its in modules.items()}
     root = nn.Module()
-    for name, parameter in parameters.items():
-        *steps, slot = name.split(".")
-        path, module = ".".join(steps), root
-        for step in steps:
-            module = module._modules.setdefault(step, nn.Module())
+    for name, parameter in _parameters(tensors, modules).items():
+        path, _, slot = name.rpartition(".")
+        module = _submodule(root, path)
         its = known.get(path) or {"module": _guess(path, slot, parameter, transposed)}
         if its["module"] != "Module":
             _become(module, its)
@@ -129,6 +119,31 @@ def stand_in(
             module._parameters.setdefault("bias", None)
             module.kernel_size = parameter.shape[2:]
     return root.eval()
+
+
+def _parameters(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Any]]
+) -> dict[str, nn.Parameter]:
+    """The parameters by every name, those that a delta changes first and by the name it knows."""
+    given = {name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items()}
+    found: dict[str, nn.Parameter] = {}
+    for address, its in modules.items():  # first, as a patch goes by the first of a tensor's owners
+        names = [address, *its.get("names", ())]
+        for name in names:
+            if own := [given[n] for n in (name, *names) if n in given]:
+                found[name] = own[0]
+    return found | {name: parameter for name, parameter in given.items() if name not in found}
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path, made where there is none yet."""
+    module = root
+    for step in path.split(".") if path else ():
+        inner = module._modules.get(step)
+        if inner is None:
+            inner = module._modules[step] = nn.Module()
+        module = inner
+    return module
 
 
 def _guess(path: str, slot: str, tensor: Tensor, transposed: bool) -> str:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from peftlite.core.patch import Method
 from peftlite.methods.dora import DoRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.methods.lora import LoRA
+
+Kind: TypeAlias = type[LoRA] | type[LoHa] | type[LoKr]
 
 # what diffusers says of settings, and what convert adds where a file doesn't say it
 CONFIG, ALPHA, PARTS = "lora_adapter_metadata", "alpha", "parts"
@@ -50,7 +51,7 @@ class Peer:
     """
 
     name: str
-    methods: Mapping[type[Method], Mapping[str, str]]
+    methods: Mapping[Kind, Mapping[str, str]]
     older: Mapping[str, str] = field(default_factory=dict)
     starts: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": [""]})
     joint: str = "."

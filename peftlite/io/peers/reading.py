@@ -14,7 +14,7 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site, slice_of
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
-from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Peer
+from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Kind, Peer
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import At
 from peftlite.io.peft.forms import FORMS
@@ -143,7 +143,7 @@ class Reading:
                 self.entries[f"{address}:{p}"] = Entry.of(made)
                 self._sources[f"{address}:{p}"] = key, lambda x, w=whole, c=part: c(w(x))
 
-    def _kind(self, name: str, keys: Mapping[str, str]) -> tuple[type[Method], dict[str, str]]:
+    def _kind(self, name: str, keys: Mapping[str, str]) -> tuple[Kind, dict[str, str]]:
         """A module's method, and its keys by our names of parameters."""
         for kind, names in self.peer.methods.items():
             own = {p: keys[theirs] for p, theirs in names.items() if theirs in keys}
@@ -168,7 +168,7 @@ class Reading:
         return norms if parameter == "m" else factor
 
     def _method(
-        self, kind: type[Method], name: str, keys: Mapping[str, str], t: Mapping[str, Tensor]
+        self, kind: Kind, name: str, keys: Mapping[str, str], t: Mapping[str, Tensor]
     ) -> Method:
         """A module's method, with the settings that its tensors and the file tell."""
         rank = next((t[p].shape[at] for p, at in RANKS if p in t), None)

@@ -142,11 +142,10 @@ def _listed(methods: list[dict[str, Any]]) -> str:
 
 def _tensors(path: str, info: Info, label: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of a delta's file, unpacked where it's ours, each compared with its digest."""
-    where = Path(path)
     if info.format != "peftlite":
-        tensors = Checkpoint(where)
+        tensors = Checkpoint(path)
         return ((key, tensors[key]) for key in _with_bar(list(tensors), label))
-    content = native.read(where)
+    content = native.read(Path(path))
     return ((key, content.get(key)) for key in _with_bar(list(content.entries), label))
 
 

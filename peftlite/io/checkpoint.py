@@ -33,15 +33,15 @@ class Checkpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        where = as_path(path)
-        if where.name.endswith(INDEX):
-            where = where.parent
-        self.path = where
-        self.folder = where if where.is_dir() else None
-        self.files = [Tensors(file) for file in (_shards(where) if self.folder else [where])]
+        path = as_path(path)
+        if path.name.endswith(INDEX):
+            path = path.parent
+        self.path = path
+        self.folder = path if path.is_dir() else None
+        self.files = [Tensors(file) for file in (_shards(path) if self.folder else [path])]
         self._home = {key: file for file in self.files for key in file.entries}
         if len(self._home) < sum(len(file.entries) for file in self.files):
-            raise FileError(f"{str(where)!r} has a tensor in two of its files")
+            raise FileError(f"{str(path)!r} has a tensor in two of its files")
 
     def __getitem__(self, key: str) -> Tensor:
         return self._home[key].get(key)
@@ -57,7 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return sum(file.num_bytes for file in self.files)
 
     def rewrite(
-        self, out: str | os.PathLike[str], change: Callable[[str], Tensor | None], tell: Any
+        self, out: str | os.PathLike[str], change: Callable[[str], Tensor | None], advance: Any
     ) -> None:
         """Writes a checkpoint like this one, of as many files, but for the tensors that change.
 
@@ -66,19 +66,19 @@ class Checkpoint(Mapping[str, Tensor]):
 
         Args:
             change: a tensor's new values, of its dtype and shape; None if it stays.
-            tell: called with the bytes that were written since it was.
+            advance: called with the bytes that were written since it was.
         """
-        where = as_path(out)
+        out = as_path(out)
         if self.folder is None:
-            if where.exists() and self.path.samefile(where):
-                raise FileError(f"{str(where)!r} is the base itself: give the result another name")
-            with replacing(where) as file:
-                _rewrite(self.files[0], file, change, tell)
+            if out.exists() and self.path.samefile(out):
+                raise FileError(f"{str(out)!r} is the base itself: give the result another name")
+            with replacing(out) as file:
+                _rewrite(self.files[0], file, change, advance)
             return
-        with replacing_folder(where, _taken) as temporary:
+        with replacing_folder(out, _taken) as temporary:
             for tensors in self.files:
                 with replacing(temporary / Path(tensors.path).name) as file:
-                    _rewrite(tensors, file, change, tell)
+                    _rewrite(tensors, file, change, advance)
             for other in sorted(self.folder.iterdir()):
                 mine = other.name.endswith(INDEX) or not _WEIGHTS.fullmatch(other.name)
                 if other.is_file() and mine:
@@ -101,15 +101,17 @@ def _shards(folder: Path) -> list[Path]:
         )
     if not indices:
         return [folder / files[0]]
-    at = str(folder / indices[0])
+    index = str(folder / indices[0])
     try:
-        names = {*json.loads(Path(at).read_bytes())["weight_map"].values()}
+        names = {*json.loads(Path(index).read_bytes())["weight_map"].values()}
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise FileError(f"{at!r} is no index of a checkpoint: {reason(error)}") from error
+        raise FileError(f"{index!r} is no index of a checkpoint: {reason(error)}") from error
     for name in names:
         # a name, and no path to a file elsewhere
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise FileError(f"{at!r} names {short(name)}, which is no name of a safetensors file")
+            raise FileError(
+                f"{index!r} names {short(name)}, which is no name of a safetensors file"
+            )
     return [folder / name for name in sorted(names)]
 
 
@@ -117,7 +119,7 @@ def _rewrite(
     tensors: Tensors,
     out: BinaryIO,
     change: Callable[[str], Tensor | None],
-    tell: Callable[[int], Any],
+    advance: Callable[[int], Any],
 ) -> None:
     with open(tensors.path, "rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
@@ -125,13 +127,13 @@ def _rewrite(
         header.pop("__metadata__", None)
         spans = sorted((*its["data_offsets"], key) for key, its in header.items())
         source.seek(0)
-        _copy(source, out, 8 + length, tell)
+        _copy(source, out, 8 + length, advance)
         for start, stop, key in spans:
             if _put(change(key), out):
                 source.seek(stop - start, os.SEEK_CUR)
-                tell(stop - start)
+                advance(stop - start)
             else:
-                _copy(source, out, stop - start, tell)
+                _copy(source, out, stop - start, advance)
 
 
 def _put(value: Tensor | None, out: BinaryIO) -> bool:
@@ -141,11 +143,11 @@ def _put(value: Tensor | None, out: BinaryIO) -> bool:
     return value is not None
 
 
-def _copy(source: BinaryIO, out: BinaryIO, count: int, tell: Callable[[int], Any]) -> None:
+def _copy(source: BinaryIO, out: BinaryIO, count: int, advance: Callable[[int], Any]) -> None:
     while count:
         data = source.read(min(count, 1 << 20))
         if not data:
             raise FileError(f"{source.name!r} became shorter while it was read")
         out.write(data)
-        tell(len(data))
+        advance(len(data))
         count -= len(data)

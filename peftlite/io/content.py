@@ -70,7 +70,7 @@ class Info:
         return sum(numel(shape) for _, shape in self.tensors.values())
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{type(m).__name__} at {len(where)} sites" for m, where in self.methods)
+        kinds = ", ".join(f"{type(m).__name__} at {len(sites)} sites" for m, sites in self.methods)
         rows = [
             [key, dtype, "×".join(map(str, shape)), f"{numel(shape):,}"]
             for key, (dtype, shape) in self.tensors.items()

@@ -63,10 +63,10 @@ def difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str | None:
 def _whole(data: Tensor, tensor: Tensor) -> str:
     # writing through `.data` isn't counted as a version
     state = (tensor._version, _checksum(data))
-    held = _known.get(tensor)
-    if held is None or held[0] != state:
-        held = _known[tensor] = (state, sha256(data))
-    return held[1]
+    known = _known.get(tensor)
+    if known is None or known[0] != state:
+        known = _known[tensor] = (state, sha256(data))
+    return known[1]
 
 
 def _checksum(tensor: Tensor) -> tuple[list[int], bytes]:
@@ -75,15 +75,15 @@ def _checksum(tensor: Tensor) -> tuple[list[int], bytes]:
     In lanes, since one sum wouldn't see rows change places; a prime's, since rows fit none.
     """
     data = bytes_of(tensor)
-    whole = len(data) // (8 * _LANES) * 8 * _LANES
+    even = len(data) // (8 * _LANES) * 8 * _LANES
     if data.data_ptr() % 8:
         data = data.clone()
-    sums = data[:whole].view(torch.int64).view(-1, _LANES).sum(0)
-    return sums.tolist(), bytes(data[whole:].tolist())
+    sums = data[:even].view(torch.int64).view(-1, _LANES).sum(0)
+    return sums.tolist(), bytes(data[even:].tolist())
 
 
 def _sample(tensor: Tensor) -> str:
     flat = tensor.reshape(-1)
     count = min(len(flat), 4096)
-    at = torch.arange(count, device=flat.device) * len(flat) // max(count, 1)
-    return hashlib.sha256(data_of(flat[at])).hexdigest()
+    entries = torch.arange(count, device=flat.device) * len(flat) // max(count, 1)
+    return hashlib.sha256(data_of(flat[entries])).hexdigest()

@@ -60,8 +60,8 @@ def merge_files(
     refuse_calls(placed)
     touched: dict[str, tuple[str, list[Patch]]] = {
         whole_address(name): (address, patches)
-        for address, (where, patches) in by_tensor(placed).items()
-        for name in where.names
+        for address, (site, patches) in by_tensor(placed).items()
+        for name in site.names
     }
     change: dict[str, float] = {}
 

@@ -89,8 +89,7 @@ def save(
     delta = given_delta("save", delta, model)
     check_given("pack", pack, (None, *packing.PACKINGS))
     check_given("base", base, KINDS)
-    where = as_path(path)
-    write(delta, where, base, notes=notes, pack=pack)
+    write(delta, as_path(path), base, notes=notes, pack=pack)
 
 
 def write(
@@ -171,8 +170,8 @@ def base_of(delta: Delta, kind: str) -> dict[str, dict[str, Any]]:
     }
     merged_in = delta.merged_in
     tensors = (
-        where.whole if merged_in is None else base_tensor(merged_in, where, but=delta)
-        for where in sites.values()
+        site.whole if merged_in is None else base_tensor(merged_in, site, but=delta)
+        for site in sites.values()
     )
     return dict(zip(sites, fingerprints((tensor, kind) for tensor in tensors), strict=True))
 
@@ -232,7 +231,7 @@ def read(path: Path, model: nn.Module | None = None, sites: Sequence[Site] = ())
             raise FileError(f"{file.path!r} is damaged, copy it again: not what was saved is {key}")
         return tensor
 
-    def whole(key: str) -> Tensor:
+    def unpacked(key: str) -> Tensor:
         try:
             return packing.unpack(key, about, get)
         except ValueError as error:
@@ -242,7 +241,7 @@ def read(path: Path, model: nn.Module | None = None, sites: Sequence[Site] = ())
         name=header["name"],
         methods=methods,
         entries=packing.unpacked(file.entries, about),
-        get=whole,
+        get=unpacked,
         base=header["base"],
         modules=header["modules"],
     )
@@ -250,17 +249,17 @@ def read(path: Path, model: nn.Module | None = None, sites: Sequence[Site] = ())
 
 def _header(file: Tensors) -> tuple[dict[str, Any], list[tuple[Method, list[str]]]]:
     """The header and its methods, each part of it looked at before it is believed."""
-    at = file.path
+    path = file.path
     try:
         header = json.loads(file.metadata[KEY])
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{at!r} has a header that is no JSON: {error}") from error
-    methods = _check(header, at)
+        raise FileError(f"{path!r} has a header that is no JSON: {error}") from error
+    methods = _check(header, path)
     if not _intact(header, file):
-        raise FileError(f"{at!r} is damaged: its header isn't what was saved; copy it again")
+        raise FileError(f"{path!r} is damaged: its header isn't what was saved; copy it again")
     for key, its in header.get("packed", {}).items():
         if not packing.is_sound(key, its, file.entries):
-            raise FileError(f"{at!r} has a broken header: its 'packed' has {key!r}: {its!r}")
+            raise FileError(f"{path!r} has a broken header: its 'packed' has {key!r}: {its!r}")
     return header, methods
 
 
@@ -272,26 +271,27 @@ def _intact(header: dict[str, Any], file: Tensors) -> bool:
         return False
 
 
-def _check(header: Any, at: str) -> list[tuple[Method, list[str]]]:
+def _check(header: Any, path: str) -> list[tuple[Method, list[str]]]:
     def part(of: Any, name: str, kind: type) -> Any:
         value = of.get(name) if isinstance(of, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise FileError(f"{at!r} has a broken header: its {name!r} is {value!r}")
+            raise FileError(f"{path!r} has a broken header: its {name!r} is {value!r}")
         return value
 
     version = part(header, "format", int)
     if version < 1:
-        raise FileError(f"{at!r} has a broken header: its 'format' is {version}")
+        raise FileError(f"{path!r} has a broken header: its 'format' is {version}")
     if version > FORMAT:
         raise FileError(
-            f"{at!r} has format {version}, and this peftlite reads up to {FORMAT}: upgrade peftlite"
+            f"{path!r} has format {version}, and this peftlite reads up to {FORMAT}: upgrade "
+            "peftlite"
         )
     methods = []
     for entry in part(header, "methods", list):
         addresses = part(entry, "sites", list)
         if not addresses or not all(isinstance(address, str) for address in addresses):
-            raise FileError(f"{at!r} has a broken header: its 'sites' are {addresses!r}")
-        method = _method(part(entry, "method", str), part(entry, "config", dict), at)
+            raise FileError(f"{path!r} has a broken header: its 'sites' are {addresses!r}")
+        method = _method(part(entry, "method", str), part(entry, "config", dict), path)
         methods.append((method, addresses))
     for name, kind in (("tensors", dict), ("name", str), ("library", str)):
         part(header, name, kind)
@@ -299,33 +299,35 @@ def _check(header: Any, at: str) -> list[tuple[Method, list[str]]]:
         part({name: {}, **header}, name, dict)
     for address, entry in part(header, "base", dict).items():
         if not isinstance(entry, dict) or kind_of(entry) is None:
-            raise FileError(f"{at!r} has a broken header: its base has {address!r}: {entry!r}")
+            raise FileError(f"{path!r} has a broken header: its base has {address!r}: {entry!r}")
     for address, entry in part(header, "modules", dict).items():
         if not standin.is_sound(entry):
-            raise FileError(f"{at!r} has a broken header: its 'modules' has {address!r}: {entry!r}")
+            raise FileError(
+                f"{path!r} has a broken header: its 'modules' has {address!r}: {entry!r}"
+            )
     return methods
 
 
-def _method(name: str, config: dict[str, Any], at: str, depth: int = 0) -> Method:
+def _method(name: str, config: dict[str, Any], path: str, depth: int = 0) -> Method:
     if depth > 8:
-        raise FileError(f"{at!r} has a broken header: methods within methods within methods …")
+        raise FileError(f"{path!r} has a broken header: methods within methods within methods …")
     kind = Method.known.get(name)
     if kind is None:
         raise FileError(
-            f"{at!r} holds the method {name!r}, which isn't known here; known are "
+            f"{path!r} holds the method {name!r}, which isn't known here; known are "
             f"{', '.join(sorted(Method.known))} (a method of your own: import it first)"
         )
     settings = _settings(kind)
     for key in sorted({*config} ^ {*settings}):
         what = "has no" if key in config else "needs the"
-        raise FileError(f"{at!r}: here {name} {what} setting {key!r}")
+        raise FileError(f"{path!r}: here {name} {what} setting {key!r}")
     for key, value in config.items():
         match value:
             case {"method": str(inner), "config": dict(its), **rest} if not rest:
-                config = {**config, key: _method(inner, its, at, depth + 1)}
+                config = {**config, key: _method(inner, its, path, depth + 1)}
     if isinstance(config["dtype"], str):
         config = {**config, "dtype": getattr(torch, config["dtype"], config["dtype"])}
     try:
         return kind(**config)
     except (PeftliteError, TypeError) as error:
-        raise FileError(f"{at!r} has an impossible setting of {name}: {error}") from error
+        raise FileError(f"{path!r} has an impossible setting of {name}: {error}") from error

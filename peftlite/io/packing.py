@@ -61,8 +61,8 @@ def unpacked(stored: Mapping[str, Entry], about: About) -> dict[str, Entry]:
     """What stored entries unpack to."""
     parts = {part for key, its in about.items() for part in _keys(key, its["as"])}
     found = {key: entry for key, entry in stored.items() if key not in parts}
-    whole = {k: Entry(getattr(torch, a["dtype"]), tuple(a["shape"])) for k, a in about.items()}
-    return {**found, **whole}
+    packed = {k: Entry(getattr(torch, a["dtype"]), tuple(a["shape"])) for k, a in about.items()}
+    return {**found, **packed}
 
 
 def is_sound(key: str, its: Any, stored: Mapping[str, Entry]) -> bool:
@@ -108,8 +108,8 @@ def _int8(tensor: Tensor) -> list[Tensor]:
 
 def _sparse(tensor: Tensor) -> list[Tensor]:
     flat = tensor.reshape(-1)
-    at = flat.nonzero()[:, 0]
-    return [flat[at], at.to(_index(tensor.shape))]
+    indices = flat.nonzero()[:, 0]
+    return [flat[indices], indices.to(_index(tensor.shape))]
 
 
 def _index(shape: Any) -> torch.dtype:
@@ -129,7 +129,7 @@ def _unpack(how: str, parts: list[Tensor], dtype: torch.dtype, shape: Any) -> Te
             return parts[0].to(dtype)
         case "int8":
             return (parts[0].float() * parts[1]).to(dtype)
-    values, at = parts
-    if len(at) and not 0 <= at.min() <= at.max() < numel(shape):
+    values, indices = parts
+    if len(indices) and not 0 <= indices.min() <= indices.max() < numel(shape):
         raise ValueError("an index is out of its tensor")
-    return values.new_zeros(numel(shape)).index_put((at.long(),), values).reshape(shape)
+    return values.new_zeros(numel(shape)).index_put((indices.long(),), values).reshape(shape)

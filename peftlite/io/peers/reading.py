@@ -16,7 +16,7 @@ from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Kind, Peer
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import At
+from peftlite.io.peft.form import Layer
 from peftlite.io.peft.forms import FORMS
 from peftlite.methods.lokr import LoKr
 from peftlite.table import listed
@@ -117,7 +117,7 @@ class Reading:
             _, first, stop = slice_of(site, part).index or (0, 0, 0)
             rows = {"a": (n * rank, rank), "b": (start, stop - first)}
             start += stop - first
-            cut = {p: lambda x, at=at: x.narrow(0, *at) for p, at in rows.items()}
+            cut = {p: lambda x, span=span: x.narrow(0, *span) for p, span in rows.items()}
             yield f"{site.address}[{part}]", cut
         if start != len(t["b"]):
             raise ValueError(f"its parts {parts} have {start} outputs, and B {len(t['b'])}")
@@ -138,10 +138,10 @@ class Reading:
         for address, cut in self._parts(name, site, t):
             self.methods.setdefault(method, []).append(address)
             for p, key in own.items():
-                whole, part = views[p], cut.get(p, _same)
+                view, part = views[p], cut.get(p, _same)
                 made = part(t[p])
                 self.entries[f"{address}:{p}"] = Entry.of(made)
-                self._sources[f"{address}:{p}"] = key, lambda x, w=whole, c=part: c(w(x))
+                self._sources[f"{address}:{p}"] = key, lambda x, v=view, c=part: c(v(x))
 
     def _kind(self, name: str, keys: Mapping[str, str]) -> tuple[Kind, dict[str, str]]:
         """A module's method, and its keys by our names of parameters."""
@@ -171,7 +171,7 @@ class Reading:
         self, kind: Kind, name: str, keys: Mapping[str, str], t: Mapping[str, Tensor]
     ) -> Method:
         """A module's method, with the settings that its tensors and the file tell."""
-        rank = next((t[p].shape[at] for p, at in RANKS if p in t), None)
+        rank = next((t[p].shape[dim] for p, dim in RANKS if p in t), None)
         settings: dict[str, Any] = {}
         if kind is LoKr:
             first = t["w1"].shape if "w1" in t else (len(t["w1a"]), t["w1b"].shape[1])
@@ -202,7 +202,7 @@ class Reading:
         if own := {k.removeprefix(start): v for k, v in data.items() if k.startswith(start)}:
             data, name = own, path
         config = Config({"peft_type": "LORA", **data}, self.file.path)
-        method: Any = FORMS["LORA"].method(config, At(name), {"lora_A.weight": a})
+        method: Any = FORMS["LORA"].method(config, Layer(name), {"lora_A.weight": a})
         config.take("bias", "none", str)  # a bias that is trained has a key, which can't be read
         config.finish()
         if method.init != "kaiming":

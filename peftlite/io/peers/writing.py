@@ -90,7 +90,7 @@ def _own(patch: Any, method: Method) -> tuple[type[Method], dict[str, Tensor]]:
 
 
 def _rank(own: Mapping[str, Tensor]) -> int | None:
-    return next((own[p].shape[at] for p, at in RANKS if p in own), None)
+    return next((own[p].shape[dim] for p, dim in RANKS if p in own), None)
 
 
 def _named(

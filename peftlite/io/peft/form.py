@@ -31,7 +31,7 @@ _PATTERNS = {
 
 
 @dataclass(frozen=True)
-class At:
+class Layer:
     """One module of an adapter, by its path, and the site that it changes there.
 
     `site` is None without a model, or where the model has no such module.
@@ -97,7 +97,7 @@ class Form:
     bias: ClassVar[str | None] = None
     """What `bias=` says where the biases of its modules are trained."""
 
-    def method(self, config: Config, at: At, t: Tensors) -> Any:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> Any:
         """Ours, from the settings and the shapes of peft's tensors; None if it changes nothing."""
         raise NotImplementedError
 
@@ -110,9 +110,9 @@ class Form:
         first = next(iter(settings.values()))
         found = dict(first)
         for name in first:
-            own = {at: its[name] for at, its in settings.items() if its[name] != first[name]}
+            own = {path: its[name] for path, its in settings.items() if its[name] != first[name]}
             if own and name in _PATTERNS:
-                found[_PATTERNS[name]] = {f"^{re.escape(at)}": x for at, x in own.items()}
+                found[_PATTERNS[name]] = {f"^{re.escape(path)}": x for path, x in own.items()}
             elif own and name != "lora_dropout":  # which is for training
                 raise PeftliteError(
                     f"peft has one {name} for all modules, and this delta has {short(first[name])} "
@@ -120,18 +120,18 @@ class Form:
                 )
         return found
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
         """Our tensors from peft's, which are taken out of `t`."""
         return {own: t.pop(name) for name, own in self.names if name in t}
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
         own = patch.saved()
         return {name: own[key] for name, key in self.names if key in own}
 
-    def parts(self, method: Any, t: Tensors, at: At) -> Parts:
+    def parts(self, method: Any, t: Tensors, layer: Layer) -> Parts:
         """Our tensors as `slot:name`, and what they are of; None for one that another site has."""
-        own = self.ours(t, at)
-        return [(method, {f"{at.site.slot}:{name}": x for name, x in own.items()})]
+        own = self.ours(t, layer)
+        return [(method, {f"{layer.site.slot}:{name}": x for name, x in own.items()})]
 
     def taken(self, site: Site) -> bool:
         """Whether peft takes a site."""

@@ -15,7 +15,7 @@ from peftlite.core.maps import kind_of
 from peftlite.core.site import Site
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, fit
 from peftlite.io.peft.forms.vectors import added_bias
 from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.dora import DoRA, DoRAPatch
@@ -33,7 +33,7 @@ class LoRAForm(Form):
     convs = (1, 2, 3)
     bias = "lora_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> LoRA:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> LoRA:
         a = t["lora_embedding_A" if "lora_embedding_A" in t else "lora_A.weight"]
         init = config.take("init_lora_weights", True, bool, str)
         if init not in (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"):
@@ -41,12 +41,12 @@ class LoRAForm(Form):
                 f"{config.path!r} has 'init_lora_weights' as {init!r}, whose base isn't the "
                 "model's own: save it with path_initial_model_for_weight_conversion= in peft"
             )
-        rank = config.patterned("rank_pattern", at.path, config.number("r", 8))
+        rank = config.patterned("rank_pattern", layer.path, config.number("r", 8))
         kind = DoRA if config.flag("use_dora") else LoRA
         config.flag("lora_bias")  # whose tensors say so
         return kind(
-            rank=int(rank) if at.stacked else len(a),
-            alpha=config.patterned("alpha_pattern", at.path, config.number("lora_alpha", 8)),
+            rank=int(rank) if layer.stacked else len(a),
+            alpha=config.patterned("alpha_pattern", layer.path, config.number("lora_alpha", 8)),
             dropout=config.number("lora_dropout", 0.0),
             scaling="rslora" if config.flag("use_rslora") else "alpha/r",
             init=init if init in ("pissa", "olora") else "kaiming",
@@ -63,20 +63,20 @@ class LoRAForm(Form):
             "use_rslora": rslora, "use_dora": isinstance(method, DoRA),
         }  # fmt: skip
 
-    def _keys(self, at: At) -> tuple[str, str]:
-        embeds = kind_of(at.site.module) is maps.Embedding
+    def _keys(self, layer: Layer) -> tuple[str, str]:
+        embeds = kind_of(layer.site.module) is maps.Embedding
         kind = "lora_embedding_{}" if embeds else "lora_{}.weight"
         return kind.format("A"), kind.format("B")
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
-        a, b = (t.pop(key) for key in self._keys(at))
-        whole, ones = at.site.whole, at.ones
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
+        a, b = (t.pop(key) for key in self._keys(layer))
+        whole, ones = layer.site.whole, layer.ones
         if ones:
             a, b = fit(a, -1, *whole.shape[1:]).flatten(1), fit(b, -1, -1, *ones).flatten(1)
-        elif at.stacked and whole.dim() == 3:
+        elif layer.stacked and whole.dim() == 3:
             e = len(whole)
             a, b = a.unflatten(0, (e, -1)), b.unflatten(1, (-1, e)).permute(2, 0, 1)
-            if getattr(at.site.module, "is_transposed", False):
+            if getattr(layer.site.module, "is_transposed", False):
                 a, b = b.mT, a.mT
         found = {"a": a, "b": b}
         if "lora_magnitude_vector" in t:
@@ -84,14 +84,14 @@ class LoRAForm(Form):
             found["m"] = fit(m, 1, -1, *ones).flatten() if ones else m
         return found
 
-    def parts(self, method: LoRA, t: Tensors, at: At) -> Parts:
+    def parts(self, method: LoRA, t: Tensors, layer: Layer) -> Parts:
         bias = t.pop("lora_B.bias", None)
         on_meta = all(x.is_meta for x in t.values())
-        found = super().parts(method, t, at)
+        found = super().parts(method, t, layer)
         if method.init != "kaiming":
-            found[0][1].update(self._start(method, at.site, on_meta))
+            found[0][1].update(self._start(method, layer.site, on_meta))
         if bias is not None:
-            found.append(added_bias(at.site.module, method.scale * bias))
+            found.append(added_bias(layer.site.module, method.scale * bias))
         return found
 
     @torch.no_grad()
@@ -102,16 +102,16 @@ class LoRAForm(Form):
             patch.reset(site.tensor)
         return {f"{site.slot}:{name}": getattr(patch, name) for name in ("a0", "b0")}
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
         a, b = (x.detach() for x in patch.factors())
-        module, ones = at.site.module, at.ones
+        module, ones = layer.site.module, layer.ones
         if ones:
-            a, b = a.reshape(-1, *at.site.shape[1:]), b.reshape(*b.shape, *ones)
+            a, b = a.reshape(-1, *layer.site.shape[1:]), b.reshape(*b.shape, *ones)
         elif a.dim() == 3:
             if getattr(module, "is_transposed", False):
                 a, b = b.mT, a.mT
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
-        found = dict(zip(self._keys(at), (a, b), strict=True))
+        found = dict(zip(self._keys(layer), (a, b), strict=True))
         if isinstance(patch, DoRAPatch):
             m = patch.m.detach()
             found["lora_magnitude_vector"] = m.reshape(1, -1, *ones) if ones else m
@@ -134,7 +134,7 @@ class AdaLoRAForm(Form):
     layers = (maps.Linear, maps.TransposedLinear)
     bias = "lora_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> AdaLoRA | None:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> AdaLoRA | None:
         rank, first = len(t["lora_A"]), config.number("init_r", 12)
         config.number("lora_alpha", 8)
         if not rank:  # all of it was cut
@@ -168,21 +168,21 @@ class AdaLoRAForm(Form):
 
     def joined(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         # of smaller ranks are modules that were cut: peft still divides by the rank at first
-        ranks = {at: its["r"] for at, its in settings.items()}
+        ranks = {path: its["r"] for path, its in settings.items()}
         r = max(ranks.values())
         same = {"r": r, "init_r": r, "target_r": min(its["target_r"] for its in settings.values())}
-        found = super().joined({at: {**its, **same} for at, its in settings.items()})
-        cut = {f"{at}.lora_E": [k < n for k in range(r)] for at, n in ranks.items() if n < r}
+        found = super().joined({path: {**its, **same} for path, its in settings.items()})
+        cut = {f"{path}.lora_E": [k < n for k in range(r)] for path, n in ranks.items() if n < r}
         found["rank_pattern"] = cut or None
         del found["r"]
         if "alpha_pattern" in found:
             raise PeftliteError("peft has one lora_alpha for all modules of an AdaLoRA")
         return {**found, "lora_alpha": found["lora_alpha"] * (r + 1e-5)}
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
-        found = super().ours(t, at)
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
+        found = super().ours(t, layer)
         return {**found, "lam": fit(found["lam"], -1, 1)[:, 0]}
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
-        found = super().theirs(patch, at)
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
+        found = super().theirs(patch, layer)
         return {**found, "lora_E": found["lora_E"][:, None]}

@@ -9,7 +9,7 @@ import torch
 
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, fit
 from peftlite.methods.boft import BOFT
 from peftlite.methods.hra import HRA
 from peftlite.methods.oft import OFT, skew
@@ -26,7 +26,7 @@ class OFTForm(Form):
     convs = (2,)
     bias = "oft_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> OFT:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> OFT:
         terms = config.number("num_cayley_neumann_terms", 5)
         neumann = config.flag("use_cayley_neumann", True)
         if neumann and terms < 3:
@@ -53,12 +53,12 @@ class OFTForm(Form):
             **({"coft": True, "eps": method.eps} if method.eps else {}),
         }  # fmt: skip
 
-    def parts(self, method: OFT, t: Tensors, at: At) -> Parts:
+    def parts(self, method: OFT, t: Tensors, layer: Layer) -> Parts:
         # peft's series turns the other way than its exact map
         q = t.pop("oft_R.weight")
         return [(method, {"weight:q": q if method.neumann_terms is None else -q})]
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
         q = patch.q.detach()
         return {"oft_R.weight": q if patch.terms is None else -q}
 
@@ -70,7 +70,7 @@ class BOFTForm(Form):
     convs = (2,)
     bias = "boft_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> BOFT:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> BOFT:
         m, _, block, _ = t["boft_R"].shape
         return BOFT(block_size=block, m=m)
 
@@ -80,18 +80,18 @@ class BOFTForm(Form):
             "boft_n_butterfly_factor": method.m,
         }  # fmt: skip
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
-        whole, s = t.pop("boft_R"), t.pop("boft_s")
-        s = fit(s, *((1, -1) if at.ones else (-1, 1))).flatten()
-        row, column = torch.triu_indices(whole.shape[-2], whole.shape[-1], 1).to(whole.device)
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
+        r, s = t.pop("boft_R"), t.pop("boft_s")
+        s = fit(s, *((1, -1) if layer.ones else (-1, 1))).flatten()
+        row, column = torch.triu_indices(r.shape[-2], r.shape[-1], 1).to(r.device)
         # peft learns a whole matrix for each skew one
-        return {"q": ((whole - whole.mT) / 2)[..., row, column], "s": s}
+        return {"q": ((r - r.mT) / 2)[..., row, column], "s": s}
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
         s = patch.s.detach()
         return {
             "boft_R": skew(patch.q.detach(), patch.block),
-            "boft_s": s[None] if at.ones else s[:, None],
+            "boft_s": s[None] if layer.ones else s[:, None],
         }
 
 
@@ -102,14 +102,14 @@ class HRAForm(Form):
     convs = (2,)
     bias = "hra_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> HRA:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> HRA:
         return HRA(rank=t["hra_u"].shape[-1])
 
     def settings(self, method: HRA, patch: Any) -> dict[str, Any]:
         return {"r": method.rank}
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
         return {"u": t.pop("hra_u").mT}
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
         return {"hra_u": patch.u.detach().mT}

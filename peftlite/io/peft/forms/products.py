@@ -9,7 +9,7 @@ from peftlite.core import maps
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import At, Form, Tensors, fit
+from peftlite.io.peft.form import Form, Layer, Tensors, fit
 from peftlite.methods.hira import HiRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
@@ -21,8 +21,8 @@ class LoHaForm(Form):
     names = tuple((f"hada_w{k}_{x}", f"w{k}{x}") for k in (1, 2) for x in "ab")
     convs = (1, 2)
 
-    def method(self, config: Config, at: At, t: Tensors) -> LoHa:
-        alpha = config.patterned("alpha_pattern", at.path, config.number("alpha", 8))
+    def method(self, config: Config, layer: Layer, t: Tensors) -> LoHa:
+        alpha = config.patterned("alpha_pattern", layer.path, config.number("alpha", 8))
         return LoHa(rank=len(t["hada_w1_b"]), alpha=alpha)
 
     def settings(self, method: LoHa, patch: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class HiRAForm(Form):
     layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
     convs = (1, 2, 3)
 
-    def method(self, config: Config, at: At, t: Tensors) -> HiRA:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> HiRA:
         a = t["hira_embedding_A" if "hira_embedding_A" in t else "hira_A"]
         return HiRA(rank=len(a), dropout=config.number("hira_dropout", 0.0))
 
@@ -54,20 +54,20 @@ class HiRAForm(Form):
             )
         return super().joined(settings)
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
-        found = super().ours(t, at)
-        if not at.taps:
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
+        found = super().ours(t, layer)
+        if not layer.taps:
             return found
-        kernel = at.site.whole.shape[1:]
+        kernel = layer.site.whole.shape[1:]
         return {
             "a": fit(found["a"], -1, *kernel).flatten(1),
-            "b": fit(found["b"], -1, -1, *at.ones).flatten(1),
+            "b": fit(found["b"], -1, -1, *layer.ones).flatten(1),
         }
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
-        a, b, ones = patch.a.detach(), patch.b.detach(), at.ones
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
+        a, b, ones = patch.a.detach(), patch.b.detach(), layer.ones
         if ones:
-            a, b = a.reshape(len(a), *at.site.shape[1:]), b.reshape(*b.shape, *ones)
+            a, b = a.reshape(len(a), *layer.site.shape[1:]), b.reshape(*b.shape, *ones)
         stem = "hira_embedding" if patch.layout.embeds else "hira"
         return {f"{stem}_A": a, f"{stem}_B": b}
 
@@ -84,11 +84,11 @@ class LoKrForm(Form):
     names = tuple((f"lokr_w{k}{x}", f"w{k}{x[1:]}") for k in (1, 2) for x in ("", "_a", "_b"))
     convs = (1, 2)
 
-    def method(self, config: Config, at: At, t: Tensors) -> LoKr:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> LoKr:
         factor = config.number("decompose_factor", -1)
         return LoKr(
-            rank=int(config.patterned("rank_pattern", at.path, config.number("r", 8))),
-            alpha=config.patterned("alpha_pattern", at.path, config.number("alpha", 8)),
+            rank=int(config.patterned("rank_pattern", layer.path, config.number("r", 8))),
+            alpha=config.patterned("alpha_pattern", layer.path, config.number("alpha", 8)),
             factor=None if factor == -1 else int(factor),
             decompose_both=config.flag("decompose_both"),
         )
@@ -99,19 +99,19 @@ class LoKrForm(Form):
             "decompose_factor": method.factor or -1, "decompose_both": method.decompose_both,
         }  # fmt: skip
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
-        found = super().ours(t, at)
-        if at.taps and "w2" in found:
-            if len(at.taps) == 1:
-                raise ValueError(_MIXED_UP.format(at.path))
-            found["w2"] = fit(found["w2"], -1, -1, *at.taps).flatten(1)
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
+        found = super().ours(t, layer)
+        if layer.taps and "w2" in found:
+            if len(layer.taps) == 1:
+                raise ValueError(_MIXED_UP.format(layer.path))
+            found["w2"] = fit(found["w2"], -1, -1, *layer.taps).flatten(1)
         return found
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
-        found = super().theirs(patch, at)
-        if at.taps and "lokr_w2" in found:
-            if len(at.taps) == 1:
-                raise PeftliteError(f"{_MIXED_UP.format(at.path)}: attach with a smaller rank")
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
+        found = super().theirs(patch, layer)
+        if layer.taps and "lokr_w2" in found:
+            if len(layer.taps) == 1:
+                raise PeftliteError(f"{_MIXED_UP.format(layer.path)}: attach with a smaller rank")
             w2 = found["lokr_w2"]
-            found["lokr_w2"] = w2.reshape(len(w2), -1, *at.taps)
+            found["lokr_w2"] = w2.reshape(len(w2), -1, *layer.taps)
         return found

@@ -13,7 +13,7 @@ from peftlite.core import maps
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import At, Form, Tensors
+from peftlite.io.peft.form import Form, Layer, Tensors
 from peftlite.methods.vblora import VBLoRA
 from peftlite.methods.vera import VeRA
 
@@ -26,7 +26,7 @@ class VeRAForm(Form):
     shared = ("vera_A", "vera_B")
     bias = "vera_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> VeRA:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> VeRA:
         config.flag("save_projection")
         seed = config.take("projection_prng_key", 0, int)
         initial = config.number("d_initial", 0.1)
@@ -71,7 +71,7 @@ class VBLoRAForm(Form):
     shared = ("vblora_vector_bank",)
     bias = "vblora_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> VBLoRA:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> VBLoRA:
         compact = config.flag("save_only_topk_weights")
         a = t["vblora_logits_A_topk_indices" if compact else "vblora_logits_A"]
         return VBLoRA(
@@ -89,7 +89,7 @@ class VBLoRAForm(Form):
             "save_only_topk_weights": method.save_only_topk_weights,
         }  # fmt: skip
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
         found = {}
         for name, own in self.names:
             if name in t:
@@ -101,7 +101,7 @@ class VBLoRAForm(Form):
                 found[own] = x.transpose(0, 1) if own.endswith("b") else x
         return found
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
         own, found = patch.saved(), {}
         for x in "ab":
             name, logits = f"vblora_logits_{x.upper()}", own[f"logits_{x}"].detach()

@@ -8,7 +8,7 @@ import torch
 
 from peftlite.core import maps
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import At, Form, Tensors
+from peftlite.io.peft.form import Form, Layer, Tensors
 from peftlite.methods.fourier import FourierFT
 from peftlite.methods.shira import SHiRA
 
@@ -20,7 +20,7 @@ class FourierFTForm(Form):
     layers = (maps.Linear, maps.TransposedLinear)
     bias = "fourier_only"
 
-    def method(self, config: Config, at: At, t: Tensors) -> FourierFT:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> FourierFT:
         return FourierFT(
             n=len(t["fourierft_spectrum"]),
             alpha=config.number("scaling", 150.0),
@@ -36,24 +36,24 @@ class SHiRAForm(Form):
     kinds = (SHiRA,)
     names = (("shira_weight", "values"), ("shira_indices", "indices"))
 
-    def method(self, config: Config, at: At, t: Tensors) -> SHiRA:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> SHiRA:
         return SHiRA(rank=int(config.number("r", 32)))
 
     def settings(self, method: SHiRA, patch: Any) -> dict[str, Any]:
         return {"r": method.rank}
 
-    def ours(self, t: Tensors, at: At) -> Tensors:
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
         values, (row, column) = t.pop("shira_weight"), t.pop("shira_indices").long()
         if values.is_meta:
             return {"values": values, "indices": row.int()}
-        rows, columns = at.site.shape
+        rows, columns = layer.site.shape
         entries, order = (row * columns + column).sort()
         inside = ((row >= 0) & (row < rows) & (column >= 0) & (column < columns)).all()
         if not inside or (entries[1:] == entries[:-1]).any():
             raise ValueError("its shira_indices are beyond the weight, or name an entry twice")
         return {"values": values[order], "indices": entries.int()}
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
-        indices, columns = patch.indices.long(), at.site.shape[1]
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
+        indices, columns = patch.indices.long(), layer.site.shape[1]
         pairs = torch.stack([indices // columns, indices % columns]).int()
         return {"shira_weight": patch.values.detach(), "shira_indices": pairs}

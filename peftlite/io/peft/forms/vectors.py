@@ -11,7 +11,7 @@ from peftlite.core import maps
 from peftlite.core.patch import Method
 from peftlite.errors import FileError
 from peftlite.io.peft.config import Config, ends
-from peftlite.io.peft.form import At, Form, Parts, Tensors, fit
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, fit
 from peftlite.methods.bitfit import BitFit
 from peftlite.methods.ia3 import IA3
 
@@ -23,14 +23,14 @@ class IA3Form(Form):
     layers = (maps.Linear, maps.TransposedLinear)
     convs = (2, 3)
 
-    def method(self, config: Config, at: At, t: Tensors) -> IA3:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> IA3:
         shape, named = t["ia3_l"].shape, config.take("feedforward_modules", [], list, str)
         if isinstance(named, str) and len(shape) > 2:
             raise FileError(
                 f"{config.path!r} has a regex for 'feedforward_modules': write out the modules' "
                 "paths"
             )
-        inputs = any(ends(at.path, name) for name in config.names("feedforward_modules")) if (
+        inputs = any(ends(layer.path, name) for name in config.names("feedforward_modules")) if (
             isinstance(named, list)
         ) else shape[0] == 1  # fmt: skip
         return IA3(feedforward=inputs)
@@ -39,19 +39,19 @@ class IA3Form(Form):
         return {"feedforward": method.feedforward}
 
     def joined(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        inputs = sorted(at for at, its in settings.items() if its["feedforward"])
+        inputs = sorted(path for path, its in settings.items() if its["feedforward"])
         return {"feedforward_modules": inputs}
 
-    def parts(self, method: IA3, t: Tensors, at: At) -> Parts:
-        scale, inputs, ones = t.pop("ia3_l"), method.feedforward, at.ones
+    def parts(self, method: IA3, t: Tensors, layer: Layer) -> Parts:
+        scale, inputs, ones = t.pop("ia3_l"), method.feedforward, layer.ones
         shape = (1, -1, *ones) if ones or inputs else (-1, 1)
         found: dict[str, Tensor | None] = {"weight:l": fit(scale, *shape).flatten()}
-        if not inputs and at.site.module.bias is not None:
+        if not inputs and layer.site.module.bias is not None:
             found["bias:l"] = None
         return [(method, found)]
 
-    def theirs(self, patch: Any, at: At) -> Tensors:
-        scale, ones = patch.l.detach(), at.ones
+    def theirs(self, patch: Any, layer: Layer) -> Tensors:
+        scale, ones = patch.l.detach(), layer.ones
         return {"ia3_l": scale.reshape(1, -1, *ones) if ones or patch.inputs else scale[:, None]}
 
 
@@ -60,12 +60,12 @@ class BEFTForm(Form):
     kinds = ()
     names = (("beft_bias", "difference"),)
 
-    def method(self, config: Config, at: At, t: Tensors) -> BitFit:
+    def method(self, config: Config, layer: Layer, t: Tensors) -> BitFit:
         return BitFit()
 
-    def parts(self, method: BitFit, t: Tensors, at: At) -> Parts:
+    def parts(self, method: BitFit, t: Tensors, layer: Layer) -> Parts:
         d = t.pop("beft_bias")
-        return [added_bias(at.site.module, fit(d, 1, -1)[0])]
+        return [added_bias(layer.site.module, fit(d, 1, -1)[0])]
 
 
 def added_bias(module: nn.Module, d: Tensor) -> tuple[Method, dict[str, Tensor | None]]:

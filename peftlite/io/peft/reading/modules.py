@@ -10,7 +10,7 @@ from torch import Tensor
 from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.io.peft.config import ends
-from peftlite.io.peft.form import At, Form
+from peftlite.io.peft.form import Form, Layer
 from peftlite.io.peft.forms import FORMS
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, plain
 
@@ -78,7 +78,7 @@ def _shared(
     make(adapter.values(keys))  # looks at them
 
 
-def _layer(adapter: Adapter, path: str) -> At:
+def _layer(adapter: Adapter, path: str) -> Layer:
     """The module at a path, and the site that is changed there."""
     inner = path
     while inner.endswith(".base_layer"):
@@ -87,10 +87,10 @@ def _layer(adapter: Adapter, path: str) -> At:
     inner = plain(inner)
     chosen = _parameters(adapter, inner)
     if depth < len(chosen):  # the last of a module's parameters is outermost
-        return At(inner, chosen[-1 - depth])
+        return Layer(inner, chosen[-1 - depth])
     path = inner + ".base_layer" * depth
     attention = adapter.sites.get(f"{path}.in_proj_weight")
-    return At(path, attention or adapter.sites.get(f"{path}.weight"))
+    return Layer(path, attention or adapter.sites.get(f"{path}.weight"))
 
 
 def _parameters(adapter: Adapter, path: str) -> list[Site]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlite.core import maps
 from peftlite.core.assign import Placed
-from peftlite.io.peft.form import At, Form
+from peftlite.io.peft.form import Form, Layer
 from peftlite.io.peft.writing.draft import Draft, module_of, refusal
 from peftlite.methods.ia3 import ScalePatch
 from peftlite.table import listed
@@ -39,19 +39,19 @@ def write_modules(draft: Draft, form: Form, items: Sequence[Placed]) -> None:
         draft.config["fan_in_fan_out"] = True
 
 
-def _layers(draft: Draft, items: Sequence[Placed]) -> list[tuple[Placed, At]]:
+def _layers(draft: Draft, items: Sequence[Placed]) -> list[tuple[Placed, Layer]]:
     """The layers of the weights; a bias has no tensor of its own there."""
     found = []
     for item in items:
         if item.site.whole.dim() == 1:
             _check_bias(draft, item)
         else:
-            found.append((item, At(module_of(item), item.site)))
+            found.append((item, Layer(module_of(item), item.site)))
     return found
 
 
 def _settings(
-    draft: Draft, form: Form, layers: Sequence[tuple[Placed, At]]
+    draft: Draft, form: Form, layers: Sequence[tuple[Placed, Layer]]
 ) -> dict[str, dict[str, Any]]:
     """The settings of every layer, by what the settings call it."""
     settings: dict[str, dict[str, Any]] = {}
@@ -63,9 +63,9 @@ def _settings(
     return settings
 
 
-def _nested(parameters: Sequence[At]) -> dict[str, str]:
+def _nested(parameters: Sequence[Layer]) -> dict[str, str]:
     """Where peft has the tensors of parameters, by name: the last of a module is outermost."""
-    modules: dict[str, list[At]] = {}
+    modules: dict[str, list[Layer]] = {}
     for layer in parameters:
         modules.setdefault(layer.path, []).append(layer)
     found = {}
@@ -77,7 +77,7 @@ def _nested(parameters: Sequence[At]) -> dict[str, str]:
     return found
 
 
-def _check(draft: Draft, form: Form, item: Placed, layer: At) -> None:
+def _check(draft: Draft, form: Form, item: Placed, layer: Layer) -> None:
     """Raises PeftliteError if peft doesn't take a site."""
     site = item.site
     if site.index is not None:
@@ -93,7 +93,7 @@ def _check(draft: Draft, form: Form, item: Placed, layer: At) -> None:
             raise refusal(item, "peft scales its bias, too, which the delta leaves as it is")
 
 
-def _check_attention(draft: Draft, item: Placed, layer: At) -> None:
+def _check_attention(draft: Draft, item: Placed, layer: Layer) -> None:
     """Raises PeftliteError if only one map of an attention is changed, where peft has both."""
     other = f"{layer.name}.in_proj_weight" if layer.inner else f"{layer.path}.out_proj.weight"
     attention = layer.inner or isinstance(item.site.module, nn.MultiheadAttention)

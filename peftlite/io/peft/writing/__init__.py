@@ -18,7 +18,7 @@ from peftlite.io.files import as_json, is_finite, replacing, write_file
 from peftlite.io.folders import replacing_folder
 from peftlite.io.peft.folder import ALONE, CONFIG, MODEL, PREFIX, PROMPTS
 from peftlite.io.peft.forms import FORMS
-from peftlite.io.peft.writing.draft import Draft, refusal
+from peftlite.io.peft.writing.draft import Draft, refuse
 from peftlite.io.peft.writing.modules import write_modules
 from peftlite.io.peft.writing.prompts import write_prompts
 from peftlite.io.peft.writing.replaced import write_replaced
@@ -91,7 +91,7 @@ def _draft(delta: Delta) -> Draft:
     replaced = [item for item in others if item not in rows]
     for item in replaced:
         if not isinstance(item.patch, AddPatch):
-            raise refusal(item, f"peft has no {type(item.method).__name__} there")
+            refuse(item, f"peft has no {type(item.method).__name__} there")
     draft = Draft(delta, kind=next(iter(names), ALONE))
     if draft.form:
         write_modules(draft, draft.form, own)

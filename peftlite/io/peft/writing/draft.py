@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -59,9 +59,9 @@ class Draft:
         return apply([own.patch for a, own in placed if whole_address(a) == address], w)
 
 
-def refusal(item: Placed, why: str) -> PeftliteError:
-    """The error that a site can't be in a directory of peft's."""
-    return PeftliteError(
+def refuse(item: Placed, why: str) -> NoReturn:
+    """Raises PeftliteError, since a site can't be in a directory of peft's."""
+    raise PeftliteError(
         f"{item.site.address} can't go into a PEFT directory, since {why}: leave it out with "
         "exclude=, or keep the delta with pl.save"
     )

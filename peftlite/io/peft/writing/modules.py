@@ -11,7 +11,7 @@ from torch import nn
 from peftlite.core import maps
 from peftlite.core.assign import Placed
 from peftlite.io.peft.form import Form, Layer
-from peftlite.io.peft.writing.draft import Draft, module_of, refusal
+from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 from peftlite.methods.ia3 import ScalePatch
 from peftlite.table import listed
 
@@ -59,7 +59,7 @@ def _settings(
         own = form.settings(item.method, item.patch)
         _check(draft, form, item, layer)
         if settings.setdefault(layer.name, own) != own:
-            raise refusal(item, "peft has one setting for both maps of an attention")
+            refuse(item, "peft has one setting for both maps of an attention")
     return settings
 
 
@@ -81,16 +81,16 @@ def _check(draft: Draft, form: Form, item: Placed, layer: Layer) -> None:
     """Raises PeftliteError if peft doesn't take a site."""
     site = item.site
     if site.index is not None:
-        raise refusal(item, "peft takes whole weights")
+        refuse(item, "peft takes whole weights")
     if len(site.owners) > 1:
-        raise refusal(item, f"it is tied to {listed(site.names[1:])}, and peft would untie it")
+        refuse(item, f"it is tied to {listed(site.names[1:])}, and peft would untie it")
     if not form.taken(site) or not layer.path:
-        raise refusal(item, f"peft's {draft.kind} doesn't take a {type(site.module).__name__}")
+        refuse(item, f"peft's {draft.kind} doesn't take a {type(site.module).__name__}")
     _check_attention(draft, item, layer)
     if isinstance(item.patch, ScalePatch) and not item.patch.inputs:
         bias = draft.delta.placed.get(f"{layer.path}.bias")
         if site.module.bias is not None and not (bias and bias.patch.l is item.patch.l):
-            raise refusal(item, "peft scales its bias, too, which the delta leaves as it is")
+            refuse(item, "peft scales its bias, too, which the delta leaves as it is")
 
 
 def _check_attention(draft: Draft, item: Placed, layer: Layer) -> None:
@@ -98,10 +98,10 @@ def _check_attention(draft: Draft, item: Placed, layer: Layer) -> None:
     other = f"{layer.name}.in_proj_weight" if layer.inner else f"{layer.path}.out_proj.weight"
     attention = layer.inner or isinstance(item.site.module, nn.MultiheadAttention)
     if attention and not layer.stacked and other not in draft.delta.placed:
-        raise refusal(item, f"peft changes {other} with it, which the delta leaves as it is")
+        refuse(item, f"peft changes {other} with it, which the delta leaves as it is")
 
 
 def _check_bias(draft: Draft, item: Placed) -> None:
     weight = draft.delta.placed.get(f"{module_of(item)}.weight")
     if weight is None or getattr(weight.patch, "l", None) is not item.patch.l:
-        raise refusal(item, "peft scales a bias with its weight alone")
+        refuse(item, "peft scales a bias with its weight alone")

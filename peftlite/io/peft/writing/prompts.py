@@ -9,14 +9,14 @@ import torch
 
 from peftlite.core.assign import Placed
 from peftlite.io.peft.folder import PREFIX
-from peftlite.io.peft.writing.draft import Draft, refusal
+from peftlite.io.peft.writing.draft import Draft, refuse
 
 
 def write_prompts(draft: Draft, items: Sequence[Placed]) -> None:
     """Adds the one tensor of a prompt or a prefix."""
     found = [x.detach() for item in items for x in item.patch.saved().values()]
     if len({id(item.method) for item in items}) > 1 or len({x.shape for x in found}) > 1:
-        raise refusal(items[0], "peft has one prompt in an adapter, or one shape of prefix")
+        refuse(items[0], "peft has one prompt in an adapter, or one shape of prefix")
     draft.config = {"num_transformer_submodules": 1}
     if draft.kind == PREFIX:
         _, heads, n, d = found[0].shape

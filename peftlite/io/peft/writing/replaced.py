@@ -11,7 +11,7 @@ from peftlite.core.assign import Placed
 from peftlite.core.site import walk, whole_address
 from peftlite.core.tensors import raw
 from peftlite.io.peft.folder import ALONE, LAYER
-from peftlite.io.peft.writing.draft import Draft, refusal
+from peftlite.io.peft.writing.draft import Draft, refuse
 
 
 def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
@@ -22,7 +22,7 @@ def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
     for item in items:
         site = item.site
         if len(site.owners) > 1 and len(site.names) != len(site.owners):
-            raise refusal(item, "its module has two names, and another module has its weight")
+            refuse(item, "its module has two names, and another module has its weight")
         for name, (module, slot) in zip(site.names, site.owners, strict=False):
             address = whole_address(name)
             path = address.rpartition(".")[0]
@@ -60,11 +60,11 @@ def _write_module(
 ) -> None:
     """Adds all of a module, as peft takes it."""
     if not path or any(f"{target}.".startswith(f"{path}.") for target in draft.targets):
-        raise refusal(item, f"peft takes a copy of all of {path or 'the model'}")
+        refuse(item, f"peft takes a copy of all of {path or 'the model'}")
     layer = path + (LAYER if draft.kind == ALONE else ".")
     for name, part in walk(module, path):
         if parametrize.is_parametrized(part):
-            raise refusal(item, f"{name} is parametrized")
+            refuse(item, f"{name} is parametrized")
         for slot, tensor in _tensors(part).items():
             address = f"{name}.{slot}"
             rest = address.removeprefix(f"{path}.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftlite.core import maps
 from peftlite.core.assign import Placed
 from peftlite.io.peft.folder import TOKENS
-from peftlite.io.peft.writing.draft import Draft, module_of, refusal
+from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 from peftlite.methods.full import AddPatch
 from peftlite.methods.sparse import SparsePatch
 
@@ -54,4 +54,4 @@ def write_tokens(draft: Draft, items: Mapping[Placed, Tensor], alone: bool) -> N
         draft.config["trainable_token_indices"] = indices
     else:
         item = next(iter(items))
-        raise refusal(item, f"peft has rows of embeddings beside LoRA, and not {draft.kind}")
+        refuse(item, f"peft has rows of embeddings beside LoRA, and not {draft.kind}")

@@ -3,16 +3,17 @@
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import peftlite as pl
 from peftlite import methods
 from peftlite.bank.families.registry import family_of
+from peftlite.core.assign import Placed
 from tests import golden
 from tests.cards import CARDS, ROWS, WAY, WAYS
 from tests.cards.card import FIXED, Card, Row
@@ -47,6 +48,41 @@ def test_names_of_rows_are_unique_and_their_ways_known() -> None:
     assert all(WAY[row] == way for way, row in WAYS.items())
 
 
+def calls_of_maps(placed: Sequence[Placed]) -> bool:
+    return any(p.patch.has_value and p.patch.has_call for p in placed)
+
+
+def calls(placed: Sequence[Placed]) -> bool:
+    return any(p.site.is_call for p in placed)
+
+
+def shares(placed: Sequence[Placed]) -> bool:
+    held = Counter(id(x) for p in placed for x in (*p.patch.parameters(), *p.patch.buffers()))
+    return max(held.values()) > 1
+
+
+SIGNS: dict[str, Callable[[Sequence[Placed]], bool]] = {
+    "value": lambda placed: not any(p.patch.has_call for p in placed),
+    "map": calls_of_maps,
+    "inputs": calls_of_maps,
+    "entries": lambda placed: all(hasattr(p.patch, "indices") for p in placed),
+    "shared": shares,
+    "parts": lambda placed: any("[" in p.site.address for p in placed),
+    "module": calls,
+    "states": calls,
+    "tokens": calls,
+}
+"""By what a way is known in a delta."""
+
+
+ONE_CELL_EACH = {cell.values[0].name: cell for cell in CELLS}
+
+
+@pytest.mark.parametrize(("row", "kind"), ONE_CELL_EACH.values())
+def test_a_row_goes_the_way_it_says(row: Row, kind: Kind) -> None:
+    assert SIGNS[WAY[row.name]]([*pl.attach(kind.model(), row.method).placed.values()])
+
+
 @each_card
 def test_the_golden_delta_is_its_own(card: Card) -> None:
     path = golden.HERE / pl.__version__ / f"{card.name}.safetensors"
@@ -67,7 +103,7 @@ def cells_of(card: Card) -> Iterator[tuple[Row, Kind]]:
     return (cell.values for cell in CELLS if cell.values[0] in card.rows)
 
 
-def family(placed: Any) -> str:
+def family(placed: Placed) -> str:
     try:
         return family_of(placed.patch, placed.site).__module__.rpartition(".")[2]
     except pl.PeftliteError:

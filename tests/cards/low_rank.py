@@ -165,7 +165,7 @@ CARDS = (
     ),
     Card(
         pl.FourierFT,
-        "map",
+        "value",  # the call of a map is for matrices larger than the contract's
         (
             Row("fourier", pl.FourierFT(n=30, alpha=8), fresh=False),
             Row(

@@ -12,8 +12,17 @@ from tests.cards import ROWS
 from tests.cards.card import Row
 from tests.zoo import KINDS, Kind, seeded
 
+DEAR = ("hf_bert", "hf_gpt2", "hf_llama", "hf_t5", "hf_vit")
+"""The kinds that take ten times as long as others."""
+
+
+def tier(row: Row, kind: Kind) -> list[pytest.MarkDecorator]:
+    """Slow, where a row for unusual tensors meets a real model, which has none that gpt hasn't."""
+    return [pytest.mark.slow] * (row.name.endswith("_anywhere") and kind.name in DEAR)
+
+
 CELLS = [
-    pytest.param(row, kind, id=f"{row.name}-{kind}")
+    pytest.param(row, kind, id=f"{row.name}-{kind}", marks=tier(row, kind))
     for row in ROWS
     for kind in KINDS
     if (not row.only or kind.name in row.only) and kind.name not in row.refused

@@ -21,6 +21,7 @@ from tests.cards import ROWS, WAY, WAYS
 from tests.cards.card import Row
 from tests.cells import (
     CELLS,
+    DEAR,
     REFUSALS,
     Graphs,
     add,
@@ -42,9 +43,8 @@ FUSED_BY_TORCH = ("mha_encoder", "mha_decoder", "mha_seq_first", "lstm", "gru")
 cells = pytest.mark.parametrize("row, kind", CELLS)
 
 
-DEAR = ("hf_bert", "hf_llama", "hf_t5", "hf_vit")  # seconds each
-# what the code of those meets: a read, a call of a map, or its own call. How a patch makes the call
-# of a map (by turned inputs, by entries, with shared parameters) it can't see
+# what the code of a real model meets: a read, a call of a map, or its own call. How a patch makes
+# the call of a map (by turned inputs, by entries, with shared parameters) it can't see
 MET = ("value", "map", "module", "states", "tokens")
 
 
@@ -66,7 +66,7 @@ def compiled_on(row: Row) -> list[Kind]:
 SHOWN = {(row, kind) for row in ROWS for kind in compiled_on(row)}
 
 
-def tier(row: Row, kind: Kind) -> list[pytest.MarkDecorator]:
+def compiled_tier(row: Row, kind: Kind) -> list[pytest.MarkDecorator]:
     if (row, kind) not in SHOWN:
         return [pytest.mark.slow]
     return [pytest.mark.heavy] * (kind.name in DEAR)
@@ -74,7 +74,7 @@ def tier(row: Row, kind: Kind) -> list[pytest.MarkDecorator]:
 
 compiled_cells = pytest.mark.parametrize(
     "row, kind",
-    [pytest.param(*cell.values, id=cell.id, marks=tier(*cell.values)) for cell in CELLS],
+    [pytest.param(*cell.values, id=cell.id, marks=compiled_tier(*cell.values)) for cell in CELLS],
 )
 
 
@@ -278,7 +278,7 @@ def test_law_11_threads_never_see_one_another(row: Row, kind: Kind) -> None:
 
     def work(names: str | None) -> Callable[[], None]:
         def loop() -> None:
-            for _ in range(5):
+            for _ in range(3):
                 with pl.using(model, names):
                     assert torch.equal(kind.run(model, batch), expected[names])
 

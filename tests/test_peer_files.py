@@ -59,7 +59,7 @@ def assert_equal(kind: Kind, ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def changed(model: nn.Module, address: str) -> Tensor:
-    """How a weight is read, less what it is in the base."""
+    """How a weight is read, less what it is in the base: to the last bits of the weight."""
     path, _, slot = address.rpartition(".")
     module = model.get_submodule(path)
     return (getattr(module, slot) - module._parameters[slot]).detach()
@@ -123,14 +123,14 @@ def test_kohya_says_which_part_of_a_pipeline(name: str, address: str, path: Path
     write(path, {**tensors, f"{name}.alpha": torch.tensor(3.0)})
     delta = pl.load(model, path)
     assert [*delta.placed] == [address]
-    assert torch.allclose(changed(model, address), 1.5 * b @ a)
+    assert torch.allclose(changed(model, address), 1.5 * b @ a, atol=1e-6)
     pl.export(delta, path, "kohya")
     pl.detach(model, "default")
     assert [*pl.load(model, path).placed] == [address]
     pl.detach(model, "default")
     write(path, tensors)  # without α, it is the rank
     pl.load(model, path)
-    assert torch.allclose(changed(model, address), b @ a)
+    assert torch.allclose(changed(model, address), b @ a, atol=1e-6)
     bare = model.get_submodule(address.partition(".")[0])
     if not name.startswith("lycoris"):
         pl.detach(model, "default")
@@ -139,7 +139,8 @@ def test_kohya_says_which_part_of_a_pipeline(name: str, address: str, path: Path
 
 # -- diffusers
 
-A, B = randn(2, 4), randn(4, 2)
+with seeded():  # whichever files were imported before
+    A, B = randn(2, 4), randn(4, 2)
 DIFFUSERS = {
     "now": ("lora_A.weight", "lora_B.weight"),
     "before": ("lora.down.weight", "lora.up.weight"),
@@ -165,7 +166,7 @@ def test_diffusers(names: tuple[str, str], path: Path) -> None:
         write(path, {**tensors, **more}, **({"lora_adapter_metadata": its} if metadata else {}))
         for model in (Pipeline(), Pipeline().unet):
             (address,) = pl.load(model, path).placed
-            assert torch.allclose(changed(model, address), alpha / 2 * B @ A)
+            assert torch.allclose(changed(model, address), alpha / 2 * B @ A, atol=1e-6)
 
 
 def test_diffusers_of_another_transformers(path: Path) -> None:
@@ -298,7 +299,7 @@ def test_torchtune(path: Path) -> None:
     assert [type(method) for method in delta.methods] == [pl.LoRA, pl.DoRA]
     v = model["v"]._parameters["weight"] + 2 * B @ A
     assert torch.allclose(model["v"].weight, m[:, None] * v / v.norm(dim=1, keepdim=True))
-    assert torch.allclose(changed(model, "q.weight"), 2 * B @ A)
+    assert torch.allclose(changed(model, "q.weight"), 2 * B @ A, atol=1e-6)
 
 
 class Low(nn.Module):
@@ -356,7 +357,7 @@ def test_a_pickle_of_kohya_becomes_a_delta(path: Path) -> None:
     torch.save({"lora_unet_to_q.lora_down.weight": A, "lora_unet_to_q.lora_up.weight": B}, path)
     convert(path, path.with_name("ours"), "peftlite", model=model)
     pl.load(model, path.with_name("ours"))
-    assert torch.allclose(changed(model, "to_q.weight"), B @ A)
+    assert torch.allclose(changed(model, "to_q.weight"), B @ A, atol=1e-6)
 
 
 class Evil:

@@ -225,7 +225,7 @@ def _property(base: type, slot: str) -> property:
     return property(get, below.fset if isinstance(below, property) else None)
 
 
-def _read(module: nn.Module, slot: str) -> Tensor:
+def _read(module: Any, slot: str) -> Tensor:
     w, hosted = raw(module, slot), module.peftlite
     names = hosted.choice.now()
     if names is HIDDEN:
@@ -345,10 +345,8 @@ def plant(
     module: nn.Module, name: str, key: str, patch: Patch, choice: Choice, owner: bool
 ) -> None:
     """Puts a delta's patch on a module, under a key that tells it from the delta's others."""
-    hosted = make_host(module, choice)
-    if name not in hosted._modules:
-        hosted._modules[name] = Group()
-    hosted._modules[name].put(key, patch, owner)
+    groups: dict[str, Any] = make_host(module, choice)._modules
+    groups.setdefault(name, Group()).put(key, patch, owner)
     _swap_class(module)
 
 

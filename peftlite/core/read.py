@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from peftlite.core.patch import Patch, apply
 from peftlite.errors import PeftliteError
 
-_T = Tensor
+_T: Any = Tensor
 _METADATA = {
     *(getattr(_T, name).__get__ for name in ("dtype", "shape", "device", "ndim", "layout")),
     *(getattr(_T, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse")),
@@ -51,7 +51,7 @@ class Read(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func == Tensor.grad.__get__:
+        if func == _T.grad.__get__:
             return args[0].raw.grad
         if _writes(func, args, kwargs or {}):
             name = getattr(func, "__name__", str(func))
@@ -62,8 +62,8 @@ class Read(Tensor):
                 "here is a value of its own, and the writing would be lost. pl.detach first; to "
                 "look at the value, use .detach()"
             )
-        args, kwargs = tree_map_only(Read, _form, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        formed: Any = tree_map_only(Read, _form, (args, kwargs or {}))
+        return func(*formed[0], **formed[1])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

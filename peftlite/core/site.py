@@ -180,9 +180,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
     It is what `get_output_embeddings()` gives where the model has that, and otherwise the linear
     map registered last, unless it is inside a numbered block or the only one there is.
     """
-    if hasattr(model, "get_output_embeddings"):
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    if get_head is not None:
         try:
-            head = model.get_output_embeddings()
+            head = get_head()
         except NotImplementedError:
             head = None
         if head is not None:

@@ -110,7 +110,7 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) ->
         (found if wanted else refused).append(site)
     if found and part is not None:
         found = [slice_of(site, part) for site in found if not site.is_call]
-    if not found and refused:
+    if method is not None and refused and not found:
         raise TargetError(
             f"{_show(pattern)} matches {listed(s.address for s in refused)}; but "
             f"{type(method).__name__} takes {method.takes}"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 Index: TypeAlias = "tuple[int, int, int] | None"
 """A part of a tensor, as `(dim, start, stop)`; all of it if None."""
 
 
-def raw(module: nn.Module, slot: str) -> Tensor:
+def raw(module: Any, slot: str) -> Tensor:
     """The tensor in a slot as the base has it, patched or not, parametrized or not."""
     tensor = module._parameters.get(slot)
     if tensor is None:  # made by a parametrization, or by a hook of the older kind

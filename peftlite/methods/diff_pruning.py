@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class DiffPruningPatch(SearchPatch):
     """
 
     alpha: nn.Parameter | None
-    group_alpha: nn.Parameter | None
+    group_alpha: Any  # None unless structured
 
     def __init__(self, site: Site, method: DiffPruning):
         super().__init__(site, method)

@@ -48,7 +48,8 @@ def features(site: Site, width: int | None = None) -> Features | None:
     if inspect.unwrap(type(module).forward) is nn.Sequential.forward:
         return _of_sequential(module)
     head = output_head(module) if site.address == CALL else None
-    return of_layer(head)._replace(i=None) if head else _of_block(module)
+    last = head and of_layer(head)
+    return last._replace(i=None) if last else _of_block(module)
 
 
 def of_layer(module: nn.Module) -> Features | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class LoKrPatch(Patch):
         last.zero_()
 
     def _factor(self, name: str, dtype: torch.dtype) -> Tensor:
-        own = self._parameters
+        own: Any = self._parameters
         if name in own:
             return own[name].to(dtype)
         return own[name + "a"].to(dtype) @ own[name + "b"].to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core import maps
-from peftlite.core.patch import trainable
+from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
 from peftlite.errors import TargetError
@@ -139,7 +139,7 @@ class LoRA(RankMethod):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
 
-    def build(self, site: Site) -> LoRAPatch:
+    def build(self, site: Site) -> Patch:
         if not self.accepts(site):
             raise self.refuse(site)
         layout = site.layout
@@ -156,4 +156,4 @@ class LoRA(RankMethod):
                 f"init={self.init!r} goes by the inputs of linear maps, and {site.address} is no "
                 "weight of one that is called: leave it out with exclude="
             )
-        return self.patch(site, self)
+        return type(self).patch(site, self)

@@ -41,6 +41,9 @@ class PrefixPatch(Patch):
 
     unsaved = frozenset({"trunk.embedding", "trunk.down", "trunk.down_bias", "up", "up_bias"})
 
+    up: Any  # where it is reparametrised, like the next
+    up_bias: Any
+
     def __init__(self, site: Site, method: PrefixTuning, h: int, d: int, trunk: Trunk | None):
         super().__init__()
         self.address, self.trunk = site.address, trunk

@@ -152,7 +152,7 @@ def _stack(calls: Sequence[Site]) -> Site:
     return next((s for s in takers if not any(holds(s, other) for other in takers)), calls[0])
 
 
-def _embedding(module: nn.Module) -> nn.Module | None:
+def _embedding(module: Any) -> nn.Module | None:
     """The embedding of a module's tokens: what it says that is, or else the first there is."""
     try:
         said = module.get_input_embeddings()
@@ -162,7 +162,7 @@ def _embedding(module: nn.Module) -> nn.Module | None:
     return said if isinstance(said, nn.Embedding) else next(inside, None)
 
 
-def _encoder(module: nn.Module) -> nn.Module | None:
+def _encoder(module: Any) -> nn.Module | None:
     """The encoder of a module that calls one and a decoder, either or both."""
     both = "encoder_outputs" in arguments(module) and hasattr(module, "get_encoder")
     return module.get_encoder() if both else None

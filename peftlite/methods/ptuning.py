@@ -47,7 +47,8 @@ class EncodedPromptPatch(PromptPatch):
 
     def reset(self, w: Tensor | None) -> None:
         self.rows.normal_()
-        for module in (*self.cells, *self.maps):
+        modules: Any = (*self.cells, *self.maps)
+        for module in modules:
             module.reset_parameters()
 
     def saved(self) -> dict[str, Tensor]:

@@ -33,6 +33,11 @@ class VBLoRAPatch(LowRankPatch):
     largest, which is all that softmax goes by, and `indices_a`, `indices_b` (…, k) tell whose.
     """
 
+    logits_a: nn.Parameter
+    logits_b: nn.Parameter
+    indices_a: Any  # None but in the compact form, like the next
+    indices_b: Any
+
     def __init__(self, site: Site, method: VBLoRA, bank: Bank):
         super().__init__(site)
         self.method, self.bank = method, bank
@@ -70,7 +75,7 @@ class VBLoRAPatch(LowRankPatch):
 
     def _choice(self, x: str) -> tuple[Tensor, Tensor]:
         """The k largest logits of every piece of A or B, and which vectors they are of."""
-        logits, indices = self._parameters[f"logits_{x}"], self._buffers[f"indices_{x}"]
+        logits, indices = getattr(self, f"logits_{x}"), getattr(self, f"indices_{x}")
         logits = logits.to(wide(logits))
         if indices is None:
             return logits.topk(self.method.topk)

@@ -199,8 +199,11 @@ class Part:
         left, right = [], []
         for delta, patches in self.patches.items():
             for patch in patches:
-                plain = isinstance(patch, LowRankPatch) and type(patch).value is LowRankPatch.value
-                if not plain or patch.index != self.site.index:
+                if (
+                    not isinstance(patch, LowRankPatch)
+                    or type(patch).value is not LowRankPatch.value
+                    or patch.index != self.site.index
+                ):
                     return None
                 a, b = patch.factors()
                 left.append(weights[delta] * float(patch.scale) * b.double())
@@ -269,7 +272,8 @@ def _added(parts: Sequence[Part], weights: Weights, options: Options) -> Iterato
 
 def _pruned(parts: Sequence[Part], weights: Weights, options: Options) -> Iterator[Tensor]:
     """What is left of the wᵢΔWᵢ, taken together, part by part."""
-    kept = {delta: _largest(parts, delta, options.density) for delta in weights}
+    density: Any = options.density
+    kept = {delta: _largest(parts, delta, density) for delta in weights}
     chance = torch.Generator().manual_seed(options.seed)
     for part in parts:
         changes = []
@@ -278,8 +282,8 @@ def _pruned(parts: Sequence[Part], weights: Weights, options: Options) -> Iterat
                 continue
             change = part.change(delta)
             if options.how == "dare":
-                mask = torch.rand(change.shape, generator=chance).lt(options.density)
-                change = change * mask.to(change.device) / options.density
+                mask = torch.rand(change.shape, generator=chance).lt(density)
+                change = change * mask.to(change.device) / density
             else:
                 mask = torch.zeros(change.numel(), dtype=torch.bool, device=change.device)
                 mask[next(kept[delta])] = True

@@ -83,7 +83,8 @@ def initialize(
         )
     starts = {address: _start(placed, found[address]) for address, placed in sites.items()}
     for address, (a, b) in starts.items():
-        sites[address].patch.start(sites[address].site.tensor, a, b)
+        patch: Any = sites[address].patch
+        patch.start(sites[address].site.tensor, a, b)
 
 
 def _init(placed: Placed) -> str | None:
@@ -104,7 +105,7 @@ def _finite(address: str, data: Tensor) -> Tensor:
     return data
 
 
-def _part(placed: Placed, whole: Tensor) -> Tensor:
+def _part(placed: Any, whole: Tensor) -> Tensor:
     """What of a whole tensor a site takes, as its matrices (o, i)."""
     return placed.patch.matrices(narrow(whole, placed.site.index))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.core.patch import trainable
 from peftlite.core.site import Site
@@ -22,7 +22,7 @@ class DiffPruningPatch(SearchPatch):
     In the structured form z has one more factor, from `group_alpha`, for the tensor as a whole.
     """
 
-    alpha: nn.Parameter | None
+    alpha: Any  # None in a patch from a file
     group_alpha: Any  # None unless structured
 
     def __init__(self, site: Site, method: DiffPruning):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -78,3 +79,17 @@ def test_a_delta_may_be_called_what_a_module_has(name: str) -> None:
     assert not torch.equal(copy.deepcopy(model)(x), base)
     pl.detach(model, name)
     assert_same(before, digest(model))
+
+
+def test_a_checkpoint_with_more_or_less_of_a_delta_is_no_checkpoint_of_it() -> None:
+    model = ZOO["mlp"].model()
+    pl.attach(model, pl.LoRA(rank=2), "sql")
+    whole = model.state_dict()
+    first = next(key for key in whole if "sql" in key)
+    less = {key: tensor for key, tensor in whole.items() if key != first}
+    with pytest.raises(RuntimeError, match=re.escape(f'Missing key(s) in state_dict: "{first}"')):
+        model.load_state_dict(less)
+    with pytest.raises(
+        RuntimeError, match=re.escape(f'Unexpected key(s) in state_dict: "{first}x')
+    ):
+        model.load_state_dict({**whole, f"{first}x": whole[first]})

@@ -320,6 +320,7 @@ def test_a_choice_under_compile_is_never_stale() -> None:
                 assert pool.submit(pair.seen, compiled).result() == standing
 
 
+@pytest.mark.heavy
 def test_a_choice_under_fullgraph_is_honoured_or_refused() -> None:
     pair = Pair("mha_encoder")
     compiled = torch.compile(pair.model, backend=Graphs(), fullgraph=True)

@@ -228,6 +228,7 @@ def test_help_reads_well(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{cli.COMMANDS[name].help}. " in text and "exit codes: 0 all well" in text
 
 
+@pytest.mark.heavy
 def test_runs_as_a_program(desk: Desk) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "peftlite", "verify", "lost"], capture_output=True, text=True

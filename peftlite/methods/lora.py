@@ -142,18 +142,23 @@ class LoRA(RankMethod):
     def build(self, site: Site) -> Patch:
         if not self.accepts(site):
             raise self.refuse(site)
-        layout = site.layout
         needed = 0 if self.init in ("kaiming", "gaussian") else self.rank
         needed *= 2 if self.init == "lora_ga" else 1  # A's directions and B's are different ones
-        if needed > min(layout.o, layout.i):
-            raise TargetError(
-                f"{site.address} has matrices of {layout.rows}×{layout.columns}, whose rank is at "
-                f"most {min(layout.o, layout.i)}: init={self.init!r} has no {needed} directions to "
-                "take"
-            )
+        if needed:
+            self._check_directions(site, needed)
         if self.init in ("eva", "corda") and not maps.maps_vectors(site.module, site.slot):
             raise TargetError(
                 f"init={self.init!r} goes by the inputs of linear maps, and {site.address} is no "
                 "weight of one that is called: leave it out with exclude="
             )
         return type(self).patch(site, self)
+
+    def _check_directions(self, site: Site, needed: int) -> None:
+        """Raises TargetError if a site's matrices have too few directions to take."""
+        layout = site.layout
+        if needed > min(layout.o, layout.i):
+            raise TargetError(
+                f"{site.address} has matrices of {layout.rows}×{layout.columns}, whose rank is at "
+                f"most {min(layout.o, layout.i)}: init={self.init!r} has no {needed} directions to "
+                "take"
+            )

@@ -51,7 +51,8 @@ class LowRankPatch(Patch):
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The map's output (b, …, o), plus s·BA of its input (b, …, i)."""
         a, b = self.factors()
-        left, right = self.layout.factors(a, b)
+        # `layout.factors`, in line: here a call costs 3 % of a small map's
+        left, right = (a.mT, b.mT) if self.layout.transposed else (b, a)
         if self.index is not None:
             left, right = widen(left, right, self.index, inner.weight.shape)
         dropout = self.dropout if self.training else 0.0

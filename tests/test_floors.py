@@ -138,6 +138,14 @@ def test_opens_by_saying_what_it_is(module: str) -> None:
 
 
 @each_module
+def test_has_no_function_above_60_lines(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > 60]
+
+
+@each_module
 def test_is_not_named_utils(module: str) -> None:
     assert not {"util", "utils", "helpers", "misc"} & set(module.split("."))
 

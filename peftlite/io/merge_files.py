@@ -74,13 +74,8 @@ def merge_files(
         value, change[key] = checked(placed.name, key, patches, w)
         return value
 
-    with tqdm(
-        total=checkpoint.num_bytes,
-        desc=f"merge {placed.name}",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,  # None: where there's no terminal
-    ) as bar:
+    title, hidden = f"merge {placed.name}", None if progress else True  # None: without a terminal
+    with tqdm(None, title, checkpoint.num_bytes, unit="B", unit_scale=True, disable=hidden) as bar:
         checkpoint.rewrite(out, merged, bar.update)
     return Receipt(placed.name, change, {}, {})
 

@@ -66,8 +66,7 @@ def extract(
     if energy is not None and not any(isinstance(how, LoRA) for how in methods):
         raise PeftliteError("energy= gives LoRA its ranks, and none of these methods is LoRA")
     check(base, name)
-    before, after = _both(base, tuned)
-    assigned = _assigned(base, methods)
+    (before, after), assigned = _both(base, tuned), _assigned(base, methods)
     for how, found in assigned:  # says what a method can't take before the work begins
         Placed.all([replace(site, on="meta") for site in found], how)
     taken = [site for _, found in assigned for site in found]

@@ -69,13 +69,7 @@ def initialize(
         )
     found = _look(model, sites, batches, loss or _loss)
     for address, placed in _having(sites, "loftq").items():
-        whole = (original or {}).get(whole_address(address))
-        if not isinstance(whole, Tensor) or whole.shape != placed.site.whole.shape:
-            raise PeftliteError(
-                f"init='loftq' goes by original[{whole_address(address)!r}], the tensor before it "
-                f"was quantised, of shape {tuple(placed.site.whole.shape)}: not {short(whole)}"
-            )
-        found[address] = _finite(address, _part(placed, whole.to(placed.site.device)))
+        found[address] = _before_quantising(address, placed, original or {})
     if missing := [address for address in sites if address not in found]:
         raise PeftliteError(
             f"the batches reached {len(found)} of {len(sites)} sites, and not {listed(missing)}: "
@@ -103,6 +97,18 @@ def _finite(address: str, data: Tensor) -> Tensor:
     if not data.isfinite().all():
         raise PeftliteError(f"the data for {address} has values that aren't finite")
     return data
+
+
+def _before_quantising(address: str, placed: Placed, original: Mapping[str, Any]) -> Tensor:
+    """What a site's tensor was before it was quantised. Raises PeftliteError."""
+    name, shape = whole_address(address), placed.site.whole.shape
+    whole = original.get(name)
+    if not isinstance(whole, Tensor) or whole.shape != shape:
+        raise PeftliteError(
+            f"init='loftq' goes by original[{name!r}], the tensor before it was quantised, of "
+            f"shape {tuple(shape)}: not {short(whole)}"
+        )
+    return _finite(address, _part(placed, whole.to(placed.site.device)))
 
 
 def _part(placed: Any, whole: Tensor) -> Tensor:

@@ -119,9 +119,8 @@ class LoRAForm(Form):
 
     def taken(self, site: Site) -> bool:
         module, inner = site.module, nn.modules.linear.NonDynamicallyQuantizableLinear
-        if isinstance(module, nn.modules.conv._ConvNd):
-            # in peft the change of a grouped one sees the inputs of all groups
-            return super().taken(site) and module.groups == 1
+        if site.layout.joined:  # in peft the change of a grouped one sees the inputs of all groups
+            return super().taken(site) and site.layout.groups == 1
         if isinstance(module, nn.MultiheadAttention | inner):
             return site.slot in ("in_proj_weight", "weight")
         return super().taken(site) or site.tensor.dim() in (2, 3)

@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 
 # torch.empty gives NaN, or the largest integer: memory that is read before it is written shows. A
 # GPU's kernels that are not deterministic would be refused as well
-torch.set_deterministic_debug_mode("default" if torch.cuda.is_available() else "error")
+UNWRITTEN = "default" if torch.cuda.is_available() else "error"
+torch.set_deterministic_debug_mode(UNWRITTEN)
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
@@ -54,6 +55,7 @@ def alone() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+    torch.set_deterministic_debug_mode(UNWRITTEN)  # Lightning's Trainer sets it for good
     left = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
     torch.set_grad_enabled(True)
     assert left == (True, 1, torch.float32), "a test left torch otherwise than it found it"

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
 from peftlite.fields import integer, number
+from peftlite.methods.low_rank import dropped
 
 
 class HiRAPatch(Patch):
@@ -40,8 +40,7 @@ class HiRAPatch(Patch):
     def value(self, w: Tensor) -> Tensor:
         a, b = self.a.to(wide(w, self.a)), self.b.to(wide(w, self.b))
         if self.training and self.dropout:
-            # a dropped input feature is a dropped column of A; rows of a batch share the mask
-            a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
+            a = dropped(a, self.dropout)
         return torch.addcmul(w.to(a.dtype), w.to(a.dtype), self.layout.product(a, b)).to(w.dtype)
 
 

@@ -20,6 +20,11 @@ from peftlite.fields import integer, positive
 from peftlite.kernels.grouped import grouped_linear
 
 
+def dropped(a: Tensor, p: float) -> Tensor:
+    """A (*stack, r, i) without some columns: inputs that are dropped, the same for every row."""
+    return a * F.dropout(torch.ones_like(a[..., :1, :]), p)
+
+
 class LowRankPatch(Patch):
     """W' = W + s·BA, with A (*stack, r, i) and B (*stack, o, r), for a `stack` of matrices.
 
@@ -44,8 +49,7 @@ class LowRankPatch(Patch):
         a, b = self.factors()
         a, b = a.to(wide(w, a)), b.to(wide(w, a))
         if self.training and self.dropout:
-            # a dropped input feature is a dropped column of A; rows of a batch share the mask
-            a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
+            a = dropped(a, self.dropout)
         return torch.add(w, self.layout.product(a, b), alpha=self.scale).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:

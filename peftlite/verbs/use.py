@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from peftlite.core.choice import Names, NamesByRow
-from peftlite.core.delta import Delta
+from peftlite.core.delta import Delta, Registry
 from peftlite.core.find import changeable, named, require
 from peftlite.core.tensors import is_sharded
 from peftlite.errors import PeftliteError
@@ -31,7 +31,7 @@ def use(model: nn.Module, names: Choosable) -> None:
     """
     _, registry = require(model)
     changeable(registry)
-    registry.choice.standing = _names(model, names)
+    registry.choice.standing = _names(registry, names)
 
 
 def using(
@@ -57,12 +57,12 @@ def using(
     _, registry = require(model)
     changeable(registry)
     if rows is None:
-        return registry.choice.scope(_names(model, names))
+        return registry.choice.scope(_names(registry, names))
     if names is not None or not isinstance(rows, list | tuple) or not rows:
         raise PeftliteError(
             f"rows= is a list with one choice per batch row, in place of a name: not {rows!r}"
         )
-    return registry.choice.scope(NamesByRow(tuple(_names(model, row) for row in rows)))
+    return registry.choice.scope(NamesByRow(tuple(_names(registry, row) for row in rows)))
 
 
 def view(model: nn.Module, names: Choosable) -> Any:
@@ -77,7 +77,7 @@ def view(model: nn.Module, names: Choosable) -> Any:
         base, sql = pl.view(model, None), pl.view(model, "sql")
     """
     _, registry = require(model)
-    checked = _names(model, names)
+    checked = _names(registry, names)
     if any(map(is_sharded, model.parameters())):
         raise PeftliteError("a model under fully_shard can't be copied, so it can have no view")
     shared = [*model.parameters(), *model.buffers(), *registry.originals.values()]
@@ -88,8 +88,7 @@ def view(model: nn.Module, names: Choosable) -> Any:
     return twin
 
 
-def _names(model: nn.Module, names: Any) -> Names:
-    _, registry = require(model)
+def _names(registry: Registry, names: Any) -> Names:
     if names is None:
         return ()
     if not isinstance(names, str | list | tuple | Delta):

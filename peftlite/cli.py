@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,22 +43,34 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftlite"
 
 
-_OUT = {"-o --out": {"required": True, "metavar": "OUT", "help": "what to write"}}
-_FILE = {"metavar": "FILE", "help": "a delta's file, peftlite's or a peer's"}
+def _given(metavar: str | None, help: str, **how: Any) -> dict[str, Any]:
+    return {"metavar": metavar, "help": help, **how}
+
+
+def _flag(help: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": help}
+
+
+def _one_of(choices: Sequence[str], help: str, default: str | None = None) -> dict[str, Any]:
+    return {"choices": choices, "help": help, "default": default}
+
+
+_whole, _number = partial(_given, type=int), partial(_given, type=float)
+_several = partial(_given, nargs="+")
+
+_OUT = {"-o --out": _given("OUT", "what to write", required=True)}
+_FILE = _given("FILE", "a delta's file, peftlite's or a peer's")
 _BASE = "a safetensors file, or a folder of shards with their index"
 _TRANSPOSED = {
-    "--transposed": {
-        "action": "store_true",
-        "help": "matrices that no file tells of are stored (inputs, outputs), as GPT-2's are",
-    }
+    "--transposed": _flag(
+        "matrices that no file tells of are stored (inputs, outputs), as GPT-2's are"
+    )
 }
 _SVD = {
-    "--rank": {"type": int, "metavar": "R", "help": "the rank to keep, at most"},
-    "--energy": {
-        "type": float,
-        "metavar": "SHARE",
-        "help": "keep this share of the squared singular values, by the smallest rank that does",
-    },
+    "--rank": _whole("R", "the rank to keep, at most"),
+    "--energy": _number(
+        "SHARE", "keep this share of the squared singular values, by the smallest rank that does"
+    ),
 }
 
 COMMANDS = {
@@ -70,15 +83,15 @@ COMMANDS = {
         "whether a file is as it was saved, and whether a base is the one that it was made for",
         {
             "file": _FILE,
-            "--base": {"metavar": "BASE", "help": f"a checkpoint: {_BASE}"},
+            "--base": _given("BASE", f"a checkpoint: {_BASE}"),
         },
         commands.run_verify,
     ),
     "diff": Command(
         "how two files differ: methods, sites, and the largest difference in each tensor",
         {
-            "a": {"metavar": "A", "help": "a delta's file, or any of safetensors"},
-            "b": {"metavar": "B", "help": "another"},
+            "a": _given("A", "a delta's file, or any of safetensors"),
+            "b": _given("B", "another"),
         },
         commands.run_diff,
     ),
@@ -86,23 +99,15 @@ COMMANDS = {
         "writes a delta in another format; a pickle is read only here, and for tensors alone",
         {
             "file": _FILE,
-            "out": {"metavar": "OUT", "help": "the file, or the folder, to write"},
-            "--to": {
-                "choices": get_args(To),
-                "default": "safetensors",
-                "help": "the format; safetensors leaves the names as they are (default)",
-            },
-            "--base": {"metavar": "BASE", "help": f"the base, for the other formats: {_BASE}"},
-            "--alpha": {
-                "type": float,
-                "metavar": "NUMBER",
-                "help": "alpha, for files that don't say it",
-            },
-            "--parts": {
-                "nargs": "+",
-                "metavar": "PART",
-                "help": "which parts of fused weights have changes, such as: q v",
-            },
+            "out": _given("OUT", "the file, or the folder, to write"),
+            "--to": _one_of(
+                get_args(To),
+                "the format; safetensors leaves the names as they are (default)",
+                "safetensors",
+            ),
+            "--base": _given("BASE", f"the base, for the other formats: {_BASE}"),
+            "--alpha": _number("NUMBER", "alpha, for files that don't say it"),
+            "--parts": _several("PART", "which parts of fused weights have changes, such as: q v"),
             **_TRANSPOSED,
         },
         commands.run_convert,
@@ -110,35 +115,28 @@ COMMANDS = {
     "merge": Command(
         "merges a delta into a checkpoint, tensor by tensor; the checkpoint stays as it is",
         {
-            "base": {"metavar": "BASE", "help": f"the checkpoint: {_BASE}"},
-            "delta": {"metavar": "DELTA", "help": "the delta's file"},
+            "base": _given("BASE", f"the checkpoint: {_BASE}"),
+            "delta": _given("DELTA", "the delta's file"),
             **_OUT,
-            "--check-base": {
-                "choices": ("error", "warn", "off"),
-                "default": "error",
-                "help": "what to do if the base is not the one the delta was made for",
-            },
+            "--check-base": _one_of(
+                ("error", "warn", "off"),
+                "what to do if the base is not the one the delta was made for",
+                "error",
+            ),
         },
         commands.run_merge,
     ),
     "extract": Command(
         "writes what makes one checkpoint of another as a delta: LoRA, and the rest as it is",
         {
-            "base": {"metavar": "BASE", "help": f"a checkpoint: {_BASE}"},
-            "tuned": {"metavar": "TUNED", "help": "what became of it"},
+            "base": _given("BASE", f"a checkpoint: {_BASE}"),
+            "tuned": _given("TUNED", "what became of it"),
             **_OUT,
             **_SVD,
-            "--targets": {
-                "nargs": "+",
-                "metavar": "PATTERN",
-                "help": "what LoRA takes (default: linear maps)",
-            },
-            "--exclude": {"nargs": "+", "metavar": "PATTERN", "help": "what LoRA leaves"},
-            "--ignore-rest": {
-                "action": "store_true",
-                "help": "leave out what else differs, in place of keeping it in full",
-            },
-            "--name": {"default": "extracted", "help": "the delta's name (default: extracted)"},
+            "--targets": _several("PATTERN", "what LoRA takes (default: linear maps)"),
+            "--exclude": _several("PATTERN", "what LoRA leaves"),
+            "--ignore-rest": _flag("leave out what else differs, in place of keeping it in full"),
+            "--name": _given(None, "the delta's name (default: extracted)", default="extracted"),
             **_TRANSPOSED,
         },
         commands.run_extract,
@@ -146,22 +144,16 @@ COMMANDS = {
     "combine": Command(
         "writes a delta that does what several do together",
         {
-            "base": {"metavar": "BASE", "help": f"the checkpoint they were made for: {_BASE}"},
-            "deltas": {
-                "nargs": "+",
-                "metavar": "FILE=WEIGHT",
-                "help": "the deltas' files; a weight that isn't given is 1",
-            },
+            "base": _given("BASE", f"the checkpoint they were made for: {_BASE}"),
+            "deltas": _several("FILE=WEIGHT", "the deltas' files; a weight that isn't given is 1"),
             **_OUT,
-            "--how": {"choices": get_args(How), "default": "sum", "help": "(default: sum)"},
+            "--how": _one_of(get_args(How), "(default: sum)", "sum"),
             **_SVD,
-            "--density": {
-                "type": float,
-                "metavar": "SHARE",
-                "help": "of its entries that a delta keeps: for ties, dare, magnitude_prune",
-            },
-            "--seed": {"type": int, "default": 0, "help": "of dare's chance (default: 0)"},
-            "--name": {"default": "combined", "help": "the delta's name (default: combined)"},
+            "--density": _number(
+                "SHARE", "of its entries that a delta keeps: for ties, dare, magnitude_prune"
+            ),
+            "--seed": _whole(None, "of dare's chance (default: 0)", default=0),
+            "--name": _given(None, "the delta's name (default: combined)", default="combined"),
             **_TRANSPOSED,
         },
         commands.run_combine,
@@ -169,125 +161,98 @@ COMMANDS = {
     "validate-data": Command(
         "every problem of a chat JSONL file by its line, its tokens, and what training takes",
         {
-            "file": {"metavar": "FILE", "help": "the file to train on"},
-            "--validation": {"metavar": "FILE", "help": "another, which is to share no example"},
-            "--tokenizer": {
-                "metavar": "DIR",
-                "help": "a folder of transformers, with a chat template (default: bytes)",
-            },
-            "--max-length": {
-                "type": int,
-                "metavar": "N",
-                "help": "tokens after which an example is cut off",
-            },
+            "file": _given("FILE", "the file to train on"),
+            "--validation": _given("FILE", "another, which is to share no example"),
+            "--tokenizer": _given(
+                "DIR", "a folder of transformers, with a chat template (default: bytes)"
+            ),
+            "--max-length": _whole("N", "tokens after which an example is cut off"),
         },
         commands.run_validate_data,
     ),
     "compare": Command(
         "what a model writes by itself and with each delta, side by side, the likeliest token next",
         {
-            "model": {"metavar": "MODEL", "help": "a local folder of transformers"},
-            "deltas": {"nargs": "+", "metavar": "DELTA", "help": "the deltas' files"},
-            "--prompts": {
-                "required": True,
-                "metavar": "FILE",
-                "help": "a prompt a line; in a .jsonl file chats, or pairs of prompt and response",
-            },
-            "--max-new-tokens": {
-                "type": int,
-                "default": 64,
-                "metavar": "N",
-                "help": "to write, at most (default: 64)",
-            },
+            "model": _given("MODEL", "a local folder of transformers"),
+            "deltas": _several("DELTA", "the deltas' files"),
+            "--prompts": _given(
+                "FILE",
+                "a prompt a line; in a .jsonl file chats, or pairs of prompt and response",
+                required=True,
+            ),
+            "--max-new-tokens": _whole("N", "to write, at most (default: 64)", default=64),
         },
         commands.run_compare,
     ),
     "train": Command(
         "trains a delta of a local model on chats, pairs or text; goes on after a break",
         {
-            "--model": {
-                "required": True,
-                "metavar": "DIR",
-                "help": "a local folder of transformers",
-            },
-            "--data": {
-                "required": True,
-                "metavar": "FILE",
-                "help": "JSONL of chats (messages), pairs (prompt, response) or texts (text); "
+            "--model": _given("DIR", "a local folder of transformers", required=True),
+            "--data": _given(
+                "FILE",
+                "JSONL of chats (messages), pairs (prompt, response) or texts (text); "
                 "a file that isn't called .jsonl is one text",
-            },
-            "--validation": {
-                "metavar": "FILE",
-                "help": "another file, or the share of the data that is held out, such as 0.1",
-            },
-            "-o --out": {
-                "required": True,
-                "metavar": "DIR",
-                "help": "a folder for the delta, events.jsonl, history.csv and checkpoints",
-            },
-            "--name": {"help": "the delta's name (default: the folder's)"},
-            "--method": {"default": "LoRA", "help": "any of peftlite's by name (default: LoRA)"},
-            "--rank": {"type": int, "metavar": "R", "help": "of the method"},
-            "--alpha": {"type": float, "metavar": "NUMBER", "help": "of the method"},
-            "--targets": {"nargs": "+", "metavar": "PATTERN", "help": "what the method takes"},
-            "--exclude": {"nargs": "+", "metavar": "PATTERN", "help": "what the method leaves"},
-            "--set": {
-                "nargs": "+",
-                "default": [],
-                "metavar": "KEY=VALUE",
-                "help": "any other option of the method",
-            },
-            "--loss": {
-                "choices": ("causal_lm", "contrastive"),
-                "default": "causal_lm",
-                "help": "contrastive: by pairs, to tell which two texts belong together "
+                required=True,
+            ),
+            "--validation": _given(
+                "FILE", "another file, or the share of the data that is held out, such as 0.1"
+            ),
+            "-o --out": _given(
+                "DIR",
+                "a folder for the delta, events.jsonl, history.csv and checkpoints",
+                required=True,
+            ),
+            "--name": _given(None, "the delta's name (default: the folder's)"),
+            "--method": _given(None, "any of peftlite's by name (default: LoRA)", default="LoRA"),
+            "--rank": _whole("R", "of the method"),
+            "--alpha": _number("NUMBER", "of the method"),
+            "--targets": _several("PATTERN", "what the method takes"),
+            "--exclude": _several("PATTERN", "what the method leaves"),
+            "--set": _several("KEY=VALUE", "any other option of the method", default=[]),
+            "--loss": _one_of(
+                ("causal_lm", "contrastive"),
+                "contrastive: by pairs, to tell which two texts belong together "
                 "(default: causal_lm)",
-            },
-            "--max-length": {
-                "type": int,
-                "metavar": "N",
-                "help": "tokens of an example, or of a piece of text "
+                "causal_lm",
+            ),
+            "--max-length": _whole(
+                "N",
+                "tokens of an example, or of a piece of text "
                 "(default: what the model takes; 512 for text)",
-            },
-            "--epochs": {"type": int, "metavar": "N", "help": "(default: by the examples)"},
-            "--batch-size": {"type": int, "metavar": "N", "help": "(default: by the examples)"},
-            "--accumulate": {"type": int, "metavar": "N", "help": "parts that a batch comes in"},
-            "--lr": {"type": float, "metavar": "RATE", "help": "(default: by method and width)"},
-            "--lr-multiplier": {"type": float, "metavar": "TIMES", "help": "of that rate"},
-            "--patience": {
-                "type": int,
-                "metavar": "N",
-                "help": "epochs without a better validation loss after which to stop",
-            },
-            "--autocast": {"choices": ("bf16", "fp16"), "help": "for the forward pass"},
-            "--parallel": {
-                "choices": ("auto", "ddp", "fsdp"),
-                "default": "auto",
-                "help": "in the processes of `torchrun -m peftlite train`: ddp, the whole model in "
+            ),
+            "--epochs": _whole("N", "(default: by the examples)"),
+            "--batch-size": _whole("N", "(default: by the examples)"),
+            "--accumulate": _whole("N", "parts that a batch comes in"),
+            "--lr": _number("RATE", "(default: by method and width)"),
+            "--lr-multiplier": _number("TIMES", "of that rate"),
+            "--patience": _whole(
+                "N", "epochs without a better validation loss after which to stop"
+            ),
+            "--autocast": _one_of(("bf16", "fp16"), "for the forward pass"),
+            "--parallel": _one_of(
+                ("auto", "ddp", "fsdp"),
+                "in the processes of `torchrun -m peftlite train`: ddp, the whole model in "
                 "each; fsdp, the base spread over them (default: ddp if it fits)",
-            },
-            "--gradient-checkpointing": {
-                "action": "store_true",
-                "help": "compute activations again instead of keeping them",
-            },
-            "--device": {"help": "(default: an accelerator if there is one, else cpu)"},
-            "--seed": {"type": int, "default": 0, "help": "of all chance (default: 0)"},
-            "--resume": {
-                "action": "store_true",
-                "help": "go on from the newest checkpoint in the folder, or begin if it has none",
-            },
+                "auto",
+            ),
+            "--gradient-checkpointing": _flag("compute activations again instead of keeping them"),
+            "--device": _given(None, "(default: an accelerator if there is one, else cpu)"),
+            "--seed": _whole(None, "of all chance (default: 0)", default=0),
+            "--resume": _flag(
+                "go on from the newest checkpoint in the folder, or begin if it has none"
+            ),
         },
         commands.run_train,
     ),
     "demo": Command(
         "two deltas on one small language model, and every law measured on them: 2 minutes",
         {
-            "--fresh": {"action": "store_true", "help": "train the base even if it is cached"},
-            "--cache": {
-                "type": Path,
-                "metavar": "DIR",
-                "help": "a folder for the base and the deltas (default: ~/.cache/peftlite)",
-            },
+            "--fresh": _flag("train the base even if it is cached"),
+            "--cache": _given(
+                "DIR",
+                "a folder for the base and the deltas (default: ~/.cache/peftlite)",
+                type=Path,
+            ),
         },
         _demo,
     ),

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from peftlite.commands.local import local_model, local_tokenizer
+from peftlite.commands import local
 from peftlite.commands.outcome import Outcome
-from peftlite.errors import FileError, PeftliteError
+from peftlite.errors import PeftliteError
 from peftlite.io.load import load
 from peftlite.table import table
 from peftlite.train.data import as_tokenizer
@@ -47,7 +47,7 @@ class Question:
 
 def run_compare(args: argparse.Namespace) -> Outcome:
     questions = list(_questions(args.prompts))
-    model, tokenizer = local_model(args.model), local_tokenizer(args.model)
+    model, tokenizer = local.model(args.model), local.tokenizer(args.model)
     names: dict[str, str | None] = {"base": None}
     for path in args.deltas:
         stem = Path(path).stem
@@ -79,11 +79,7 @@ def _questions(path: str) -> Iterator[Question]:
             else:
                 yield Question(row["messages"], None)
         return
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path!r} can't be read as text: {error}") from error
-    yield from (Question(line, None) for line in lines if line.strip())
+    yield from (Question(line, None) for line in local.text(path).splitlines() if line.strip())
 
 
 def _check(row: Row) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""A local folder of transformers: its model and its tokenizer, with nothing fetched or run."""
+"""What is local: a folder of transformers, with nothing fetched or run; and a file of text."""
 
 from pathlib import Path
 from typing import Any
@@ -6,24 +6,32 @@ from typing import Any
 from peftlite.errors import FileError, PeftliteError
 
 
-def local_model(folder: str) -> Any:
+def model(folder: str) -> Any:
     """The causal language model in a folder, in evaluation mode. Raises FileError."""
     return _from("AutoModelForCausalLM", folder, use_safetensors=True).eval()
 
 
-def local_encoder(folder: str) -> Any:
+def encoder(folder: str) -> Any:
     """The model in a folder without a head, in evaluation mode. Raises FileError."""
     return _from("AutoModel", folder, use_safetensors=True).eval()
 
 
-def local_config(folder: str) -> Any:
+def config(folder: str) -> Any:
     """The configuration of the model in a folder. Raises FileError."""
     return _from("AutoConfig", folder)
 
 
-def local_tokenizer(folder: str) -> Any:
+def tokenizer(folder: str) -> Any:
     """The tokenizer in a folder. Raises FileError."""
     return _from("AutoTokenizer", folder)
+
+
+def text(path: str) -> str:
+    """What a file in UTF-8 says. Raises FileError."""
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path!r} can't be read as text: {error}") from error
 
 
 def _from(auto: str, folder: str, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlite.commands.local import local_config, local_encoder, local_model, local_tokenizer
+from peftlite.commands import local
 from peftlite.commands.outcome import Outcome
 from peftlite.core.attach import attach
 from peftlite.core.patch import Method
@@ -95,14 +95,14 @@ def _option(text: str) -> tuple[str, Any]:
 def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
     """A trainer of a new delta of the model; prints the plan and the settings."""
     device = _device(args.device or local_device())
-    tokenizer, config = local_tokenizer(args.model), local_config(args.model)
+    tokenizer, config = local.tokenizer(args.model), local.config(args.model)
     most = getattr(config, "max_position_embeddings", None)
     paired = args.loss == "contrastive"
     read: Callable[[str], data.Data] = partial(
         _pairs if paired else _examples, tokenizer=tokenizer, length=args.max_length, most=most
     )
     train, val = _parts(args, read)
-    model = (local_encoder if paired else local_model)(args.model)
+    model = (local.encoder if paired else local.model)(args.model)
     if not will_shard(args.parallel, model):  # or each process takes its shard
         model = model.to(device)
     what = plan(model, method)
@@ -152,23 +152,13 @@ def _examples(path: str, tokenizer: Any, length: int | None, most: int | None) -
     """Chats, pairs or texts, as the first row of a file has it; or the one text of another file."""
     piece = length or min(PIECE, most or PIECE)
     if Path(path).suffix != ".jsonl":
-        return data.text([_text(path)], tokenizer, length=piece)
-    row = next((line.row for line in scan(path, _anything) if line.row is not None), {})
+        return data.text([local.text(path)], tokenizer, length=piece)
+    lines = scan(path, lambda row: iter(()))  # whatever is in them
+    row = next((line.row for line in lines if line.row is not None), {})
     if "text" in row:
         return data.text(path, tokenizer, length=piece)
     make = data.pairs if "prompt" in row else data.chat
     return make(path, tokenizer, max_length=length or most)
-
-
-def _anything(row: Mapping[str, Any]) -> Any:
-    return iter(())
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path!r} can't be read as text: {error}") from error
 
 
 def _pairs(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:

@@ -12,8 +12,8 @@ from torch import Generator
 
 import peftlite as pl
 import peftlite.train.data as data
+from peftlite.commands import local
 from peftlite.commands.compare import _questions
-from peftlite.commands.local import local_model, local_tokenizer
 from peftlite.train.data import augment
 from peftlite.train.data.packing import fill
 from tests.errors.case import Case, linears
@@ -95,11 +95,11 @@ CASES = [
     on(lambda: data.collate([{"input_ids": [1]}], side="start"),  # type: ignore
        "side must be one of 'right', 'left', not 'start'"),
     # the commands
-    Case(lambda _, path: local_model(str(path)),
+    Case(lambda _, path: local.model(str(path)),
          "there is no folder '…' of a model, as save_pretrained leaves one", pl.FileError, linears),
-    Case(lambda _, path: local_model(str(path.parent)), "'…' can't be read by transformers: …",
+    Case(lambda _, path: local.model(str(path.parent)), "'…' can't be read by transformers: …",
          pl.FileError, linears),
-    on(mock.patch.dict(sys.modules, transformers=None)(lambda: local_tokenizer("base")),
+    on(mock.patch.dict(sys.modules, transformers=None)(lambda: local.tokenizer("base")),
        "this needs transformers: pip install transformers"),
     Case(lambda _, path: list(_questions(str(path))), "'…' can't be read as text: …", pl.FileError,
          linears, lambda path: path.write_bytes(b"\xff")),

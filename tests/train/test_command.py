@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 import peftlite as pl
 import peftlite.train.data as data
 from peftlite import cli
-from peftlite.commands.local import local_model, local_tokenizer
+from peftlite.commands import local
 from peftlite.io.load import inspect
 from peftlite.train import Trainer, losses
 from peftlite.train.state import fork_rng
@@ -50,7 +50,7 @@ def test_is_the_trainers_own_run(run: Run) -> None:
         run, "--out", "sql", "--rank", "4", "--targets", "q_proj", "v_proj", "--set",
         "dropout=0.1", "--validation", "0.25", "--lr-multiplier", "2", "--seed", "3",
     )  # fmt: skip
-    model, tokenizer = local_model("model"), local_tokenizer("model")
+    model, tokenizer = local.model("model"), local.tokenizer("model")
     train, val = data.chat("chats.jsonl", tokenizer, max_length=64).split(0.25, seed=3)
     with fork_rng(torch.device("cpu"), 3):
         delta = pl.attach(model, pl.LoRA(rank=4, dropout=0.1, targets=["q_proj", "v_proj"]), "sql")

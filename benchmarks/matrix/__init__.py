@@ -1,0 +1,1 @@
+"""The matrix of peft's types, settings and models, each case tried in peft and in peftlite."""

@@ -75,13 +75,10 @@ class Arena:
 
     def tables(self, site: int) -> dict[str, Tensor]:
         """A site's tensors, each (slots + 1, *shape)."""
-        return self._views(self.buffers, site)
+        return self.fields(self.buffers, site)
 
-    def fields(self, row: Row, site: int) -> dict[str, Tensor]:
-        """A site's tensors in one row, each (*shape)."""
-        return self._views(row, site)
-
-    def _views(self, buffers: Sequence[Tensor], site: int) -> dict[str, Tensor]:
+    def fields(self, buffers: Sequence[Tensor], site: int) -> dict[str, Tensor]:
+        """A site's tensors in one row, each (*shape), or in several."""
         part, places = self._places[site]
         lead = buffers[part].shape[:-1]
         return {

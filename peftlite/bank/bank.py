@@ -9,10 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.bank.batches import Batches
-from peftlite.bank.codec import decode, encode
+from peftlite.bank.batches import Batches, FixedRows
 from peftlite.bank.entry import Entry
-from peftlite.bank.fixed_rows import FixedRows
 from peftlite.bank.room import NAME, Room
 from peftlite.bank.route import Router
 from peftlite.bank.slots import Slots
@@ -82,7 +80,7 @@ class DeltaBank:
         self._store = HostStore(
             room.arena,
             memory_budget,
-            lambda entry: encode(room, reread(model, entry.name, entry.origin)),
+            lambda entry: room.encode(reread(model, entry.name, entry.origin)),
         )
         self._slots = Slots(room.arena, slots, self._store.fetch)
         commit(model, room.patches())
@@ -125,7 +123,7 @@ class DeltaBank:
         check_name(name)
         delta, origin = delta_of(self.model, name, source, check_base)
         entry = Entry.of(name, delta, origin, pin)
-        self._store.put(entry, encode(self._room, delta))
+        self._store.put(entry, self._room.encode(delta))
         try:
             self._slots.seat(entry, needed=pin)
         except BaseException:
@@ -253,7 +251,7 @@ class DeltaBank:
             entry = self._slots.entry(name)
             # in training it keeps its slot, and there alone is what it has learned
             row = self._arena.read(entry.slot or 0) if entry.leaves else None
-        return decode(self._room, entry, self._store.fetch(entry) if row is None else row)
+        return self._room.decode(entry, self._store.fetch(entry) if row is None else row)
 
     def save(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
         """Writes a delta as it is now, as `pl.save` with its options. Raises as `delta`."""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-from peftlite.bank.arena import Arena
+from peftlite.bank.arena import Arena, Row
 from peftlite.bank.entry import Entry
 from peftlite.bank.families.mixed import Mixed
 from peftlite.bank.families.registry import family_of
@@ -92,6 +93,27 @@ class Room:
                 "methods= when the bank is made"
             )
         return [(self._mixed[key], patches) for key, patches in groups.items()]
+
+    @torch.no_grad()
+    def encode(self, delta: Delta) -> Row:
+        """A delta as a slot holds it. Raises PeftliteError if there is no room for it."""
+        row = self.arena.blank()
+        for mixed, patches in self.by_mixed(delta.placed.values()):
+            fields = self.arena.fields(row, mixed.number)
+            for name, value in mixed.encode(patches).items():
+                if isinstance(value, Tensor):
+                    fields[name][tuple(map(slice, value.shape))].copy_(value)
+                else:
+                    fields[name].fill_(value)
+        return row
+
+    @torch.no_grad()
+    def decode(self, entry: Entry, row: Row) -> Delta:
+        """A delta from what a slot holds of it. Raises PeftliteError if it can't be had back."""
+        placed = entry.placed()
+        for mixed, patches in self.by_mixed(placed):
+            mixed.decode(patches, self.arena.fields(row, mixed.number))
+        return Delta(entry.name, [method for method, _ in entry.built_by], placed)
 
     def leaves(self, entry: Entry) -> Leaves:
         """The parameters of a delta that is held in its slot. Raises PeftliteError."""

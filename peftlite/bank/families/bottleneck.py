@@ -14,7 +14,6 @@ from peftlite.bank.families.gather import fold, per_row
 from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.site import Site
-from peftlite.errors import PeftliteError
 from peftlite.methods.bottleneck import BottleneckPatch
 from peftlite.methods.compacter import CompacterPatch, kronecker
 from peftlite.methods.features import change_first
@@ -44,10 +43,7 @@ class MixedBottleneck(Mixed):
     def encode(self, patches: Sequence[Any]) -> Contents:
         (patch,), size = patches, len(patches[0].down_bias)
         if size > self.r:
-            raise PeftliteError(
-                f"{self.address}: an adapter {size} wide is above the room for {self.r} that the "
-                "bank's methods make: give them a larger bottleneck_size"
-            )
+            raise self.too_large(f"an adapter {size} wide is above", self.r, "bottleneck_size")
         down, up = _matrices(patch)
         return {
             **{"down": down, "down_bias": patch.down_bias, "up": up, "up_bias": patch.up_bias},

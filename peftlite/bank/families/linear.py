@@ -1,19 +1,24 @@
-"""MixedLinear: y = Wx + what each row's own change of W adds, at the weight of a linear map."""
+"""Linear: y = Wx + what each row's own change of W adds; and that with all of it in each slot."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from peftlite.bank.families.gather import fold
-from peftlite.bank.families.mixed import Mixed, is_expert
+from peftlite.bank.arena import Field
+from peftlite.bank.families.gather import fold, per_row
+from peftlite.bank.families.mixed import Contents, Mixed, is_expert
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.host import ATTRIBUTE
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
+from peftlite.core.values import change_of
 from peftlite.errors import TargetError
+from peftlite.methods.full import AddPatch
 
 
 def called_as_map(site: Site) -> None:
@@ -51,3 +56,33 @@ class MixedLinear(Mixed):
     def matrices(self, d: Tensor) -> Tensor:
         """(…, o, i), for any number of tensors such as W is."""
         return d.mT if self.layout.transposed else d
+
+
+class MixedDense(MixedLinear):
+    """y = Wx + D_k x, with all of D = W' − W as `d`: each slot costs what the weight does.
+
+    For a head that is trained in full, LoHa, LoKr, OFT, and whatever a user's own method makes of a
+    weight.
+    """
+
+    learned = ("d",)
+    trained = (AddPatch,)
+
+    def fields(self) -> dict[str, Field]:
+        return {"d": Field(tuple(self.site.shape), self.dtype)}
+
+    def encode(self, patches: Sequence[Any]) -> Contents:
+        own = self.trains(patches)
+        return {"d": patches[0].difference if own else change_of(patches, self.site.tensor)}
+
+    def parameter(self, patch: Any, name: str) -> Tensor:
+        return patch.difference
+
+    def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
+        d = self.matrices(tables["d"]).mT  # (S, i, o)
+        x = x.to(d.dtype)
+        if not self.by_runs(rows, tables, x, y):
+            return y + torch.bmm(x, per_row(d, rows)).to(y.dtype)
+        for slot, start, stop in rows.runs or ():
+            y[start:stop] += x[start:stop] @ d[slot]
+        return y

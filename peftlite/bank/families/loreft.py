@@ -41,10 +41,7 @@ class MixedLoReFT(Mixed):
     def encode(self, patches: Sequence[Any]) -> Contents:
         (patch,) = patches
         if len(patch.w) > self.r:
-            raise PeftliteError(
-                f"{self.address}: rank {len(patch.w)} is above the room for {self.r} that the "
-                "bank's methods make: give them a larger rank"
-            )
+            raise self.too_large(f"rank {len(patch.w)} is above", self.r, "rank")
         if self.everywhere and not patch.everywhere:
             raise PeftliteError(
                 f"{self.address}: the bank has room for changes of all positions alone, and this "

@@ -1,4 +1,4 @@
-"""MixedLowRank: y = Wx + s_k·B_k A_k x, with k the slot of the row: LoRA and all of its kind."""
+"""Low rank: y = Wx + s_k·B_k A_k x, with k the slot of the row: LoRA and all of its kind, DoRA."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.bank.arena import Field
+from peftlite.bank.families.gather import per_row, rescaled
 from peftlite.bank.families.linear import MixedLinear
 from peftlite.bank.families.mixed import Contents, is_whole
 from peftlite.bank.rows import Rows, Tables
+from peftlite.core.maps import Embedding, Map, kind_of, unwrap
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
-from peftlite.core.tensors import wide, widen
-from peftlite.errors import PeftliteError
+from peftlite.core.tensors import narrow, wide, widen
+from peftlite.errors import PeftliteError, TargetError
 from peftlite.kernels.rows import Factors, groups_low_rank, rows_low_rank, runs_low_rank
+from peftlite.methods.dora import DoRAPatch
 from peftlite.methods.lora import LoRAPatch
 from peftlite.methods.low_rank import LowRankPatch
 
@@ -93,3 +97,62 @@ class MixedLowRank(MixedLinear):
         for slot, start, stop in rows.runs or ():
             contents = self.contents_of(slot)
             yield (contents["a"], contents["b"], contents["scale"]), start, stop
+
+
+class MixedEmbedding(MixedLowRank):
+    """y = W[ids] + s_k·B_k A_k[:, ids]: A (R, words) and B (d, R), as of a map of one-hot words."""
+
+    @staticmethod
+    def suits(site: Site) -> None:
+        if {kind_of(module) for module, _ in site.owners} != {Embedding}:
+            raise TargetError(
+                f"{site.address} isn't of an embedding alone, so its rows can't be told apart: "
+                "leave it out of the bank's methods with exclude="
+            )
+
+    def mix(
+        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y, ids = inner(input), input.reshape(len(rows.slots), -1)  # (b, t)
+        b, scale = per_row(tables["b"], rows), per_row(tables["scale"], rows)[:, None, None]
+        h = tables["a"][rows.slots[:, None], :, ids] * scale.to(b.dtype)
+        change = torch.bmm(h, b.mT).to(y.dtype).view_as(y)
+        padding = unwrap(inner)[0].module.padding_idx
+        if padding is not None:  # it gives values and takes no gradients
+            change = torch.where((input == padding)[..., None], change.detach(), change)
+        return y + change
+
+
+class MixedDoRA(MixedLowRank):
+    """y' = y + (m/‖V‖ − 1)_k ⊙ (y − b), with y what LoRA's k-th change gives.
+
+    Beside LoRA's factors, `change` (o): every output's ratio less 1, found as a delta is loaded.
+    """
+
+    learned = ()
+
+    def fields(self) -> dict[str, Field]:
+        return {**super().fields(), "change": Field((self.o,), wide(self.site.whole))}
+
+    def encode(self, patches: Sequence[Any]) -> Contents:
+        if not all(patch.has_call for patch in patches):
+            raise self.cannot("be mixed by rows where it changes some of the inputs", patches[0])
+        change = torch.stack([self._change(patch) for patch in patches]).sum(0)
+        return {**super().encode(patches), "change": change}
+
+    def _change(self, patch: DoRAPatch) -> Tensor:
+        """m/‖V‖ − 1 of all outputs, those that a patch leaves alone at 0."""
+        change = patch.ratio(narrow(self.site.whole, patch.index)) - 1
+        if patch.index is None:
+            return change
+        _, start, stop = patch.index
+        return F.pad(change, (start, self.o - stop))
+
+    def trains(self, patches: Sequence[Patch]) -> bool:
+        return False
+
+    def mix(
+        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = super().mix(rows, tables, inner, input, *args, **kwargs)
+        return rescaled(y, inner.bias, tables["change"], rows)

@@ -43,7 +43,8 @@ class Mixed(Patch):
     def __init__(self, site: Site, patch: Patch, max_rank: int):
         super().__init__()
         self.suits(site)
-        self.slot, self.address = CALL if self.at_call else site.slot, site.address
+        self.site, self.address = site, site.address
+        self.slot = CALL if self.at_call else site.slot
         self.__dict__["template"] = patch  # no part of the model
         self.dtype = dtype_of(site, patch)
         self.router: Router
@@ -139,6 +140,12 @@ class Mixed(Patch):
 
     def cannot(self, what: str, patch: Patch) -> PeftliteError:
         return PeftliteError(f"{self.address}: a {type(patch).__name__} can't {what}")
+
+    def too_large(self, what: str, room: Any, setting: str) -> PeftliteError:
+        return PeftliteError(
+            f"{self.address}: {what} the room for {room} that the bank's methods make: give them a "
+            f"larger {setting}"
+        )
 
 
 def _no_copy() -> PeftliteError:

@@ -13,7 +13,6 @@ from peftlite.bank.families.gather import per_row
 from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.site import Site
-from peftlite.errors import PeftliteError
 from peftlite.methods.attention import Prepend
 from peftlite.methods.prefix import PrefixPatch, unreached
 
@@ -35,10 +34,8 @@ class MixedPrefix(Mixed):
         prefix = patches[0].current()
         room, (n, (_, h, most, d)) = prefix.shape, (prefix.shape[2], self.shape)
         if room != (2, h, n, d) or n > most:
-            raise PeftliteError(
-                f"{self.address}: a prefix {tuple(room)} doesn't fit the room for {self.shape} "
-                "that the bank's methods make: give them a larger prefix_length"
-            )
+            what = f"a prefix {tuple(room)} doesn't fit"
+            raise self.too_large(what, self.shape, "prefix_length")
         return {"prefix": prefix, "used": n}
 
     def trains(self, patches: Sequence[Any]) -> bool:

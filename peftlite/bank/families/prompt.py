@@ -115,10 +115,8 @@ class MixedStack(Mixed):
                 f"{self.address} is called with an attention_mask that isn't a tensor "
                 f"{(len(used), t)}, for {t} tokens in all: prompts of different lengths go by one"
             )
-        return torch.cat([self._there(used).to(mask.dtype), mask], 1)
-
-    def _there(self, used: Tensor) -> Tensor:
-        return torch.arange(self.n, device=used.device) >= self.n - used
+        there = torch.arange(self.n, device=used.device) >= self.n - used
+        return torch.cat([there.to(mask.dtype), mask], 1)
 
     def _places(self, used: Tensor, places: Any, seen: int, t: int, past: int) -> Tensor:
         """Positions (b, t), or (b, N + t): a row's count from the first that it has."""
@@ -168,8 +166,5 @@ class MixedLayers(MixedAround):
 def _used(mixed: Any, n: int) -> int:
     """How many of the N virtual tokens a delta has. Raises PeftliteError."""
     if n > mixed.n:
-        raise PeftliteError(
-            f"{mixed.address}: a prompt of {n} is above the room for {mixed.n} that the bank's "
-            "methods make: give them a larger prompt_length"
-        )
+        raise mixed.too_large(f"a prompt of {n} is above", mixed.n, "prompt_length")
     return n

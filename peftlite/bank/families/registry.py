@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from peftlite.bank.families.bottleneck import MixedBeside, MixedBottleneck, MixedInside
-from peftlite.bank.families.dense import MixedDense
-from peftlite.bank.families.dora import MixedDoRA
-from peftlite.bank.families.embedding import MixedEmbedding
+from peftlite.bank.families.linear import MixedDense
 from peftlite.bank.families.loreft import MixedLoReFT
-from peftlite.bank.families.low_rank import MixedLowRank
+from peftlite.bank.families.low_rank import MixedDoRA, MixedEmbedding, MixedLowRank
 from peftlite.bank.families.mixed import Mixed
 from peftlite.bank.families.prefix import MixedPrefix
 from peftlite.bank.families.prompt import MixedAround, MixedLayers, MixedPrompt, MixedStack

@@ -77,7 +77,8 @@ class MixedSparse(MixedLinear):
         if self.by_runs(rows, tables, x, y) and torch.backends.mkl.is_available():
             return self._add_in_runs(rows, y, x)
         values, indices = (per_row(tables[name], rows) for name in ("values", "indices"))
-        change = self._entry_by_entry if self._is_few(x) else self._as_matrices
+        few = x.shape[1] * self.n < self.shape.numel()  # to read of x, beside their matrices
+        change = self._entry_by_entry if few else self._as_matrices
         return y + change(x, values, indices.long()).to(y.dtype)
 
     def _add_in_runs(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
@@ -104,10 +105,6 @@ class MixedSparse(MixedLinear):
         """The outputs and the inputs of entries."""
         first, second = indices // self.shape[1], indices % self.shape[1]
         return (second, first) if self.layout.transposed else (first, second)
-
-    def _is_few(self, x: Tensor) -> bool:
-        """Whether what the entries read of x is less than their matrices."""
-        return x.shape[1] * self.n < self.shape.numel()
 
     def _entry_by_entry(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
         """Σ x[column]·value into each row, for x (b, t, i), and values and indices (b, n)."""

@@ -77,7 +77,7 @@ class MixedVector(Mixed):
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.site, self.unit = site, None
+        self.unit = None
         if site.is_call:  # a bias that the layer was made without
             self.width, self.dim = len(patch.d), -1 - patch.after
         else:

@@ -98,6 +98,7 @@ class PromptMethod(Method, abstract=True):
     prompt_length: int = integer(20)
     fill: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     cut: bool = True
+    embeds: bool = False
 
     takes = "the one call of a module that looks up its token ids in an nn.Embedding inside it"
     patch: ClassVar[type[PromptPatch]] = PromptPatch
@@ -119,7 +120,7 @@ class PromptMethod(Method, abstract=True):
         embeddings = embeddings or [s for s in calls if s.module is _embedding(module)]
         if len(stacks) > 1 or len(embeddings) != 1 or not holds(stacks[0], embeddings[0]):
             raise self.refuse(picked[0])
-        around = [s for s in calls if s.module is not module and _encoder(s.module) is module][:1]
+        around = [s for s in calls if s.module is not module and encoder(s.module) is module][:1]
         pools = self.cut and not around and getattr(module, "pooler", None) is not None
         layers = [s for s in calls if pools and s.module is getattr(module, "encoder", None)]
         return [*stacks, *around, *layers, *embeddings]
@@ -129,7 +130,7 @@ class PromptMethod(Method, abstract=True):
         if not holds(stack, embedding) or not isinstance(embedding.module, nn.Embedding):
             raise self.refuse(stack)
         limit = getattr(getattr(stack.module, "config", None), "max_position_embeddings", None)
-        if limit is not None and n >= limit:
+        if limit is not None and n >= limit > 0:
             raise TargetError(
                 f"{stack.address} has {limit} positions, which a prompt of {n} leaves none of: "
                 "say prompt_length= with less"
@@ -137,7 +138,7 @@ class PromptMethod(Method, abstract=True):
         prompt, others = self.patch(self, embedding), sites[1:-1]
         cut = self.cut and not any(holds(site, stack) for site in others)
         others = [AroundPatch(n, s) if holds(s, stack) else LayersPatch(n) for s in others]
-        return [StackPatch(prompt, self.fill, stack, cut), *others, prompt]
+        return [StackPatch(prompt, self, stack, cut), *others, prompt]
 
 
 def holds(site: Site, inner: Site) -> bool:
@@ -146,10 +147,16 @@ def holds(site: Site, inner: Site) -> bool:
     return outer and any(inner.module is m for m in site.module.modules())
 
 
+def takers(sites: Sequence[Site]) -> list[Site]:
+    """The calls that take ids and their mask by the usual names, outer ones first."""
+    calls = (site for site in sites if site.is_call)
+    return [s for s in calls if {"input_ids", "attention_mask"} <= {*arguments(s.module)}]
+
+
 def _stack(calls: Sequence[Site]) -> Site:
-    """The innermost call that takes ids and their mask by the usual names, or the model's own."""
-    takers = [s for s in calls if {"input_ids", "attention_mask"} <= {*arguments(s.module)}]
-    return next((s for s in takers if not any(holds(s, other) for other in takers)), calls[0])
+    """The innermost call that takes ids and their mask, or the model's own."""
+    found = takers(calls)
+    return next((s for s in found if not any(holds(s, other) for other in found)), calls[0])
 
 
 def _embedding(module: Any) -> nn.Module | None:
@@ -162,7 +169,7 @@ def _embedding(module: Any) -> nn.Module | None:
     return said if isinstance(said, nn.Embedding) else next(inside, None)
 
 
-def _encoder(module: Any) -> nn.Module | None:
+def encoder(module: Any) -> nn.Module | None:
     """The encoder of a module that calls one and a decoder, either or both."""
     both = "encoder_outputs" in arguments(module) and hasattr(module, "get_encoder")
     return module.get_encoder() if both else None
@@ -196,6 +203,9 @@ class PromptTuning(PromptMethod):
             as it is.
         cut: whether outputs lose the virtual positions. An encoder of your own whose decoder
             attends to them has to keep them; transformers' are known.
+        embeds: whether the call that takes `input_ids` is given `inputs_embeds` in their place, as
+            in peft. It then can't tell padding by its id, so that what classifies by the last
+            token, as GPT-2 does, takes that of a padded row for one.
 
     Raises:
         PeftliteError: `init_ids` is missing, or there for another `init` than "text".

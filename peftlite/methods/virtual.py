@@ -24,10 +24,13 @@ FILL |= dict.fromkeys(("past_key_values", "encoder_hidden_states", "encoder_atte
 class StackPatch(Patch):
     """At the call that takes the ids: puts the codes before them, and cuts them off the outputs."""
 
-    def __init__(self, prompt: Any, fill: Mapping[str, float | None], site: Site, cut: bool):
+    prompt: Any
+
+    def __init__(self, prompt: Any, method: Any, site: Site, cut: bool):
         super().__init__()
         self.__dict__["prompt"] = prompt  # the embedding's patch has it as its own
-        self.n, self.fill, self.cut = prompt.n, {**FILL, **fill}, cut
+        self.n, self.fill, self.cut = prompt.n, {**FILL, **method.fill}, cut
+        self.embeds = method.embeds
         self.address, self.names = site.address, arguments(site.module)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -40,6 +43,8 @@ class StackPatch(Patch):
         given = by_name(self.names, args, kwargs)
         name = self.tokens(given)
         tokens, past = given.pop(name), cached(given.get("past_key_values"))
+        if self.embeds and name == "input_ids":
+            name, tokens = "inputs_embeds", self.prompt.embedding.module(tokens)
         rest = beside(given, tokens, past)
         if past:  # the prompt is in the cache
             return inner(**{name: tokens}, **rest)

@@ -195,6 +195,10 @@ CASES = [
     exporting(pl.PromptTuning(prompt_length=2), "peft puts a prompt where the task says: give "
               "settings={'task_type': 'CAUSAL_LM'}, or SEQ_CLS, SEQ_2_SEQ_LM, TOKEN_CLS, "
               "QUESTION_ANS, FEATURE_EXTRACTION"),
+    exporting(pl.PromptTuning(prompt_length=2), cannot("bert()", "a classifier of peft's reads the "
+              "first virtual token, and with this one the first real one (attach with "
+              "targets='()' and cut=False for peft's)"), on("hf_bert"),
+              settings={"task_type": "SEQ_CLS"}),
     exporting([SMALL, pl.IA3(targets="lm_head")], "peft has one method in an adapter, and this "
               "delta has LoRA, IA3: attach them as deltas of their own, or keep them together with "
               "pl.save"),

@@ -16,6 +16,7 @@ CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 START, WRAPPED = "base_model.model.", "base_model."  # the latter where there is a prompt
 LAYER, TOKENS = ".ln_tuning_layers.", ".trainable_tokens_delta"
 PREFIX, PROMPTS = "PREFIX_TUNING", ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+CLASSIFIES, GENERATES = "SEQ_CLS", ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks
 ALONE = "LN_TUNING"  # which trains a copy of any module, for what isn't beside another method
 KNOWN = (*FORMS, *PROMPTS, ALONE, "TRAINABLE_TOKENS")
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from peftlite.core.patch import Method
 from peftlite.core.targets import select
-from peftlite.io.peft.folder import PREFIX, PROMPTS
+from peftlite.io.peft.folder import CLASSIFIES, GENERATES, PREFIX, PROMPTS
 from peftlite.io.peft.form import fit
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left
 from peftlite.methods.prefix import PrefixTuning
-from peftlite.methods.prompt import PromptTuning
+from peftlite.methods.prompt import PromptTuning, encoder, takers
 
 
 def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
@@ -26,7 +26,9 @@ def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
     if adapter.model is None:
         yield Claim({}, [(method, "")])
         return
-    sites = [site for site, _ in select(adapter.everything, None, None, method)]
+    at = _classifier(adapter)
+    chosen = select(adapter.everything, at, None, replace(method, targets=at))
+    sites = [site for site, _ in chosen]
     patches = method.build_all([replace(site, on="meta") for site in sites])
     own = [f"{s.address}:{k}" for s, p in zip(sites, patches, strict=True) for k in p.saved()]
     key = left["prompt_embeddings"]
@@ -64,6 +66,20 @@ def _sizes(adapter: Adapter) -> tuple[int, int, int, int]:
 def _method(adapter: Adapter, n: int, width: int, heads: int) -> Method:
     if adapter.kind == PREFIX:
         return PrefixTuning(prefix_length=n, num_heads=heads, head_dim=width // heads)
-    # in peft what pools the first position has a virtual token there
+    # where it doesn't generate, peft gives a model embeddings alone
+    embeds = adapter.config.data.get("task_type") not in GENERATES
+    if _classifier(adapter):
+        return PromptTuning(prompt_length=n, cut=False, embeds=embeds, fill={"labels": None})
+    # what pools the first position has a virtual token there
     pools = any(getattr(m, "pooler", None) is not None for m in adapter.modules.values())
-    return PromptTuning(prompt_length=n, cut=not pools)
+    return PromptTuning(prompt_length=n, cut=not pools, embeds=embeds)
+
+
+def _classifier(adapter: Adapter) -> str | None:
+    """The call of a whole classifier of sequences, before which peft puts its prompt.
+
+    So a head that reads the first position, as BERT's and RoBERTa's do, reads a virtual token.
+    """
+    if adapter.kind == PREFIX or adapter.config.data.get("task_type") != CLASSIFIES:
+        return None
+    return next((s.address for s in takers(adapter.everything) if not encoder(s.module)), None)

@@ -20,7 +20,7 @@ from peftlite.io.peft.folder import ALONE, CONFIG, MODEL, PREFIX, PROMPTS
 from peftlite.io.peft.forms import FORMS
 from peftlite.io.peft.writing.draft import Draft, refuse
 from peftlite.io.peft.writing.modules import write_modules
-from peftlite.io.peft.writing.prompts import write_prompts
+from peftlite.io.peft.writing.prompts import check_task, write_prompts
 from peftlite.io.peft.writing.replaced import write_replaced
 from peftlite.io.peft.writing.tokens import rows_of, write_tokens
 from peftlite.methods.full import AddPatch
@@ -39,11 +39,8 @@ def write(delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -
     """Writes a delta as a folder that peft loads, with more `settings` of adapter_config.json."""
     config, tensors = plan(delta)
     config |= {"inference_mode": True, "peft_version": AS_IN, **as_json("settings", settings or {})}
-    if config["peft_type"] in PROMPTS and not config.get("task_type"):
-        raise PeftliteError(
-            "peft puts a prompt where the task says: give settings={'task_type': 'CAUSAL_LM'}, or "
-            "SEQ_CLS, SEQ_2_SEQ_LM, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION"
-        )
+    if config["peft_type"] in PROMPTS:
+        check_task(delta, config.get("task_type"))
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             raise PeftliteError(f"{key} has values that aren't finite, so it could not be loaded")

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from peftlite.core.assign import Placed
-from peftlite.io.peft.folder import PREFIX
+from peftlite.core.delta import Delta
+from peftlite.errors import PeftliteError
+from peftlite.io.peft.folder import CLASSIFIES, PREFIX
 from peftlite.io.peft.writing.draft import Draft, refuse
+
+
+def check_task(delta: Delta, task: Any) -> None:
+    """Raises PeftliteError if peft would put a delta's prompt elsewhere for a task."""
+    if not task:
+        raise PeftliteError(
+            "peft puts a prompt where the task says: give settings={'task_type': 'CAUSAL_LM'}, or "
+            "SEQ_CLS, SEQ_2_SEQ_LM, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION"
+        )
+    item = next(iter(delta.placed.values()))
+    looks_back = any(getattr(m, "is_causal", False) for m in item.site.module.modules())
+    if task == CLASSIFIES and getattr(item.method, "cut", False) and not looks_back:
+        refuse(
+            item,
+            "a classifier of peft's reads the first virtual token, and with this one the first "
+            "real one (attach with targets='()' and cut=False for peft's)",
+        )
 
 
 def write_prompts(draft: Draft, items: Sequence[Placed]) -> None:

@@ -77,6 +77,13 @@ def check_fields(method: Any) -> None:
             check(method, each.name)
 
 
+def as_typed(value: Any) -> str:
+    """A dataclass as one would type it: its class, and the fields that aren't as by default."""
+    given = {each.name: getattr(value, each.name) for each in fields(value)}
+    typed = [f"{e.name}={given[e.name]!r}" for e in fields(value) if given[e.name] != e.default]
+    return f"{type(value).__name__}({', '.join(typed)})"
+
+
 def set_number(
     method: Any, name: str, kind: type, allowed: Callable[[Any], bool], what: str
 ) -> None:

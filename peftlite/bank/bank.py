@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 from torch import nn
 
+from peftlite.bank.arena import Row
 from peftlite.bank.batches import Batches, FixedRows
 from peftlite.bank.entry import Entry
-from peftlite.bank.room import NAME, Room
+from peftlite.bank.room import NAME, Room, like, placed_by, wherever_mixed
 from peftlite.bank.route import Router
 from peftlite.bank.slots import Slots
 from peftlite.bank.source import delta_of, reread
 from peftlite.bank.store import HostStore
 from peftlite.bank.training import training_rows
-from peftlite.core.assign import methods_in
+from peftlite.core.assign import Placed, methods_in
 from peftlite.core.attach import check_model, check_name, commit, detach
 from peftlite.core.delta import Delta
 from peftlite.core.find import require
@@ -28,13 +30,17 @@ from peftlite.io.native import save
 from peftlite.methods.lora import LoRA
 from peftlite.table import short, size
 
+Source: TypeAlias = str | os.PathLike[str] | Delta | Method
+"""What a delta comes of: a file, a delta of this model or a copy of it, or a method."""
+
 
 class DeltaBank:
     """y_j = what the model with delta k_j gives for row j, in one batch, k_j a different one each.
 
-    The bank's memory is fixed when it is made: `slots` deltas on the model's device, each with
-    room for what `methods` place, up to `max_rank`. More deltas than slots wait on the host, or
-    behind `memory_budget` on disk, and come in when they are named; the least recently used goes.
+    The bank's memory is `slots` deltas on the model's device, each with room for what `methods`
+    place, up to `max_rank`; without `methods`, also for whatever is loaded before the first
+    forward, from which on it is fixed. More deltas than slots wait on the host, or behind
+    `memory_budget` on disk, and come in when they are named; the least recently used goes.
 
     The bank freezes the base and is the model's standing choice until `close` takes it off.
 
@@ -42,13 +48,16 @@ class DeltaBank:
         model: any module whose inputs have the batch as their first dimension.
         slots: how many deltas are on the device at once, and so how many one batch can mix.
         max_rank: the largest rank that fits.
-        methods: what to make room for, and where; `LoRA(rank=max_rank)` at its own targets if None.
+        methods: what to make room for, and where: methods, files and deltas that need it. If None,
+            `LoRA(rank=max_rank)` wherever its rows can be told apart, and what is loaded before
+            the first forward.
             A method's `dtype` is the slots'; by default that of the weight beside it.
         memory_budget: bytes of the host's memory for deltas; all they need if None.
 
     Raises:
         PeftliteError: a number isn't positive, a method can't be mixed, or the model has a bank.
         TargetError: a target names nothing, or a site where rows can't be told apart.
+        FileError: a file that should have room can't be read, or doesn't fit the model.
 
     Example:
         model = nn.Linear(8, 4)
@@ -64,7 +73,7 @@ class DeltaBank:
         model: nn.Module,
         slots: int,
         max_rank: int,
-        methods: Method | Sequence[Method] | None = None,
+        methods: Source | Sequence[Source] | None = None,
         memory_budget: int | None = None,
     ):
         _positive("slots", slots)
@@ -73,18 +82,50 @@ class DeltaBank:
             _positive("memory_budget", memory_budget)
         if NAME in check_model(model).deltas:
             raise PeftliteError("this model has a bank already: close it first, or use it")
-        made_for = [LoRA(rank=max_rank)] if methods is None else methods_in(methods)
         self.model, self._router = model, Router()
-        self._room = room = Room(model, made_for, slots, max_rank, self._router)
-        self._arena = room.arena
+        self._grows, self._loading, self._budget = methods is None, threading.RLock(), memory_budget
+        default = LoRA(rank=max_rank)
+        placed = wherever_mixed(model, default) if methods is None else _needs(model, methods)
+        self._move_into(Room(model, placed, slots, max_rank, self._router))
+
+    def _move_into(self, room: Room) -> None:
+        self._room, self._arena = room, room.arena
         self._store = HostStore(
             room.arena,
-            memory_budget,
-            lambda entry: room.encode(reread(model, entry.name, entry.origin)),
+            self._budget,
+            lambda entry: room.encode(reread(self.model, entry.name, entry.origin)),
         )
-        self._slots = Slots(room.arena, slots, self._store.fetch)
-        commit(model, room.patches())
-        self._batches = Batches(self._slots, room.arena, require(model)[1].choice)
+        self._slots = Slots(room.arena, room.slots, self._store.fetch)
+        commit(self.model, room.patches())
+        self._batches = Batches(self._slots, room.arena, require(self.model)[1].choice)
+
+    def _make_room(self, delta: Delta) -> None:
+        """Makes room for a delta, if nothing has run yet and the room isn't a given one."""
+        before, store, slots = self._room, self._store, self._slots
+        room = before if self._fixed else before.grown(delta)
+        if room is before:
+            return
+        rows = {entry: room.widened(store.fetch(entry), before) for entry in slots.known.values()}
+        detach(self.model, NAME)
+        self._move_into(room)
+        for entry, row in rows.items():
+            entry.slot, entry.spilled = None, None
+            self._keep(entry, row)
+        store.close()
+
+    @property
+    def _fixed(self) -> bool:
+        return not self._grows or self._router.ran
+
+    def _keep(self, entry: Entry, row: Row) -> None:
+        self._store.put(entry, row)
+        try:
+            self._slots.seat(entry, needed=entry.pinned)
+        except BaseException:
+            self._store.drop(entry)
+            raise
+        if (old := self._slots.put(entry)) is not None:
+            self._store.drop(old)
 
     @property
     def closed(self) -> bool:
@@ -96,7 +137,7 @@ class DeltaBank:
     def load(
         self,
         name: str,
-        source: str | os.PathLike[str] | Delta | Method | Sequence[Method],
+        source: Source | Sequence[Method],
         *,
         pin: bool = False,
         check_base: CheckBase = "error",
@@ -123,14 +164,9 @@ class DeltaBank:
         check_name(name)
         delta, origin = delta_of(self.model, name, source, check_base)
         entry = Entry.of(name, delta, origin, pin)
-        self._store.put(entry, self._room.encode(delta))
-        try:
-            self._slots.seat(entry, needed=pin)
-        except BaseException:
-            self._store.drop(entry)
-            raise
-        if (old := self._slots.put(entry)) is not None:
-            self._store.drop(old)
+        with self._loading if not self._fixed else nullcontext():
+            self._make_room(delta)
+            self._keep(entry, self._room.encode(delta))
 
     @property
     def names(self) -> list[str]:
@@ -141,21 +177,25 @@ class DeltaBank:
         slots, a_slot = self._slots, size(self._arena.row_bytes)
         return (
             f"DeltaBank({len(slots.known)} deltas, {len(slots.resident)} in {slots.count} slots of "
-            f"{a_slot}, {size(self._store.num_bytes)} on the host)"
+            f"{a_slot}, {size(self._store.num_bytes)} on the host; room for {self._room})"
         )
 
     # -- who uses it
 
     @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+    def rows(self, names: Sequence[str | None], repeat: int = 1) -> Iterator[None]:
         """A `with` in which row j of a batch has the delta `names[j]`; None is the base.
 
-        It holds for this thread or async task, and its deltas stay in their slots. A batch of
-        k·len(names) rows has k of them for each name, as a beam search makes them.
+        It holds for this thread or async task, and its deltas stay in their slots. A single name is
+        every row's. The rows that transformers' `generate` makes of one, for its beams, have the
+        delta of that one.
+
+        Args:
+            repeat: how many rows in turn share each name, where a batch has so many times more.
 
         Raises:
             PeftliteError: a delta isn't the bank's, can't be brought in, or they outnumber the
-                slots; the model runs another choice.
+                slots; the model runs another choice; in a forward: the batch has other rows.
             FileError: the file that it is to come from has changed or gone.
 
         Example:
@@ -164,16 +204,25 @@ class DeltaBank:
             with bank.rows(["sql", None]):
                 y = bank.model(torch.randn(2, 8))
         """
-        entries, numbers = self._batches.hold(names)
+        _positive("repeat", repeat)
+        batches = self._settled()
+        entries, numbers = batches.hold(names)
         try:
-            with self._router.scope(self._batches.rows(numbers)):
+            with self._router.scope(batches.rows(numbers, repeat)):
                 yield
         finally:
-            self._batches.release(entries)
+            batches.release(entries)
 
     def use(self, name: str | None) -> AbstractContextManager[None]:
         """A `with` in which every row has the delta `name`, as `rows` has it. Raises as it does."""
         return self.rows((name,))
+
+    def _settled(self) -> Batches:
+        """The batches of the room that is fixed from now on."""
+        if not self._fixed:
+            with self._loading:  # what is being loaded may make room yet
+                self._router.ran = True
+        return self._batches
 
     def static(self, b: int) -> FixedRows:
         """`b` rows that change in place, at one address, so that one CUDA graph serves every mix.
@@ -192,7 +241,7 @@ class DeltaBank:
                 y = bank.model(torch.randn(2, 8))
         """
         _positive("b", b)
-        return FixedRows(b, self._batches, self._router)
+        return FixedRows(b, self._settled(), self._router)
 
     # -- training
 
@@ -215,19 +264,21 @@ class DeltaBank:
                 bank.model(torch.randn(2, 8)).square().sum().backward()
             optimizer.step()
         """
-        entries, numbers = self._batches.hold(names)
+        batches = self._settled()
+        entries, numbers = batches.hold(names)
         try:
             leaves = {entry.slot or 0: self._room.leaves(entry) for entry in entries}
             with self._router.scope(training_rows(numbers, leaves)):
                 yield
         finally:
-            self._batches.release(entries)
+            batches.release(entries)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of a delta as `address:name`, on its slot's memory, in the slots' dtype.
 
         While it trains it keeps its slot; `evict` ends that. Raises as `train`.
         """
+        self._settled()
         (entry,) = self._slots.hold([name])
         try:
             return iter(self._room.leaves(entry).named.items())
@@ -299,6 +350,17 @@ class DeltaBank:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _needs(model: nn.Module, given: Any) -> list[Placed]:
+    """What methods, files and deltas need, without values."""
+    placed: list[Placed] = []
+    for source in given if isinstance(given, list | tuple) and given else [given]:
+        if isinstance(source, str | os.PathLike | Delta):
+            placed += like(delta_of(model, NAME, source, "error")[0])
+        else:
+            placed += placed_by(model, methods_in(source))
+    return placed
 
 
 def _positive(name: str, value: Any) -> None:

@@ -29,7 +29,7 @@ class Batches:
     def __init__(self, slots: Slots, arena: Arena, choice: Choice):
         self.slots, self.arena, self.choice = slots, arena, choice
         self.closed = False
-        self._rows: dict[tuple[int, ...], Rows] = {}
+        self._rows: dict[tuple[tuple[int, ...], int], Rows] = {}
 
     def distinct(self, names: Sequence[str | None]) -> list[str]:
         """The deltas of a batch. Raises PeftliteError if it is none, or not for the bank."""
@@ -51,13 +51,13 @@ class Batches:
         self.arena.leave([entry.slot or 0 for entry in entries])
         self.slots.release(entries)
 
-    def rows(self, numbers: tuple[int, ...]) -> Rows:
+    def rows(self, numbers: tuple[int, ...], repeat: int) -> Rows:
         """Rows of these slots, kept as tensors."""
-        rows = self._rows.get(numbers)
+        rows = self._rows.get((numbers, repeat))
         if rows is None:
             if len(self._rows) >= _KEPT:
                 self._rows.clear()
-            rows = self._rows[numbers] = Rows.of(numbers)
+            rows = self._rows[numbers, repeat] = Rows.of(numbers, repeat)
         return rows
 
 

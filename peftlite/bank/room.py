@@ -15,11 +15,12 @@ from peftlite.bank.families.mixed import Mixed
 from peftlite.bank.families.registry import family_of
 from peftlite.bank.route import Entrance, Router
 from peftlite.bank.training import Leaves
-from peftlite.core.assign import Placed, assign
+from peftlite.core.assign import Placed, assign, place
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method, Patch
 from peftlite.core.site import CALL, Site, locate, sites, whole_address
-from peftlite.errors import PeftliteError
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.fields import as_typed
 from peftlite.table import listed
 
 NAME = "(bank)"
@@ -30,22 +31,46 @@ Key = tuple[str, type[Mixed]]
 
 
 class Room:
-    """A patch for every site and family that methods place, on an arena of `slots` deltas."""
+    """A patch for every site and family of what is `placed`, on an arena of `slots` deltas."""
 
     def __init__(
         self,
         model: nn.Module,
-        methods: Sequence[Method],
+        placed: Sequence[Placed],
         slots: int,
         max_rank: int,
         router: Router,
     ):
-        self.model, self.methods, self.router = model, methods, router
+        self.model, self.slots, self.max_rank, self.router = model, slots, max_rank, router
+        self._placed = placed
         self._training: WeakSet[Leaves] = WeakSet()
-        self._sites, self._mixed = _made_by(model, methods, max_rank)
+        self._sites, self._mixed = _made_by(model, placed, max_rank)
         fields = [(self._sites[key].device, mixed.fields()) for key, mixed in self._mixed.items()]
         self.arena = Arena(fields, slots)
         self._settle()
+
+    def grown(self, delta: Delta) -> Room:
+        """Room for a delta, too: this one if it has it already. Raises PeftliteError."""
+        placed = like(delta)
+        _, mixed = _made_by(self.model, placed, self.max_rank)
+        if all(
+            key in self._mixed and new.size <= self._mixed[key].size for key, new in mixed.items()
+        ):
+            return self
+        together = [*self._placed, *placed]
+        return Room(self.model, together, self.slots, self.max_rank, self.router)
+
+    def widened(self, row: Row, before: Room) -> Row:
+        """A row of the room that there was before this one grew of it, as a row of this one."""
+        wide = self.arena.blank()
+        for key, mixed in before._mixed.items():
+            fields = self.arena.fields(wide, self._mixed[key].number)
+            for name, value in before.arena.fields(row, mixed.number).items():
+                fields[name][tuple(map(slice, value.shape))].copy_(value)
+        return wide
+
+    def __str__(self) -> str:
+        return f"{_described(self._placed)}, up to rank {self.max_rank}"
 
     def patches(self) -> Delta:
         """What the bank plants."""
@@ -58,7 +83,8 @@ class Room:
         placed.append((root, entrance))  # the last at the model's call is the outermost
         for _, patch in placed:
             patch.train(self.model.training)
-        return Delta(NAME, self.methods, [Placed(s, self.methods[0], p, None) for s, p in placed])
+        method = Method()  # any, for a delta that no file has
+        return Delta(NAME, [method], [Placed(site, method, p, None) for site, p in placed])
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves the memory as `model.to` moves the model. Raises PeftliteError in training."""
@@ -80,17 +106,16 @@ class Room:
 
         Raises PeftliteError if there is no room for one.
         """
+        items = list(placed)
         groups: dict[Key, list[Patch]] = {}
-        for item in placed:
-            try:
-                family = family_of(item.patch, item.site)
-            except PeftliteError as error:
-                raise PeftliteError(f"{item.site.address}: {error}") from error
-            groups.setdefault((whole_address(item.site.address), family), []).append(item.patch)
+        for item in items:
+            groups.setdefault(_key(item), []).append(item.patch)
         if missing := [key[0] for key in groups if key not in self._mixed]:
             raise PeftliteError(
-                f"the bank has no room for {listed(missing)}: name its method and sites in "
-                "methods= when the bank is made"
+                f"the bank has no room for {listed(missing)}: this delta is {_described(items)}; "
+                f"there is room for {self}. Give methods= what it needs when the bank is made, "
+                f"such as pl.DeltaBank(model, {self.slots}, {self.max_rank}, methods=[its file]), "
+                "or none, and load it before the first forward"
             )
         return [(self._mixed[key], patches) for key, patches in groups.items()]
 
@@ -124,22 +149,76 @@ class Room:
         return entry.leaves
 
 
+def placed_by(model: nn.Module, methods: Sequence[Method]) -> list[Placed]:
+    """What methods would place, without values. Raises PeftliteError."""
+    return [
+        item
+        for method in methods  # one by one: a site may have several families
+        for _, taken in assign(model, [method])
+        for item in Placed.all([replace(site, on="meta") for site in taken], method)
+    ]
+
+
+def wherever_mixed(model: nn.Module, method: Method) -> list[Placed]:
+    """What a method would place at its own targets, wherever rows can be told apart."""
+    taken = [replace(site, on="meta") for site in sites(model) if method.default(site)]
+    placed = Placed.all(taken, method)
+    return [item for item in placed if _is_mixed(model, item)]
+
+
+def _is_mixed(model: nn.Module, item: Placed) -> bool:
+    try:
+        return bool(_made_by(model, [item], 1))
+    except TargetError:
+        return False
+
+
+def like(delta: Delta) -> list[Placed]:
+    """What a delta has placed, without values."""
+    placed = delta.placed
+    by_method = [
+        (method, [address for address, item in placed.items() if item.method is method])
+        for method in delta.methods
+    ]
+    shapes = {
+        address: {name: tensor.shape for name, tensor in item.patch.saved().items()}
+        for address, item in placed.items()
+    }
+    return place({a: item.site for a, item in placed.items()}, by_method, shapes, on="meta")
+
+
 def _made_by(
-    model: nn.Module, methods: Sequence[Method], max_rank: int
+    model: nn.Module, placed: Sequence[Placed], max_rank: int
 ) -> tuple[Mapping[Key, Site], Mapping[Key, Mixed]]:
-    """Where the methods' deltas can be, and what mixes them there. Raises PeftliteError."""
+    """Where the deltas can be, and what mixes them there. Raises PeftliteError."""
     found: dict[Key, Site] = {}
     mixed: dict[Key, Mixed] = {}
-    for method in methods:
-        for _, taken in assign(model, [method]):  # one by one: a site may have several families
-            wholes, _ = locate(sites(model), {whole_address(site.address) for site in taken})
-            for item in Placed.all([replace(site, on="meta") for site in taken], method):
-                whole = wholes[whole_address(item.site.address)]
-                key = (whole.address, family_of(item.patch, item.site))
-                new = key[1](whole, item.patch, max_rank)
-                if key not in mixed or new.size > mixed[key].size:
-                    found[key], mixed[key] = whole, new
+    wholes, _ = locate(sites(model), {whole_address(item.site.address) for item in placed})
+    for item in placed:
+        address, family = _key(item)
+        whole = wholes[address]
+        key, new = (whole.address, family), family(whole, item.patch, max_rank)
+        if key not in mixed or new.size > mixed[key].size:
+            found[key], mixed[key] = whole, new
     return found, mixed
+
+
+def _key(item: Placed) -> Key:
+    try:
+        return whole_address(item.site.address), family_of(item.patch, item.site)
+    except PeftliteError as error:
+        raise PeftliteError(f"{item.site.address}: {error}") from error
+
+
+def _described(placed: Iterable[Placed]) -> str:
+    """Methods and how many sites each has, and the first of them."""
+    by_method: dict[str, list[str]] = {}
+    for item in placed:
+        by_method.setdefault(as_typed(item.method), []).append(item.site.address)
+    return listed(
+        f"{method} at {taken[0]}" + (f" and {len(taken) - 1} more" if taken[1:] else "")
+        for method, taken in by_method.items()
+    )
 
 
 def _site_of(mixed: Mixed, site: Site) -> Site:

@@ -8,6 +8,7 @@ mix of deltas is the same graph.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -37,6 +38,7 @@ class Router:
         self._rows = Scoped[Rows | None](None)
         self.number = next(_numbers)
         self.traced: Tensor | None = None  # of the call that is being compiled
+        self.ran = False  # whether the model has run, or is about to
         _routers[self.number] = self
 
     def scope(self, rows: Rows) -> AbstractContextManager[None]:
@@ -51,7 +53,9 @@ class Router:
     def rows(self, x: Tensor) -> Rows | None:
         """The rows of a site's input, checked to be there. Raises PeftliteError."""
         if torch.compiler.is_compiling():
-            slots = torch.ops.peftlite.rows(x, self.number) if self.traced is None else self.traced
+            slots = self.traced
+            if slots is None:
+                slots = torch.ops.peftlite.rows(x, self.number, False)
             rows, size = Rows(slots), len(slots)
         else:
             rows, size = self.now(), _batch_size.get()
@@ -76,28 +80,42 @@ def _check(x: Tensor, batch: int, size: int | None) -> None:
 
 
 @op(
-    "rows(Tensor x, int router) -> Tensor",
-    fake=lambda x, _: x.new_empty(len(x), dtype=torch.int64),
+    "rows(Tensor x, int router, bool batch) -> Tensor",
+    fake=lambda x, *_: x.new_empty(len(x), dtype=torch.int64),
 )
-def _rows(x: Tensor, router: int) -> Tensor:
-    """The slot of each entry of x, as it is when the graph runs."""
+def _rows(x: Tensor, router: int, batch: bool) -> Tensor:
+    """The slot of each entry of x, the model's batch or a site's, as it is when the graph runs."""
     rows, n = _routers[router].now(), len(x)
     if rows is None:
         return torch.zeros(n, dtype=torch.int64, device=x.device)
     if rows.tables is not None:
         raise PeftliteError("bank.train is for eager code: train outside of torch.compile")
-    _fits(rows, n)
+    _check_batch(rows, n) if batch else _check(x, len(rows.slots), None)
     # a graph may write into what it was given, so never the rows' own
     return rows.on(x.device).slots.repeat_interleave(n // len(rows.slots), output_size=n)
 
 
-def _fits(rows: Rows, n: int) -> None:
+def _check_batch(rows: Rows, n: int) -> None:
+    """Raises PeftliteError unless a batch of n rows has a name for each, or as many as was said."""
     b = len(rows.slots)
-    if n % b:
-        raise PeftliteError(
-            f"{b} rows were named, and the batch has {n}: name one delta, or None, per batch row "
-            "(where a search expands the batch, a name stands for the rows made of its own)"
-        )
+    if b == 1 or n in (b, b * rows.repeat) or n == b * _made_of_each():
+        return
+    raise PeftliteError(
+        f"{b} rows were named, and the batch has {n}: name one delta, or None, per batch row; "
+        "bank.rows(names, repeat=k) where k rows in turn share a name"
+    )
+
+
+def _made_of_each() -> int:
+    """How many rows transformers' `generate`, where it is at work here, makes of each it is given:
+    its beams, or the sequences that it returns."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if (config := frame.f_locals.get("generation_config")) is not None:
+            counts = (getattr(config, name, 1) for name in ("num_beams", "num_return_sequences"))
+            return max(count or 1 for count in counts)
+        frame = frame.f_back
+    return 1
 
 
 class Entrance(Patch):
@@ -116,15 +134,16 @@ class Entrance(Patch):
         if batch is None:
             return inner(*args, **kwargs)
         if torch.compiler.is_compiling():
-            self.router.traced = torch.ops.peftlite.rows(batch, self.router.number)
+            self.router.traced = torch.ops.peftlite.rows(batch, self.router.number, True)
             try:
                 return inner(*args, **kwargs)
             finally:
                 self.router.traced = None
+        self.router.ran = True
         rows = self.router.now()
         if rows is None:
             return inner(*args, **kwargs)
-        _fits(rows, len(batch))
+        _check_batch(rows, len(batch))
         token = _batch_size.set(len(batch))
         try:
             return inner(*args, **kwargs)

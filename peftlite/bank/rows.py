@@ -53,6 +53,7 @@ class Rows:
         runs: the rows that aren't the base's, in stretches that share a slot; None in a compiled
             graph, where only the device knows.
         tables: of a site, if not those of the arena: in training, they are made of parameters.
+        repeat: how many rows of a batch, one after another, share each of these.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class Rows:
         slots: Tensor,
         runs: tuple[Run, ...] | None = None,
         tables: Callable[[Any], Tables] | None = None,
+        repeat: int = 1,
     ):
-        self.slots, self.runs, self.tables = slots, runs, tables
+        self.slots, self.runs, self.tables, self.repeat = slots, runs, tables, repeat
         self._elsewhere: dict[torch.device, Rows] = {}
 
     @classmethod
-    def of(cls, slots: Sequence[int]) -> Rows:
+    def of(cls, slots: Sequence[int], repeat: int = 1) -> Rows:
         """Rows by the numbers of their slots, as the host has them."""
         runs, start = [], 0
         for slot, group in itertools.groupby(slots):
@@ -74,7 +76,7 @@ class Rows:
                 runs.append((slot, start, stop))
             start = stop
         with torch.inference_mode(False):  # it's kept, and may be asked for with gradients
-            return cls(torch.tensor(slots, device="cpu"), tuple(runs))
+            return cls(torch.tensor(slots, device="cpu"), tuple(runs), repeat=repeat)
 
     @functools.cached_property
     def groups(self) -> Groups:
@@ -88,5 +90,5 @@ class Rows:
         if device not in self._elsewhere:
             with torch.inference_mode(False):
                 moved = self.slots.to(device)
-            self._elsewhere[device] = Rows(moved, self.runs, self.tables)
+            self._elsewhere[device] = Rows(moved, self.runs, self.tables, self.repeat)
         return self._elsewhere[device]

@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from peftlite.errors import FileError
+from peftlite.fields import as_typed
 from peftlite.io.files import replacing
 from peftlite.table import listed
 
@@ -79,8 +80,4 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if isinstance(value, str | int | float | None):
         return value
-    if not is_dataclass(value):
-        return repr(value)
-    given = {each.name: getattr(value, each.name) for each in fields(value)}
-    shown = [f"{e.name}={given[e.name]!r}" for e in fields(value) if given[e.name] != e.default]
-    return f"{type(value).__name__}({', '.join(shown)})"
+    return as_typed(value) if is_dataclass(value) else repr(value)

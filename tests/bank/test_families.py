@@ -303,7 +303,7 @@ def test_any_mix(mixing: Any, names: list[str | None]) -> None:
 @torch.no_grad()
 def test_a_name_stands_for_the_rows_made_of_its_own(mixing: Any, names: list[str | None]) -> None:
     model, bank, batch, of = mixing
-    with bank.rows(names):
+    with bank.rows(names, repeat=2):
         mixed = ZOO["gpt"].run(model, batch)
     each = [name for name in names for _ in range(2)]
     assert_close(mixed, torch.stack([of[name][row] for row, name in enumerate(each)]))

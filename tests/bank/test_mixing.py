@@ -246,3 +246,13 @@ def test_the_memory_moves_with_the_model(models: Models) -> None:
         torch.testing.assert_close(own.model(x.float()), want)
     own.model.to("meta")
     assert own.bank._arena.buffers[0].is_meta
+
+
+def test_names_for_fewer_rows_are_a_mistake_unless_it_is_said(models: Models) -> None:
+    x = torch.randn(6, WIDTH, dtype=torch.float64)
+    with models.bank.rows(["a", None]), pytest.raises(pl.PeftliteError, match="the batch has 6"):
+        models.model(x)
+    with torch.no_grad(), models.bank.rows(["a", None], repeat=3):
+        torch.testing.assert_close(models.model(x), models.want(x, ["a", None]))
+        with pytest.raises(pl.PeftliteError, match="the batch has 4"):
+            models.model(x[:4])

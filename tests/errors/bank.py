@@ -181,7 +181,7 @@ def compiled(model: Any, _: Path) -> None:
     """What compiled code asks as it runs."""
     bank = of(model)
     with bank.train(["sql", None]):
-        torch.ops.peftlite.rows(torch.randn(2, 4), bank._router.number)
+        torch.ops.peftlite.rows(torch.randn(2, 4), bank._router.number, True)
 
 
 def making(*args: Any, **options: Any) -> Callable[[Any, Path], Any]:
@@ -211,8 +211,10 @@ CASES = [
     Case(loading(elsewhere(pl.LoRA(rank=3, targets="weight"))),
          "0.weight: rank 3 is above the bank's max_rank 2", model=banked()),
     Case(loading(elsewhere(pl.BitFit(targets="0.bias"))),
-         "the bank has no room for 0.bias: name its method and sites in methods= when the bank is "
-         "made", model=banked()),
+         "the bank has no room for 0.bias: this delta is BitFit(targets='0.bias') at 0.bias; there "
+         "is room for LoRA(targets='weight', rank=2) at 0.weight and 1 more, up to rank 2. Give "
+         "methods= what it needs when the bank is made, such as pl.DeltaBank(model, 2, 2, "
+         "methods=[its file]), or none, and load it before the first forward", model=banked()),
     Case(using(), "rows are a list, a name or None for each: not []", model=banked()),
     Case(using("sql", "chta"), "the bank has no delta named 'chta'; it has 'sql'; 'chat'",
          model=banked()),
@@ -224,8 +226,8 @@ CASES = [
          "'chat' can't have a slot now; there are 'sql' (in use): leave a `with`, unpin or evict "
          "one, or make a bank of more slots", model=banked(1)),
     Case(using("sql", None, "chat"),
-         "3 rows were named, and the batch has 2: name one delta, or None, per batch row (where a "
-         "search expands the batch, a name stands for the rows made of its own)", model=banked()),
+         "3 rows were named, and the batch has 2: name one delta, or None, per batch row; "
+         "bank.rows(names, repeat=k) where k rows in turn share a name", model=banked()),
     Case(using("sql", None),
          "a map inside the model has an input of shape (3, 2, 4), which isn't a batch of 2 rows, "
          "one after another: leave it out of the bank's methods with exclude=", model=turned),

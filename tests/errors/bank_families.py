@@ -82,8 +82,9 @@ SCALE = pl.FullTuning(targets="0.weight")
 
 CASES = [
     Case(room(pl.Gated(pl.BottleneckAdapter())),
-         "a GatedPatch can't be mixed by rows; at calls there are AddedBiasPatch, BottleneckPatch, "
-         "…. For others, pl.using(model, rows=[...]) runs each group of rows by itself"),
+         "blocks.0.attn(): a GatedPatch can't be mixed by rows; at calls there are "
+         "AddedBiasPatch, BottleneckPatch, …. For others, pl.using(model, rows=[...]) runs each "
+         "group of rows by itself"),
     # vectors
     Case(room(SCALE), NO_VECTOR, pl.TargetError, lambda: nn.Sequential(Scale())),
     Case(room(SCALE), NO_VECTOR, pl.TargetError, lambda: nn.Sequential(Two())),

@@ -5,6 +5,7 @@ the delta read from them gives peft's outputs, and its export gives them again, 
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ ROWS = (
     Row("adalora", peft.AdaLoraConfig, dict(init_r=3, target_r=2, total_step=9), conv1d=True),
     Row("shira", peft.ShiraConfig, dict(r=2)),
     Row("beft", peft.BeftConfig, {}, ("hf_bert", "hf_vit"), same=False),
+    # the factors of its backward pass are left out
+    Row("velora", peft.LoraConfig,
+        dict(LORA, velora_config=peft.VeloraConfig(num_groups=2, init_type="random")),
+        ("hf_llama",), same=False),
+    Row("bias_all_whole", peft.LoraConfig, dict(LORA, bias="all", modules_to_save=["classifier"]),
+        ("hf_bert",), same=False),
 )  # fmt: skip
 
 
@@ -239,6 +246,33 @@ def test_an_adapter_that_was_cut_to_its_budget(tmp_path: Path) -> None:
     pl.export(delta, tmp_path / "out")
     back = peft.PeftModel.from_pretrained(base(row, kind), tmp_path / "out").eval()
     assert apart(kind.run(back, batch), expected) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*base layer has no bias:UserWarning")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("config", [peft.BeftConfig(), peft.LoraConfig(**LORA, lora_bias=True)])
+@torch.no_grad()
+def test_a_bias_that_a_layer_was_made_without(config: peft.PeftConfig, tmp_path: Path) -> None:
+    with seeded():
+        plain = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)).double()
+        x = torch.randn(5, 4, dtype=torch.float64)
+    config.target_modules = ["0", "2"]
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path / "sql")
+    expected, ours = theirs(x), copy.deepcopy(plain)
+    delta = pl.load(ours, tmp_path / "sql")
+    assert apart(ours(x), expected) <= 1e-12
+    with pl.using(ours, None):
+        assert torch.equal(ours(x), plain(x))
+    with pytest.raises(pl.PeftliteError, match="changes calls, which no weight can hold"):
+        pl.merge(ours, delta)
+    if isinstance(config, peft.BeftConfig):
+        pl.export(delta, tmp_path / "out")
+        mine, other = tensors(tmp_path / "out"), tensors(tmp_path / "sql")
+        assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
+        back = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "out")
+        assert apart(back(x), expected) <= 1e-12
 
 
 @torch.no_grad()

@@ -64,6 +64,18 @@ class Thrice(nn.Module):
         self.c.weight = self.a.weight
 
 
+def biased() -> nn.Module:
+    """An embedding tied to a head with a bias."""
+    model = nn.ModuleDict({"embed": nn.Embedding(29, 16), "head": nn.Linear(16, 29)})
+    model["embed"].weight = model["head"].weight
+    return model
+
+
+def aliased() -> nn.Module:
+    layer = nn.Linear(4, 4, bias=False)
+    return nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(4, 4)})
+
+
 FOURTH_TOKEN = pl.SparseMask(
     select="given", fraction=1 / 29, targets="embed",
     scores={"embed.weight": torch.eye(29)[3][:, None].expand(29, 16)},
@@ -181,11 +193,25 @@ CASES = [
     reading(IN + f"holds {P}.base_layer.weight of a base that had other values there: give the "
             "model those, or list the module in 'modules_to_save' of its settings, for the delta "
             "to have them", {}, {**factors(), f"{P}.base_layer.weight": torch.ones(12, 16)}),
-    reading(IN + "changes lm_head.weight apart from embed.weight, and this model ties them: "
-            "untie them first, model.lm_head.weight = "
-            "torch.nn.Parameter(model.lm_head.weight.detach().clone())",
-            {"modules_to_save": ["lm_head"], "target_modules": None},
-            {"base_model.model.lm_head.weight": torch.ones(29, 16)}, on("gpt_tied")),
+    *(reading(IN + "changes lm_head.weight apart from embed.weight, and this model ties them: "
+              "untie them first, model.lm_head.weight = "
+              "torch.nn.Parameter(model.lm_head.weight.detach().clone()), and in a model of "
+              "transformers model.config.tie_word_embeddings = False (also in its text_config), or "
+              "saving ties them again", {"target_modules": None, **config}, tensors,
+              on("gpt_tied")) for config, tensors in (
+        ({"modules_to_save": ["lm_head"]}, {"base_model.model.lm_head.weight": torch.ones(29, 16)}),
+        ({}, {f"base_model.model.lm_head.{A}": torch.ones(2, 16),
+              f"base_model.model.lm_head.{B}": torch.ones(29, 2)}),
+    )),
+    reading(IN + "changes a.weight apart from b.weight; c.weight, the same module under another "
+            "name: give each its own first, model.b = copy.deepcopy(model.b)",
+            {"target_modules": None}, {f"base_model.model.a.{A}": torch.ones(2, 4),
+                                       f"base_model.model.a.{B}": torch.ones(4, 2)}, Thrice),
+    reading(IN + "changes tokens of head.weight, a weight of a Linear with a bias, which peft "
+            "leaves out of its outputs", {"trainable_token_indices": {"head": [1]}}, {
+                **factors(), "base_model.model.head.token_adapter.trainable_tokens_delta":
+                torch.ones(1, 16),
+            }, lambda: nn.ModuleDict({"head": nn.Linear(16, 29)})),
     # writing
     Case(lambda model, path: pl.export(model, path), "export takes a delta, such as "
          "pl.deltas(model)['sql'], or its name with model=model: not a GPT"),
@@ -226,6 +252,12 @@ CASES = [
               "prefix"), settings={"task_type": "CAUSAL_LM"}),
     exporting([pl.IA3(targets="q_proj"), FOURTH_TOKEN], cannot("embed.weight", "peft has rows of "
               "embeddings beside LoRA, and not IA3")),
+    exporting(pl.FullTuning(targets="embed.weight[3:5]"), cannot("embed.weight[3:5]", "peft leaves "
+              "out the bias of what has the same weight"), biased),
+    exporting(pl.BitFit(add_missing=True), cannot("0()", "peft's BEFT doesn't take a Conv1d"),
+              lambda: nn.Sequential(nn.Conv1d(4, 4, 3, bias=False), nn.Linear(4, 4))),
+    exporting(pl.BitFit(add_missing=True), cannot("a()", "it is b(), too, which peft would leave "
+              "as it is"), aliased),
     exporting(pl.FullTuning(targets="scale_matrix"), cannot("scale_matrix", "peft takes a copy of "
               "all of the model"), on("raw")),
     exporting(pl.FullTuning(targets="2.bias"), cannot("2.bias", "2 is parametrized"),

@@ -46,7 +46,7 @@ class Layer:
         site = self.site
         if site is None or isinstance(site.module, nn.MultiheadAttention):
             return site is not None and site.slot != "in_proj_weight"
-        return site.slot != "weight" or kind_of(site.module) is None
+        return site.slot != "weight" or not (kind_of(site.module) or embeds(site.module))
 
     @property
     def inner(self) -> bool:
@@ -69,6 +69,12 @@ class Layer:
     @property
     def ones(self) -> list[int]:
         return [1] * len(self.taps)
+
+
+def embeds(module: nn.Module) -> bool:
+    """Whether peft has a module's rows as an embedding's: plain, or scaled by a number it knows."""
+    scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+    return kind_of(module) is maps.Embedding or (scaled and not module.max_norm)
 
 
 def fit(tensor: Tensor, *shape: int) -> Tensor:

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from peftlite.core import maps
-from peftlite.core.maps import kind_of
 from peftlite.core.site import Site
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Parts, Tensors, fit
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, embeds, fit
 from peftlite.io.peft.forms.vectors import added_bias
 from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.dora import DoRA, DoRAPatch
@@ -28,6 +27,7 @@ class LoRAForm(Form):
     names = (
         ("lora_A.weight", "a"), ("lora_embedding_A", "a"), ("lora_B.weight", "b"),
         ("lora_embedding_B", "b"), ("lora_magnitude_vector", "m"), ("lora_B.bias", ""),
+        ("lora_velora_embed", ""),
     )  # fmt: skip
     layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
     convs = (1, 2, 3)
@@ -64,8 +64,7 @@ class LoRAForm(Form):
         }  # fmt: skip
 
     def _keys(self, layer: Layer) -> tuple[str, str]:
-        embeds = kind_of(layer.site.module) is maps.Embedding
-        kind = "lora_embedding_{}" if embeds else "lora_{}.weight"
+        kind = "lora_embedding_{}" if embeds(layer.site.module) else "lora_{}.weight"
         return kind.format("A"), kind.format("B")
 
     def ours(self, t: Tensors, layer: Layer) -> Tensors:
@@ -86,6 +85,7 @@ class LoRAForm(Form):
 
     def parts(self, method: LoRA, t: Tensors, layer: Layer) -> Parts:
         bias = t.pop("lora_B.bias", None)
+        t.pop("lora_velora_embed", None)  # which the backward pass alone uses
         on_meta = all(x.is_meta for x in t.values())
         found = super().parts(method, t, layer)
         if method.init != "kaiming":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -69,6 +69,14 @@ class Adapter:
         self.modules = {} if model is None else dict(walk(model))
         start = WRAPPED if self.kind in PROMPTS else START
         self.keys: Left = {key.removeprefix(start): key for key in self.file.entries}
+
+    def seen(self, address: str) -> Site:
+        """The site at an address, the owner of that name first: each may lie it another way."""
+        site, (path, _, slot) = self.sites[address], address.rpartition(".")
+        module = site.module if site.is_call else self.modules[path]
+        if module is site.module:
+            return site
+        return replace(site, owners=((module, slot), *site.owners))
 
     def left(self, claims: Sequence[Claim]) -> Left:
         """What none of the claims is for."""

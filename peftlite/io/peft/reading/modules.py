@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from peftlite.core.patch import Method
-from peftlite.core.site import Site
+from peftlite.core.site import CALL, Site
 from peftlite.io.peft.config import ends
 from peftlite.io.peft.form import Form, Layer
 from peftlite.io.peft.forms import FORMS
@@ -47,7 +47,7 @@ def _module(adapter: Adapter, form: Form, path: str, keys: Mapping[str, str]) ->
         return Claim(keys, [(method, address)], module=plain(path))
 
     def address_of(slot: str) -> str:
-        return f"{layer.path}{slot}" if slot == "()" else f"{layer.path}.{slot}"
+        return f"{layer.path}{slot}" if slot.startswith(CALL) else f"{layer.path}.{slot}"
 
     def make(t: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [its.items() for _, its in form.parts(method, dict(t), layer)]
@@ -89,8 +89,9 @@ def _layer(adapter: Adapter, path: str) -> Layer:
     if depth < len(chosen):  # the last of a module's parameters is outermost
         return Layer(inner, chosen[-1 - depth])
     path = inner + ".base_layer" * depth
-    attention = adapter.sites.get(f"{path}.in_proj_weight")
-    return Layer(path, attention or adapter.sites.get(f"{path}.weight"))
+    slots = (f"{path}.in_proj_weight", f"{path}.weight")
+    site = next((adapter.seen(address) for address in slots if address in adapter.sites), None)
+    return Layer(path, site)
 
 
 def _parameters(adapter: Adapter, path: str) -> list[Site]:

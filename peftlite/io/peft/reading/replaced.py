@@ -19,17 +19,29 @@ def read_replaced(adapter: Adapter, left: Left) -> Iterator[Claim]:
     """The tensors of replaced modules, and biases, as changes of the base's."""
     biases = adapter.config.take("bias", "none", str) != "none"
     for rest, key in left.items():
+        if ".original_module." in rest:
+            continue  # a copy of the base's own
+        if rest.replace(".modules_to_save.", ".") in left.keys() - {rest}:
+            yield Claim({key: key})  # once more, with every bias: peft reads the other one
+            continue
         address = plain(rest)
-        path, _, slot = address.rpartition(".")
         if adapter.kind == ALONE and LAYER in rest:
             flat = len(adapter.file.entries[key].shape) == 1
             method = NormTuning() if flat else FullTuning()
             module = address.partition(LAYER)[0]
             yield _change(adapter, key, method, address.replace(LAYER, "."), module)
-        elif adapter.replaces(path):
+        elif _replaced(adapter, address):
             yield _change(adapter, key, FullTuning(), address)
-        elif biases and slot == "bias":
-            yield _change(adapter, key, BitFit(), address)
+        elif biases and "bias" in rest:
+            flat = len(adapter.file.entries[key].shape) == 1
+            yield _change(adapter, key, BitFit() if flat else FullTuning(), address)
+
+
+def _replaced(adapter: Adapter, address: str) -> bool:
+    """Whether the module of a tensor, or one that it's tied to, was saved as it was in the end."""
+    site = adapter.sites.get(address)
+    names = (address,) if site is None else site.names
+    return any(adapter.replaces(name.rpartition(".")[0]) for name in names)
 
 
 def _change(adapter: Adapter, key: str, method: Method, address: str, module: str = "") -> Claim:

@@ -2,61 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftlite.core.patch import Method
+from peftlite.core.site import CALL, Site
 from peftlite.errors import FileError
+from peftlite.io.peft.folder import PROMPTS
 from peftlite.io.peft.reading.adapter import Adapter, Claim
 from peftlite.methods.sparse import SparseMask
 from peftlite.table import listed
 
+Own = Mapping[str, tuple[Method, Claim]]
+"""What a file has for one site, by the names that it has there."""
+
 
 def join_ties(adapter: Adapter, claims: Sequence[Claim]) -> list[Claim]:
     """The claims, those of one tied weight as one. Raises FileError if they aren't equal."""
-    tied: dict[tuple[Method, int], dict[str, Claim]] = {}
+    tied: dict[Site, dict[str, tuple[Method, Claim]]] = {}
     for claim in claims:
         for method, address in claim.placed:
             site = adapter.sites.get(address)
-            # of rows, peft changes the tokens of both
-            if site is not None and len(site.owners) > 1 and not isinstance(method, SparseMask):
-                tied.setdefault((method, id(site)), {})[address] = claim
-    joined: set[tuple[Method, str]] = set()
-    for (method, _), own in tied.items():
-        _check(adapter, own)
-        _, *others = own
-        joined |= {(method, address) for address in others}
+            if site is not None and len(site.names) > 1 and adapter.kind not in PROMPTS:
+                tied.setdefault(site, {})[address] = method, claim
+    joined: set[str] = set()
+    for site, own in tied.items():
+        _check(adapter, site, own)
+        # a patch goes by the first of a weight's owners
+        kept = [name for name in own if adapter.seen(name).module is site.module] or [*own]
+        joined |= own.keys() - {kept[0]}
     return [_without(claim, joined) for claim in claims]
 
 
-def _without(claim: Claim, joined: set[tuple[Method, str]]) -> Claim:
-    """A claim with nothing at the sites that others have."""
-    own = joined.intersection(claim.placed)
-    lost = {f"{address}:difference" for _, address in own}
+def _without(claim: Claim, joined: set[str]) -> Claim:
+    """A claim with nothing at the addresses that others have."""
     return replace(
         claim,
-        placed=[pair for pair in claim.placed if pair not in own],
-        entries={key: entry for key, entry in claim.entries.items() if key not in lost},
+        placed=[(method, address) for method, address in claim.placed if address not in joined],
+        entries={k: its for k, its in claim.entries.items() if k.rpartition(":")[0] not in joined},
     )
 
 
-def _check(adapter: Adapter, own: dict[str, Claim]) -> None:
+def _check(adapter: Adapter, site: Site, own: Own) -> None:
     """Raises FileError unless every owner of a weight has a change, and all have the same."""
-    first, *names = own
-    site = adapter.sites[first]
-    if len(own) == len(site.owners) and all(
-        f"{name}:difference" in claim.entries for name, claim in own.items()
-    ):
-        changes = (adapter.made(claim)[f"{name}:difference"] for name, claim in own.items())
-        theirs = next(changes)
-        if all(torch.equal(theirs, other) for other in changes):
-            return
-    path = site.names[-1].rpartition(".")[0]
-    others = [name for name in site.names if name not in own] or names
+    first, *rest = own
+    there = {_place(adapter, name) for name in own}
+    apart = [name for name in site.names if _place(adapter, name) not in there]
+    if any(_is_embedding_of_both(adapter, name, method) for name, (method, _) in own.items()):
+        apart = []
+    if not apart and rest:
+        mine = _change(adapter, site, first, own)
+        apart = [name for name in rest if not _equal(mine, _change(adapter, site, name, own))]
+    if not apart:
+        return
+    modules = {id(adapter.seen(name).module) for name in (first, apart[0])}
     raise FileError(
-        f"{adapter.file.path!r} changes {first} apart from {listed(others)}, and this "
-        f"model ties them: untie them first, model.{path}.weight = "
-        f"torch.nn.Parameter(model.{path}.weight.detach().clone())"
+        f"{adapter.file.path!r} changes {first} apart from {listed(apart)}, "
+        + (_UNTIE if len(modules) > 1 else _COPY).format(_path(first), _path(apart[0]))
+    )
+
+
+_UNTIE = (
+    "and this model ties them: untie them first, model.{0}.weight = "
+    "torch.nn.Parameter(model.{0}.weight.detach().clone()), and in a model of transformers "
+    "model.config.tie_word_embeddings = False (also in its text_config), or saving ties them again"
+)
+_COPY = (
+    "the same module under another name: give each its own first, model.{1} = "
+    "copy.deepcopy(model.{1})"
+)
+
+
+def _path(name: str) -> str:
+    """The path of the module of a site's name."""
+    return name.removesuffix(CALL) if name.endswith(CALL) else name.rpartition(".")[0]
+
+
+def _place(adapter: Adapter, name: str) -> tuple[int, str]:
+    """Which module has it as which of its own: what peft wraps for one name."""
+    parent, _, last = _path(name).rpartition(".")
+    return id(adapter.modules[parent]), last
+
+
+def _is_embedding_of_both(adapter: Adapter, name: str, method: Method) -> bool:
+    """Whether these are tokens of the input embedding, which peft changes for what is tied, too."""
+    model: Any = adapter.model
+    config = getattr(model, "config", None)
+    return (
+        isinstance(method, SparseMask)
+        and getattr(config, "tie_word_embeddings", False)
+        and adapter.seen(name).module is model.get_input_embeddings()
+    )
+
+
+def _change(adapter: Adapter, site: Site, name: str, own: Own) -> tuple[Method, dict[str, Tensor]]:
+    """What a file has at one owner of a weight, as the first owner would have it."""
+    method, claim = own[name]
+    its = {k.removeprefix(f"{name}:"): x for k, x in adapter.made(claim).items()}
+    found = {k: its[k] for k in its if f"{name}:{k}" in claim.entries}
+    turned = adapter.seen(name).layout.transposed is not site.layout.transposed
+    if turned and {*found} == {"a", "b"}:
+        found = {"a": found["b"].mT, "b": found["a"].mT}
+    return method, found
+
+
+def _equal(one: tuple[Method, dict[str, Tensor]], other: tuple[Method, dict[str, Tensor]]) -> bool:
+    """Whether two changes are the same, to the last bit."""
+    (method, mine), (theirs, tensors) = one, other
+    return (
+        method == theirs
+        and mine.keys() == tensors.keys()
+        and all(torch.equal(mine[key], tensors[key]) for key in mine)
     )

@@ -40,6 +40,11 @@ def _rows(adapter: Adapter, key: str, path: str, rows: Tensor) -> Claim:
     site, placed = adapter.sites.get(address), [(SparseMask(select="given"), address)]
     if site is None:
         return Claim({key: key}, placed, module=path)
+    if biased := [module for module, _ in site.owners if getattr(module, "bias", None) is not None]:
+        raise FileError(
+            f"{adapter.file.path!r} changes tokens of {address}, a weight of a "
+            f"{type(biased[0]).__name__} with a bias, which peft leaves out of its outputs"
+        )
     n, d = site.shape
     if len(rows.unique()) < len(rows) or not all(i < n for i in rows):
         raise ValueError(f"the tokens of {address} are beyond its {n}, or named twice")

@@ -22,6 +22,7 @@ from peftlite.io.peft.writing.draft import Draft, refuse
 from peftlite.io.peft.writing.modules import write_modules
 from peftlite.io.peft.writing.prompts import check_task, write_prompts
 from peftlite.io.peft.writing.replaced import write_replaced
+from peftlite.io.peft.writing.shifts import are_shifts, write_shifts
 from peftlite.io.peft.writing.tokens import rows_of, write_tokens
 from peftlite.methods.full import AddPatch
 from peftlite.methods.prefix import PrefixTuning
@@ -86,6 +87,8 @@ def _draft(delta: Delta) -> Draft:
     others = [item for item in items if item not in own]
     rows = {item: rows for item in others if (rows := rows_of(item)) is not None}
     replaced = [item for item in others if item not in rows]
+    if not own and not rows and are_shifts(replaced):
+        return write_shifts(Draft(delta, kind="BEFT"), replaced)
     for item in replaced:
         if not isinstance(item.patch, AddPatch):
             refuse(item, f"peft has no {type(item.method).__name__} there")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from peftlite.core import maps
 from peftlite.core.assign import Placed
+from peftlite.core.site import whole_address
 from peftlite.io.peft.folder import TOKENS
+from peftlite.io.peft.form import embeds
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 from peftlite.methods.full import AddPatch
 from peftlite.methods.sparse import SparsePatch
@@ -18,7 +19,7 @@ from peftlite.methods.sparse import SparsePatch
 def rows_of(item: Placed) -> Tensor | None:
     """The rows of an embedding that a patch changes, if it is all of a few rows."""
     site, patch = item.site, item.patch
-    if maps.kind_of(site.module) is not maps.Embedding:
+    if not embeds(site.module):
         return None
     if isinstance(patch, AddPatch) and site.index is not None and site.index[0] == 0:
         return torch.arange(*site.index[1:])
@@ -42,14 +43,18 @@ def write_tokens(draft: Draft, items: Mapping[Placed, Tensor], alone: bool) -> N
         path = module_of(item)
         found[path] = torch.cat([found[path], rows]) if path in found else rows
     inner = "" if alone else ".token_adapter"
+    indices: dict[str, list[int]] = {}
     for item in items:
-        path = module_of(item)
-        value = draft.value(item)
-        draft.tensors[f"{draft.key(path)}{inner}{TOKENS}"] = value[found[path].to(value.device)]
-    indices = {path: rows.tolist() for path, rows in found.items()}
-    if alone and len(indices) == 1:
-        draft.kind, ((path, tokens),) = "TRAINABLE_TOKENS", indices.items()
-        draft.config = {"target_modules": [path], "token_indices": tokens}
+        if any(getattr(module, "bias", None) is not None for module, _ in item.site.owners):
+            refuse(item, "peft leaves out the bias of what has the same weight")
+        rows, value = found[module_of(item)], draft.value(item)
+        for name in item.site.names:  # of a tied weight peft has the same rows at each
+            path = whole_address(name).rpartition(".")[0]
+            draft.tensors[f"{draft.key(path)}{inner}{TOKENS}"] = value[rows.to(value.device)]
+            indices[path] = rows.tolist()
+    if alone and len({*map(tuple, indices.values())}) == 1:
+        draft.kind, (tokens, *_) = "TRAINABLE_TOKENS", indices.values()
+        draft.config = {"target_modules": sorted(indices), "token_indices": tokens}
     elif draft.kind == "LORA":
         draft.config["trainable_token_indices"] = indices
     else:

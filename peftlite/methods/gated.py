@@ -18,6 +18,7 @@ from peftlite.errors import PeftliteError
 from peftlite.fields import one_of
 from peftlite.methods.calls import CallPatch
 from peftlite.methods.features import Features, change_first, features
+from peftlite.methods.keywords import cache_in
 from peftlite.table import short
 
 Per = Literal["sequence", "token"]
@@ -60,14 +61,14 @@ class GatedPatch(CallPatch):
 
         begins_with_it = isinstance(self.patch, CallPatch)
         if not begins_with_it:
-            self._check_uncached(*args, *kwargs.values())
+            self._check_uncached({**{str(i): x for i, x in enumerate(args)}, **kwargs})
             make(*args, **kwargs)
         y, *_ = pytree.tree_leaves(self.patch.call(make, *args, **kwargs))
         x = next(iter((*args, *kwargs.values())), None)
         return change_first(made[0], lambda plain: plain + self._gate(x, plain.dim()) * (y - plain))
 
-    def _check_uncached(self, *given: Any) -> None:
-        if any(hasattr(each, "get_seq_length") for each in given):
+    def _check_uncached(self, given: Mapping[str, Any]) -> None:
+        if cache_in(given):
             raise PeftliteError(
                 f"{self.address} is called with a cache, which would be filled twice, with and "
                 f"without the {type(self.patch).__name__} behind its gate: pass use_cache=False"

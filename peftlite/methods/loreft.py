@@ -19,6 +19,7 @@ from peftlite.errors import PeftliteError
 from peftlite.fields import integer, one_of
 from peftlite.methods.calls import CallMethod, CallPatch, is_block, is_made
 from peftlite.methods.features import Features, arguments, by_name, change_first
+from peftlite.methods.keywords import POSITIONS, begun
 
 Init = Literal["linear", "identity"]
 
@@ -95,8 +96,10 @@ class LoReFTPatch(CallPatch):
         if places is not None:
             return places
         places = torch.arange(t, device=h.device)
-        known = [given.get("position_ids"), given.get("cache_position"), places]
-        index = next(p for p in known if isinstance(p, Tensor) and p.dim() < 3)
+        known = (given.get(name) for name in POSITIONS)
+        index = next((p for p in known if isinstance(p, Tensor) and p.dim() < 3), None)
+        if index is None:
+            index = places + begun(given, self.address, t)
         begins = (index == 0).any(-1, keepdim=True)
         return (index < first) | ((places >= t - last) & begins)
 
@@ -113,9 +116,9 @@ class LoReFT(CallMethod):
     Positions are counted by the `position_ids` or `cache_position` that a block is given, as
     transformers do. So padding on the left isn't counted, and generation changes the prompt and
     leaves what is decoded from a cache alone. A block that is given neither counts from the start
-    of the call. Where each row has its own, as where answers follow prompts, say so by
-    `model(…, reft_positions=at)`, with `at` (b, t) true where to intervene: models that hand
-    keyword arguments down to their blocks, as decoders in transformers do, take it.
+    of its cache, or else of the call. Where each row has its own, as where answers follow prompts,
+    say so by `model(…, reft_positions=at)`, with `at` (b, t) true where to intervene: models that
+    hand keyword arguments down to their blocks, as decoders in transformers do, take it.
 
     Args:
         rank: r.

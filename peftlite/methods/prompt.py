@@ -23,6 +23,7 @@ from peftlite.core.tensors import raw
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import integer, one_of
 from peftlite.methods.features import arguments, is_called
+from peftlite.methods.keywords import MASK
 from peftlite.methods.virtual import AroundPatch, LayersPatch, StackPatch
 
 Init = Literal["random", "vocabulary", "text"]
@@ -150,7 +151,7 @@ def holds(site: Site, inner: Site) -> bool:
 def takers(sites: Sequence[Site]) -> list[Site]:
     """The calls that take ids and their mask by the usual names, outer ones first."""
     calls = (site for site in sites if site.is_call)
-    return [s for s in calls if {"input_ids", "attention_mask"} <= {*arguments(s.module)}]
+    return [s for s in calls if {"input_ids", MASK} <= {*arguments(s.module)}]
 
 
 def _stack(calls: Sequence[Site]) -> Site:
@@ -184,7 +185,7 @@ class PromptTuning(PromptMethod):
     longer, and its outputs of shape (b, n + t, d) are cut to (b, t, d), so that logits and losses
     are those of the real tokens. What pools the first position, as BERT does, has the first real
     token, [CLS]. (peft keeps the n logits, counts the loss of the first token, and pools a virtual
-    one.) With a KV cache, `past_key_values`, the prompt goes in where that is empty; a cache with a
+    one.) With a KV cache the prompt goes in where that is empty; a cache with a
     prompt in it is no start for another `generate`, and static ones have no room for it.
 
     By default it goes in at the innermost module whose call takes `input_ids` and `attention_mask`,

@@ -13,12 +13,12 @@ from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.methods.features import arguments, by_name
+from peftlite.methods.keywords import MASK, POSITIONS, TOKENS, cache_in, cached
 from peftlite.table import short
 
-POSITIONS = ("position_ids", "cache_position")
 # what virtual tokens have in the arguments that are per token; None where it is to be left
 FILL = {"attention_mask": 1, "key_padding_mask": 0, "token_type_ids": 0, "labels": -100}
-FILL |= dict.fromkeys(("past_key_values", "encoder_hidden_states", "encoder_attention_mask"))
+FILL |= dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask"))
 
 
 class StackPatch(Patch):
@@ -42,7 +42,7 @@ class StackPatch(Patch):
         """The call with tokens as `before` makes them longer, and what goes `beside` them."""
         given = by_name(self.names, args, kwargs)
         name = self.tokens(given)
-        tokens, past = given.pop(name), cached(given.get("past_key_values"))
+        tokens, past = given.pop(name), cached(given, self.address)
         if self.embeds and name == "input_ids":
             name, tokens = "inputs_embeds", self.prompt.embedding.module(tokens)
         rest = beside(given, tokens, past)
@@ -54,7 +54,7 @@ class StackPatch(Patch):
 
     def tokens(self, given: Mapping[str, Any]) -> str:
         """The argument that holds the tokens, as embeddings or as ids."""
-        for name in ("inputs_embeds", "input_ids"):
+        for name in TOKENS:
             if given.get(name) is not None:
                 return name
         for name, x in given.items():
@@ -75,13 +75,15 @@ class StackPatch(Patch):
         (b, t), value = tokens.shape[:2], self.fill.get(name, 0)
         if value is None or x is None or isinstance(x, bool | int | float | str):
             return x
+        if cache_in({name: x}):  # whatever `fill` says: it is known by how much it holds
+            return x
         if name in POSITIONS:
             front = torch.arange(0 if past else self.n, dtype=x.dtype, device=x.device)
             return torch.cat([front.expand(*x.shape[:-1], -1), x + self.n], -1)
         sized = isinstance(x, Tensor) and x.dim() > 1
         longer = sized and x.shape[0] in (1, b) and x.shape[1] == t
         fits = name in self.fill
-        if name == "attention_mask":
+        if name == MASK:
             fits, longer = sized and x.dim() == 2, longer or past
             if fits and past and x.shape[1] + self.n > past + t:
                 raise PeftliteError(
@@ -150,10 +152,3 @@ def cut(output: Any, n: int, t: int | None = None) -> Any:
     if isinstance(output, tuple | list | dict):
         return pytree.tree_map(lambda x: cut(x, n, t), output, is_leaf=lambda x: x is not output)
     return output
-
-
-def cached(cache: Any) -> int:
-    """How many positions a cache holds."""
-    if cache is None or hasattr(cache, "get_seq_length"):
-        return 0 if cache is None else cache.get_seq_length()
-    return cache[0][0].shape[-2] if cache else 0

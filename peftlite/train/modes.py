@@ -70,11 +70,13 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     By the model's own `gradient_checkpointing_enable`, as transformers' have it, or else by
     `blocks`. Raises PeftliteError if there is neither.
     """
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    disable = getattr(model, "gradient_checkpointing_disable", None)
+    # transformers' own, by its name from 5 on
+    new = hasattr(model, "activation_checkpointing_enable")
+    its = "activation_checkpointing" if new else "gradient_checkpointing"
+    enable, disable = (getattr(model, f"{its}_{verb}", None) for verb in ("enable", "disable"))
     if enable is not None and disable is not None:
-        was_enabled = model.is_gradient_checkpointing
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        was_enabled = getattr(model, f"is_{its}")
+        enable(**{f"{its}_kwargs": {"use_reentrant": False}})
         try:
             yield
         finally:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.core.site import sites
+from peftlite.methods.features import arguments
+from peftlite.methods.keywords import cache_name
 from tests.errors.attach import attaching
 from tests.errors.case import ZOO, Case, attached, bare, on
 
@@ -103,8 +105,9 @@ def ids(t: int) -> Tensor:
 
 
 def cut_cache(model: nn.Module, _: Path) -> None:
-    cache = model(ids(3), use_cache=True).past_key_values
-    model(ids(3), attention_mask=torch.ones(1, 8), past_key_values=cache)
+    name = cache_name(arguments(model))
+    cache = {name: model(ids(3), use_cache=True)[name]}
+    model(ids(3), attention_mask=torch.ones(1, 8), **cache)
 
 
 class Attends(nn.Module):
@@ -149,6 +152,9 @@ PROMPTS = [
          "fill={'visual': 0}, or whatever virtual tokens have there; or say None, for it to be "
          "left as it is", model=prompted),
     Case(cut_cache, CUT_CACHE, model=prompted),
+    Case(lambda model, _: model(ids(3), cache_params=3.0), "model() is called with cache_params "
+         "3.0, a cache that doesn't say how many positions it holds: pass use_cache=False",
+         model=prompted),
 ]  # fmt: skip
 
 

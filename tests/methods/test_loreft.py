@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
+from transformers import DynamicCache
 
 import peftlite as pl
 from peftlite.core.site import sites
@@ -302,3 +303,29 @@ def test_under_autocast_and_in_half_precision() -> None:
     of_the_base = autocast_error(model, batch)
     attached(model)
     assert autocast_error(model, batch) < 2 * of_the_base
+
+
+class Counting(nn.Module):
+    """A block that is given its cache alone, as T5's and Bloom's are from transformers 5 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        if cache is not None:
+            cache.update(x[:, None], x[:, None], 0)
+        return self.map(x)
+
+
+@pytest.mark.parametrize("positions", ["f2", "f4+l1"])
+def test_without_positions_a_cache_tells_them(positions: str) -> None:
+    model, x = nn.ModuleDict({"layers": nn.ModuleList([Counting()])}), torch.randn(2, 5, 4)
+    attached(model, positions=positions)
+    (block,), cache = model["layers"], DynamicCache()
+    steps = [block(x[:, :3], cache), *(block(x[:, t : t + 1], cache=cache) for t in (3, 4))]
+    close(torch.cat(steps, 1)[:, :2], block(x)[:, :2])
+    with pl.using(model, None):
+        base = block(x)
+    changed = ((torch.cat(steps, 1) - base).abs() > 1e-5).any(-1)[0].tolist()
+    assert changed == [True, True, positions != "f2", positions != "f2", False]

@@ -12,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 from transformers import PreTrainedModel
 
 import peftlite as pl
+from peftlite.methods.features import arguments
+from peftlite.methods.keywords import cache_name
 from peftlite.methods.prefix import PrefixTuning, is_attention, key_heads
 from tests.digest import assert_same, digest
 from tests.zoo import KINDS, Kind, hf_gpt2, hf_llama, hf_t5, hf_vit, perturb, seeded
@@ -260,10 +262,10 @@ def test_logits_from_a_cache_are_logits_without(make: Callable[[], Any]) -> None
     model = language_model(make)
     attached(model)
     whole = model(PROMPTS).logits
-    begun = model(PROMPTS[:, :3], use_cache=True)
-    assert begun.past_key_values.get_seq_length() == 3
+    begun, name = model(PROMPTS[:, :3], use_cache=True), cache_name(arguments(model))
+    assert begun[name].get_seq_length() == 3
     for t in (3, 4):
-        begun = model(PROMPTS[:, t : t + 1], past_key_values=begun.past_key_values, use_cache=True)
+        begun = model(PROMPTS[:, t : t + 1], **{name: begun[name]}, use_cache=True)
         close(begun.logits[:, 0], whole[:, t])
 
 

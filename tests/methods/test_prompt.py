@@ -30,6 +30,8 @@ from transformers import (
 )
 
 import peftlite as pl
+from peftlite.methods.features import arguments
+from peftlite.methods.keywords import CACHES, cache_name
 from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.ptuning import PTuning
 from tests.digest import assert_same, digest
@@ -396,22 +398,23 @@ def test_a_cache_holds_the_prompt_once() -> None:
     model, ids = made(LlamaForCausalLM, LLAMA), tokens()
     attached(model)
     whole = model(ids).logits
-    start = model(ids[:, :2], use_cache=True)
-    assert start.past_key_values.get_seq_length() == N + 2
+    start, name = model(ids[:, :2], use_cache=True), cache_name(arguments(model))
+    assert start[name].get_seq_length() == N + 2
     for extra in ({}, {"attention_mask": torch.ones_like(ids)}):
-        cache = copy.deepcopy(start.past_key_values)
-        rest = model(ids[:, 2:], past_key_values=cache, **extra).logits
+        cache = {name: copy.deepcopy(start[name])}
+        rest = model(ids[:, 2:], **cache, **extra).logits
         close(torch.cat([start.logits, rest], 1), whole)
 
 
 def test_a_cache_is_not_given_to_another_generate() -> None:
     model, ids = made(LlamaForCausalLM, LLAMA), tokens(2, 9)
     attached(model)
-    cache = model(ids[:, :3], use_cache=True).past_key_values
+    name = cache_name(arguments(model))
+    cache = {name: model(ids[:, :3], use_cache=True)[name]}
     with pytest.raises(pl.PeftliteError, match="a cache that holds a prompt can't be"):
         mask = torch.ones_like(ids)
         mask[0, 0] = 0
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+        model.generate(ids, attention_mask=mask, **cache, max_new_tokens=2)
     with pytest.raises(pl.PeftliteError, match=r"attention_mask \(2, 1, 9, 9\), which can't"):
         model(ids, attention_mask=torch.ones(2, 1, 9, 9))
 
@@ -573,6 +576,13 @@ def test_calls_are_checked() -> None:
         model(ids[0])
     model = made(LlamaForCausalLM, LLAMA)
     attached(model)
-    for name, given in (("cache_params", object()), ("visual", torch.zeros(2, 5, 3))):
-        with pytest.raises(pl.PeftliteError, match=f"called with {name} .* say fill="):
-            model(ids, **{name: given})
+    with pytest.raises(pl.PeftliteError, match=r"called with visual .* say fill="):
+        model(ids, visual=torch.zeros(2, 5, 3))
+
+
+def test_a_cache_of_an_unknown_kind_is_refused_whatever_fill_says() -> None:
+    model, ids = made(LlamaForCausalLM, LLAMA), tokens()
+    attached(model, fill={name: None for name in CACHES})
+    for name, cache in (("cache_params", object()), ("mems", [torch.zeros(5, 2, WIDTH)])):
+        with pytest.raises(pl.PeftliteError, match=f"called with {name} .*pass use_cache=False"):
+            model.model(ids, **{name: cache})

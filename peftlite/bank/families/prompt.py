@@ -23,6 +23,7 @@ from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.methods.features import by_name
+from peftlite.methods.keywords import MASK, TOKENS
 from peftlite.methods.prompt import PromptPatch, look_up
 from peftlite.methods.virtual import cut, cut_encoder
 
@@ -67,7 +68,7 @@ class MixedStack(Mixed):
         self.n, taken = patch.n, patch.names
         relative = hasattr(getattr(site.module, "config", None), "relative_attention_num_buckets")
         self.placed = "position_ids" in taken
-        if "attention_mask" not in taken or not (self.placed or relative):
+        if MASK not in taken or not (self.placed or relative):
             raise TargetError(
                 f"{site.address} takes no attention_mask and position_ids, so rows can't have "
                 "prompts of different lengths: leave prompts out of the bank's methods"
@@ -96,10 +97,10 @@ class MixedStack(Mixed):
         """The arguments beside the tokens, with a mask and positions of every row's own."""
         (b, t), seen = tokens.shape[:2], max(past - self.n, 0)
         used = tables["used"].index_select(0, slots_of(rows, b))[:, None]
-        mask = arguments.pop("attention_mask", None)
+        mask = arguments.pop(MASK, None)
         places = arguments.pop("position_ids", None)
         rest = self.template.lengthened(arguments, tokens, past)
-        rest["attention_mask"] = self._mask(used, mask, seen + t)
+        rest[MASK] = self._mask(used, mask, seen + t)
         if self.placed:
             rest["position_ids"] = self._places(used, places, seen, t, past)
         return rest
@@ -147,12 +148,12 @@ class MixedAround(MixedStack):
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(self.template.names, args, kwargs)
-        known = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        known = (arguments.get(name) for name in (*TOKENS, MASK))
         first = next((x for x in known if x is not None), None)
         if first is not None:
             used = tables["used"].index_select(0, slots_of(rows, len(first)))[:, None]
-            mask = self._mask(used, arguments.get("attention_mask"), first.shape[1])
-            arguments["attention_mask"] = mask
+            mask = self._mask(used, arguments.get(MASK), first.shape[1])
+            arguments[MASK] = mask
         return cut_encoder(inner(**arguments), self.n)
 
 

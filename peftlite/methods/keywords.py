@@ -1,0 +1,55 @@
+"""Keywords: what models call what they are called with, and how many positions a cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peftlite.errors import PeftliteError
+from peftlite.table import short
+
+TOKENS = ("inputs_embeds", "input_ids")
+MASK = "attention_mask"
+POSITIONS = ("position_ids", "cache_position")
+# of transformers from 5 on, before, of a single layer, and of models that aren't all attention
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params", "mems")
+
+
+def cache_name(names: Iterable[str]) -> str | None:
+    """The name by which a call takes its cache, of the names of its arguments."""
+    taken = {*names}
+    return next((name for name in CACHES if name in taken), None)
+
+
+def cache_in(given: Mapping[str, Any]) -> str | None:
+    """The name of the cache that a call is given, whatever it is called."""
+    for name, x in given.items():
+        named = name in CACHES and x is not None and not isinstance(x, bool)
+        if named or hasattr(x, "get_seq_length"):
+            return name
+    return None
+
+
+def cached(given: Mapping[str, Any], address: str) -> Any:
+    """How many positions a call's cache holds. Raises PeftliteError if it doesn't say."""
+    name = cache_in(given)
+    if name is None:
+        return 0
+    cache = given[name]
+    try:
+        if not isinstance(cache, tuple | list):
+            return cache.get_seq_length()
+        _, t, _ = cache[0][0].shape[-3:] if cache else (0, 0, 0)  # keys (b, h, t, d)
+        return t
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise PeftliteError(
+            f"{address} is called with {name} {short(cache)}, a cache that doesn't say how many "
+            "positions it holds: pass use_cache=False"
+        ) from error
+
+
+def begun(given: Mapping[str, Any], address: str, t: int) -> Any:
+    """How many positions there were before a call of t more, which is made by now."""
+    name, held = cache_in(given), cached(given, address)
+    in_place = name is not None and not isinstance(given[name], tuple | list)
+    return held - t if in_place else held

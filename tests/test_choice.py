@@ -682,3 +682,47 @@ def test_checkpointing_that_can_not_be_told_of_a_scope_refuses_it() -> None:
             run()
         with torch.inference_mode(), pair.using("b"):
             run()
+
+
+class Checkpointed(nn.Module):
+    """An embedding, a checkpointed part that is read and one that is called, and a head."""
+
+    def __init__(self, run: Callable) -> None:
+        super().__init__()
+        self.tokens, self.head, self.run = nn.Embedding(8, 4), nn.Linear(4, 2), run
+        self.called, self.read = nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.read(x, x, x, need_weights=False)[0] + self.called(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.run(self.part, self.tokens(ids)))
+
+
+REENTRANT: dict[str, Callable] = {
+    "torch's": lambda part, x: checkpoint(part, x, use_reentrant=True),
+    "nested": lambda part, x: checkpoint(
+        lambda x: checkpoint(part, x, use_reentrant=True), x, use_reentrant=True
+    ),
+    "another's": Rerun.apply,
+}
+PARTS = ["called", "read.in_proj_weight", "read.out_proj.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own word
+@pytest.mark.parametrize("target", PARTS)
+@pytest.mark.parametrize("run", REENTRANT.values(), ids=REENTRANT)
+def test_checkpointing_that_no_gradient_gets_into_is_refused(run: Callable, target: str) -> None:
+    model, ids = Checkpointed(run), torch.arange(6)
+    delta = pl.attach(model, pl.LoRA(rank=1, targets=[target, "head"]))
+    with pytest.raises(pl.PeftliteError, match="use_reentrant=False"):
+        model(ids)
+    for disabled in (torch.no_grad, torch.inference_mode):
+        with disabled():
+            model(ids)
+    delta.requires_grad_(False)
+    model(ids)
+    delta.requires_grad_()
+    model.tokens.register_forward_hook(lambda _, __, x: x.requires_grad_())
+    model(ids).sum().backward()
+    assert all(p.grad is not None for p in delta.parameters())

@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.core import read
+from peftlite.core import read, recompute
 from peftlite.core.choice import HIDDEN, Choice, Names, NamesByRow, by_rows, uncompiled
 from peftlite.core.maps import Map, PatchedMap, kind_of
 from peftlite.core.patch import Patch, apply
 from peftlite.core.site import CALL
 from peftlite.core.tensors import is_sharded, raw
 from peftlite.errors import PeftliteError
+from peftlite.table import listed
 
 ATTRIBUTE = "peftlite"
+_is_grad_enabled = torch.is_grad_enabled
 
 
 _NONE: dict[str, tuple[Patch, ...]] = {}
@@ -183,6 +185,9 @@ def host_class(base: type, slots: frozenset[str]) -> type:
         if type(names) is not tuple:
             return _apart(self, names, args, kwargs)
         active = hosted.active(names) if names else _NONE
+        grad = _is_grad_enabled()
+        if active and not grad:
+            _check_reached(names, active)
         inner: Any = None
         patches = None
         if hosted.kind is not None and active:
@@ -239,7 +244,27 @@ def _read(module: Any, slot: str) -> Tensor:
     # FSDP looks for its own shard by name
     if not patches or is_sharded(w):
         return w
+    if not _is_grad_enabled():
+        _check_reached(names, {slot: patches})
     return apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
+
+
+def _check_reached(names: Names, active: dict[str, tuple[Patch, ...]]) -> None:
+    """Raises PeftliteError where patches would train and a checkpointed call keeps them from it."""
+    if torch.compiler.is_dynamo_compiling() or not recompute.in_function():
+        return
+    trains = any(
+        p.requires_grad for patches in active.values() for patch in patches
+        for p in patch.parameters()
+    )  # fmt: skip
+    if trains and recompute.is_cut_off(host_class(nn.Identity, frozenset()).forward.__code__):
+        raise PeftliteError(
+            f"no gradient would reach {listed(map(repr, names))} here: the call is checkpointed "
+            "with use_reentrant=True, and nothing that goes into it needs a gradient. Checkpoint "
+            "with use_reentrant=False, in transformers by "
+            "model.gradient_checkpointing_enable({'use_reentrant': False}); or call "
+            "model.enable_input_require_grads()"
+        )
 
 
 _read_eagerly = uncompiled(lambda module, slot: getattr(module, slot).clone())

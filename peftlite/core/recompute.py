@@ -10,10 +10,12 @@ import inspect
 import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from types import CodeType
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 
 from peftlite.errors import PeftliteError
@@ -32,10 +34,32 @@ _NON_REENTRANT = inspect.unwrap(checkpoint.checkpoint).__code__
 
 def at_work() -> bool:
     """Whether this code may be in a checkpointed call. Nearly always it's a quick no."""
-    if _saved_tensors_hooks(True) is not None:
-        return True
-    # the forward of an autograd.Function, as the reentrant kind is
+    return _saved_tensors_hooks(True) is not None or in_function()
+
+
+def in_function() -> bool:
+    """Whether this code is in the forward of an autograd.Function, as the reentrant kind is."""
     return not (_is_grad_enabled() or _is_fwd_grad_enabled() or _is_inference())
+
+
+def is_cut_off(host: CodeType) -> bool:
+    """Whether gradients would reach this code, but for a Function whose inputs need none.
+
+    host: the code of calls that have `grad`, whether gradients were enabled where they began.
+    """
+    cut, frame = False, sys._getframe(1)
+    while frame is not None:
+        own = frame.f_locals if frame.f_code is host or _is_forward(frame.f_code) else {}
+        if isinstance(ctx := own.get("ctx"), FunctionCtx):
+            cut = not any(ctx.needs_input_grad)
+        elif cut and "grad" in own:
+            cut = own["grad"]
+        frame = frame.f_back
+    return cut
+
+
+def _is_forward(code: CodeType) -> bool:
+    return code.co_name == "forward" and code.co_varnames[:1] == ("ctx",)
 
 
 def around() -> WeakSet[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -23,6 +24,8 @@ from peftlite.train.measure import Loss, Metrics, Validator
 from peftlite.train.parallel import Processes
 from peftlite.train.schedule import lr_factor
 from peftlite.train.settings import Settings
+
+LOOKS = 16  # steps within which every parameter should get a gradient
 
 
 @dataclass(eq=False)
@@ -55,6 +58,9 @@ class Run:
         self.history = self.log.history
         self.parameters = [p for d in self.deltas for p in d.parameters() if p.requires_grad]
         self.device = self.loader.device
+        named = {f"{d.name}:{key}": p for d in self.deltas for key, p in d.named_parameters()}
+        self.unreached = {name: p for name, p in named.items() if p.requires_grad}
+        self.looks = min(LOOKS, self.loader.steps_per_epoch)  # for those that no gradient reaches
         self.regularized = [delta for delta in self.deltas if _has_regularizer(delta)]
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         fp16 = self.settings.autocast == "fp16"
@@ -75,6 +81,7 @@ class Run:
         self.synchronize()
         while not self.finished():
             losses, batches = self.backward()
+            self.look_for_unreached()
             norm = unshard(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
             synchronizes = self.synchronizes(self.step + 1)
             if not self.is_finite(losses, norm, synchronizes):
@@ -103,6 +110,11 @@ class Run:
                     self.processes.all_reduce([scale := count.clone()])
                     scale.clamp_(min=1)
                 loss = loss * (count / scale)
+            if not loss.requires_grad:
+                raise PeftliteError(
+                    f"the loss doesn't go back to {self.names}: see that nothing between is under "
+                    "torch.no_grad, detached, or of a model without it"
+                )
             self.scaler.scale(loss).backward()
             batches.append(batch)
             self.tokens += measure.count_tokens(batch, examples)
@@ -116,6 +128,21 @@ class Run:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         return losses, batches
+
+    def look_for_unreached(self) -> None:
+        """Warns, once, of parameters to which none of the first steps gave a gradient."""
+        if self.looks == 0:
+            return
+        self.looks -= 1
+        self.unreached = {name: p for name, p in self.unreached.items() if p.grad is None}
+        if self.unreached and self.looks == 0 and self.processes.first:
+            sites = dict.fromkeys(name.rpartition(":")[0] for name in self.unreached)
+            warnings.warn(
+                f"no gradient has reached {listed(sites)}: they stay as they are. If the model "
+                "should use them, see that they aren't under torch.no_grad or detached; if not, "
+                "exclude them",
+                stacklevel=6,
+            )
 
     def update(self) -> float:
         """A step of the optimizer, and of the methods that act after it. Returns the rate."""
@@ -169,6 +196,11 @@ class Run:
     @property
     def ends_epoch(self) -> bool:
         return self.step > 0 and self.step % self.loader.steps_per_epoch == 0
+
+    @property
+    def names(self) -> str:
+        """Of the deltas, in words."""
+        return listed(repr(delta.name) for delta in self.deltas)
 
     @property
     def name(self) -> str:
@@ -267,7 +299,7 @@ class Run:
             written = f"; its batch is in {str(path)!r}"
         raise PeftliteError(
             f"at step {self.step + 1} the loss is {losses.loss.item():g} and the norm of its "
-            f"gradients {norm.item():g}: {listed(repr(delta.name) for delta in self.deltas)} stays "
+            f"gradients {norm.item():g}: {self.names} stays "
             f"as after step {self.step}{written}. Look at that batch, or lower lr_multiplier"
         )
 

@@ -183,10 +183,12 @@ class Trainer:
         ]
         if len(trainable) < (1 if asked is None else len(asked)):
             wanted = "one" if asked is None else listed(repr(delta.name) for delta in asked)
+            merged = listed(map(repr, registry.merged))
+            unmerge = f"pl.unmerge(model, name), for {merged} is merged; " if merged else ""
             raise PeftliteError(
                 f"to train {wanted}, it has to be chosen and trainable; chosen are "
                 f"{listed(map(repr, standing)) or 'none'} of {listed(map(repr, registry.deltas))}: "
-                "pl.use(model, name), and pl.deltas(model)[name].requires_grad_()"
+                f"{unmerge}pl.use(model, name), and pl.deltas(model)[name].requires_grad_()"
             )
         return trainable
 

@@ -81,6 +81,13 @@ def frozen() -> nn.Module:
     return model
 
 
+def merged() -> nn.Module:
+    model = two()
+    pl.merge(model, "sql")
+    pl.use(model, None)
+    return model
+
+
 X = torch.ones(2, 3)
 CASES = [
     # the trainer's arguments
@@ -101,6 +108,9 @@ CASES = [
     Case(fitting(metric="skill"), "no metric is called 'skill'; there are step; total_steps; …"),
     Case(fitting(), "to train one, it has to be chosen and trainable; chosen are 'chat' of 'sql'; "
          "'chat': pl.use(model, name), and pl.deltas(model)[name].requires_grad_()", model=frozen),
+    Case(fitting(delta="sql"), "to train 'sql', it has to be chosen and trainable; chosen are none "
+         "of 'sql'; 'chat': pl.unmerge(model, name), for 'sql' is merged; pl.use(model, name), and "
+         "pl.deltas(model)[name].requires_grad_()", model=merged),
     Case(fitting(delta="sql"), "to train 'sql', it has to be chosen and trainable; chosen are "
          "'chat' of 'sql'; 'chat': …"),
     Case(fitting(probes={"old": lambda _: torch.ones(2)}),
@@ -111,6 +121,9 @@ CASES = [
     # losses
     Case(losing(lambda *_: 3.0), "a loss is a function of (model, batch) that gives a tensor of "
          "one number, or a dict with it as 'loss': not 3.0"),
+    Case(losing(lambda model, batch: model(batch["input_ids"]).detach().mean()), "the loss doesn't "
+         "go back to 'chat': see that nothing between is under torch.no_grad, detached, or of a "
+         "model without it"),
     Case(calling(losses.regression, (X, X[0])), "regression compares outputs of shape (2, 3) with "
          "labels of shape (3,): make them alike"),
     Case(calling(losses.classification, (X, IDS)), "logits of shape (2, 3) are for labels of shape "

@@ -1,5 +1,6 @@
 """The errors of choosing: views, choices, rows; and of writes to what is read through patches."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
 from tests.errors.case import SMALL, Case, attached, delta, linears, two
@@ -200,4 +202,19 @@ WRITES = [
          "it"),
 ]  # fmt: skip
 
-CASES = VIEWS + CHOICES + IN_ROWS + WRITES
+
+def recomputed(model: nn.Module, _: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of it, too
+        checkpoint(model, torch.ones(1, 3).long(), use_reentrant=True)
+
+
+CUT_OFF = [
+    Case(recomputed, "no gradient would reach 'chat' here: the call is checkpointed with "
+         "use_reentrant=True, and nothing that goes into it needs a gradient. Checkpoint with "
+         "use_reentrant=False, in transformers by "
+         "model.gradient_checkpointing_enable({'use_reentrant': False}); or call "
+         "model.enable_input_require_grads()"),
+]  # fmt: skip
+
+CASES = VIEWS + CHOICES + IN_ROWS + WRITES + CUT_OFF

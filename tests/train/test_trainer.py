@@ -246,6 +246,27 @@ def test_it_trains_what_is_named() -> None:
     assert not same(before[0], values(model))
 
 
+class Partly(nn.Module):
+    """What it reaches, what it runs without gradients, and what it never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.frozen(x)
+        return self.head(x)
+
+
+def test_what_no_gradient_reaches_is_told_once() -> None:
+    model, data = Partly(), [(torch.randn(4), i % 3) for i in range(8)]
+    pl.attach(model, pl.LoRA(rank=1, targets="weight"), "sql")
+    with pytest.warns(UserWarning, match=r"reached sql:frozen.weight; sql:unused.weight:") as told:
+        trainer(model, train=data, val=None, loss=losses.classification).fit()
+    assert len(told) == 1
+
+
 # -- when it ends
 
 

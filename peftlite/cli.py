@@ -159,7 +159,7 @@ COMMANDS = {
         commands.run_combine,
     ),
     "validate-data": Command(
-        "every problem of a chat JSONL file by its line, its tokens, and what training takes",
+        "every problem of a file to train on by its line, its tokens, and what training takes",
         {
             "file": _given("FILE", "the file to train on"),
             "--validation": _given("FILE", "another, which is to share no example"),
@@ -177,7 +177,7 @@ COMMANDS = {
             "deltas": _several("DELTA", "the deltas' files"),
             "--prompts": _given(
                 "FILE",
-                "a prompt a line; in a .jsonl file chats, or pairs of prompt and response",
+                "a prompt a line; in a .jsonl or .json file chats, or pairs of prompt and response",
                 required=True,
             ),
             "--max-new-tokens": _whole("N", "to write, at most (default: 64)", default=64),
@@ -191,7 +191,7 @@ COMMANDS = {
             "--data": _given(
                 "FILE",
                 "JSONL of chats (messages), pairs (prompt, response) or texts (text); "
-                "a file that isn't called .jsonl is one text",
+                "a file that isn't called .jsonl or .json is one text",
                 required=True,
             ),
             "--validation": _given(

@@ -19,17 +19,23 @@ from peftlite.io.load import load
 from peftlite.table import table
 from peftlite.train.data import as_tokenizer
 from peftlite.train.data.checks import check_chat, check_pair
-from peftlite.train.data.jsonl import Finding, Lines, Row
+from peftlite.train.data.jsonl import Finding, Kind, Lines
+from peftlite.train.data.readers import has_rows, plain_text, template_options
+from peftlite.train.data.rows import Row, as_chat, as_pair
 from peftlite.train.data.tokens import Message, Tokenizer
 from peftlite.verbs.use import using
 
 
 @dataclass
 class Question:
-    """A prompt, text or the messages of a chat; the answer wanted, if one is; and those given."""
+    """A prompt, text or the messages of a chat; the answer wanted, if one is; and those given.
+
+    tools: what a chat's assistant can call.
+    """
 
     prompt: Any
     wanted: str | None
+    tools: list[Any] | None = None
     answers: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -55,7 +61,7 @@ def run_compare(args: argparse.Namespace) -> Outcome:
     for question in tqdm(questions, "compare", unit="prompt", disable=None, leave=False):
         for name, delta in names.items():
             with using(model, delta):
-                answer = _answer(model, tokenizer, question.prompt, args.max_new_tokens)
+                answer = _answer(model, tokenizer, question, args.max_new_tokens)
                 question.answers[name] = answer
     asked = [(q.answers, q.wanted.strip()) for q in questions if q.wanted is not None]
     hits = {name: sum(own[name].strip() == wanted for own, wanted in asked) for name in names}
@@ -69,34 +75,41 @@ def run_compare(args: argparse.Namespace) -> Outcome:
 
 
 def _questions(path: str) -> Iterator[Question]:
-    """A prompt a line: plain text, or, in a file called .jsonl, a pair or a chat."""
-    if Path(path).suffix == ".jsonl":
-        for row in Lines(path, _check):
-            if "messages" not in row:
-                yield Question(row["prompt"], row.get("response"))
-            elif row["messages"][-1]["role"] == "assistant":
-                yield Question(row["messages"][:-1], row["messages"][-1]["content"])
-            else:
-                yield Question(row["messages"], None)
+    """A prompt a line: plain text, or, in a file that has rows, a pair or a chat."""
+    if not has_rows(path):
+        yield from (Question(line, None) for line in plain_text(path).splitlines() if line.strip())
         return
-    yield from (Question(line, None) for line in local.text(path).splitlines() if line.strip())
+    for row in Lines(path, Kind(_as_row, _check)):
+        *asked, last = row.get("messages", [row])
+        if "messages" not in row:
+            yield Question(row["prompt"], row.get("response"))
+        elif last["role"] == "assistant":
+            yield Question(asked, last["content"], row.get("tools"))
+        else:
+            yield Question(row["messages"], None, row.get("tools"))
+
+
+def _as_row(row: Row) -> Row:
+    chat = as_chat(row)
+    return chat if "messages" in chat else as_pair(row)
 
 
 def _check(row: Row) -> Iterator[Finding]:
     """What keeps a row from being a prompt: that it lacks an answer doesn't."""
     check, missing = (check_chat, "last message") if "messages" in row else (check_pair, "response")
-    return ((kind, what) for kind, what in check(row) if kind != missing)
+    return ((kind, what) for kind, what in check(row) if kind not in (missing, "weight"))
 
 
 @torch.no_grad()
-def _answer(model: Any, tokenizer: Any, prompt: Any, most: int) -> str:
+def _answer(model: Any, tokenizer: Any, question: Question, most: int) -> str:
     """What the model writes, always the likeliest token next."""
-    coder = as_tokenizer(tokenizer)
+    coder, prompt = as_tokenizer(tokenizer), question.prompt
     ends = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
     if isinstance(prompt, str):
         ids = [*coder.start, *coder.encode(prompt)]
     else:
-        ids = coder.render(prompt, prompt=True)
+        options = template_options(coder, {"tools": question.tools})
+        ids = coder.render(prompt, prompt=True, **options)
         ends += _closing(tokenizer, coder, prompt)
     given = torch.tensor([ids])
     written = model.generate(

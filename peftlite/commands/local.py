@@ -1,4 +1,4 @@
-"""What is local: a folder of transformers, with nothing fetched or run; and a file of text."""
+"""What is local: a folder of transformers, with nothing fetched or run."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,6 @@ def config(folder: str) -> Any:
 def tokenizer(folder: str) -> Any:
     """The tokenizer in a folder. Raises FileError."""
     return _from("AutoTokenizer", folder)
-
-
-def text(path: str) -> str:
-    """What a file in UTF-8 says. Raises FileError."""
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path!r} can't be read as text: {error}") from error
 
 
 def _from(auto: str, folder: str, **options: Any) -> Any:

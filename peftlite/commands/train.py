@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peftlite.commands import local
+from peftlite.commands.data import as_share
 from peftlite.commands.outcome import Outcome
 from peftlite.core.attach import attach
 from peftlite.core.patch import Method
@@ -24,13 +25,12 @@ from peftlite.io.files import replacing
 from peftlite.table import listed, size
 from peftlite.train import History, Trainer, data, losses
 from peftlite.train.checkpoints import Checkpoints
-from peftlite.train.data.jsonl import scan
+from peftlite.train.data.readers import PIECE, has_rows, plain_text, reader_for
 from peftlite.train.events import Progress
 from peftlite.train.parallel import is_first, local_device, will_shard
 from peftlite.train.state import fork_rng
 from peftlite.verbs.plan import plan
 
-PIECE = 512  # tokens of a text, where none are given
 SETTINGS = (
     "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "patience", "autocast",
     "parallel", "gradient_checkpointing", "seed",
@@ -137,28 +137,20 @@ def _parts(
     args: argparse.Namespace, read: Callable[[str], data.Data]
 ) -> tuple[data.Data, data.Data | None]:
     """What to train on, and what to validate on: none, a file, or a share of the former."""
-    train = read(args.data)
-    if args.validation is None:
-        return train, None
-    try:
-        share = float(args.validation)
-    except ValueError:
-        return train, read(args.validation)
+    train, share = read(args.data), as_share(args.validation)
+    if share is None:
+        return train, None if args.validation is None else read(args.validation)
     rest, val = train.split(share, seed=args.seed)
     return rest, val
 
 
 def _examples(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:
     """Chats, pairs or texts, as the first row of a file has it; or the one text of another file."""
-    piece = length or min(PIECE, most or PIECE)
-    if Path(path).suffix != ".jsonl":
-        return data.text([local.text(path)], tokenizer, length=piece)
-    lines = scan(path, lambda row: iter(()))  # whatever is in them
-    row = next((line.row for line in lines if line.row is not None), {})
-    if "text" in row:
-        return data.text(path, tokenizer, length=piece)
-    make = data.pairs if "prompt" in row else data.chat
-    return make(path, tokenizer, max_length=length or most)
+    reader, piece = reader_for(path), length or min(PIECE, most or PIECE)
+    if reader == "text":
+        source = path if has_rows(path) else [plain_text(path)]
+        return data.text(source, tokenizer, length=piece)
+    return getattr(data, reader)(path, tokenizer, max_length=length or most)
 
 
 def _pairs(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:

@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import re
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 import peftlite as pl
 import peftlite.train.data as data
-from peftlite.train.data import jsonl
+from peftlite.train.data import jsonl, readers
 from tests.train.chats import hf_tokenizer, rows, write
 
 
@@ -31,6 +33,8 @@ def messages(*turns: Any) -> dict[str, Any]:
 
 ASKS = {"role": "user", "content": "Why?"}
 SAYS = {"role": "assistant", "content": "So."}
+FUNCTION = {"name": "f", "arguments": '{"x": 1}'}
+CALL = {"type": "function", "function": FUNCTION}
 
 # a line, and the kinds of problems that it has
 LINES: list[tuple[Any, list[str]]] = [
@@ -59,21 +63,45 @@ LINES: list[tuple[Any, list[str]]] = [
     (messages(), ["messages"]),
     (messages("Why?", SAYS), ["messages"]),
     (messages({"content": "Why?"}, SAYS), ["role"]),
-    (messages({**ASKS, "role": "human"}, SAYS), ["role"]),
+    (messages({**ASKS, "role": "bot"}, SAYS), ["role"]),
     (messages({**ASKS, "role": ["user"]}, SAYS), ["role"]),
     (messages({"role": "user"}, SAYS), ["content"]),
     (messages({**ASKS, "content": None}, SAYS), ["content"]),
     (messages({**ASKS, "content": ""}, SAYS), ["content"]),
     (messages({**ASKS, "content": " \n"}, SAYS), ["content"]),
-    (messages({**ASKS, "content": [{"type": "text", "text": "Why?"}]}, SAYS), ["content"]),
+    (messages({**ASKS, "content": [{"type": "text", "text": "Why?"}]}, SAYS), []),
+    (messages({**ASKS, "content": [{"type": "image_url", "image_url": {}}]}, SAYS), ["content"]),
+    (messages({**ASKS, "content": []}, SAYS), ["content"]),
+    (messages({**ASKS, "role": "developer", "name": None}, ASKS, SAYS), []),
+    (messages({**ASKS, "content": "2", "role": "function", "name": "f"}, SAYS), []),
+    (messages(ASKS, {"role": "assistant", "content": None, "tool_calls": [CALL]}), []),
+    (messages(ASKS, {"role": "assistant", "content": "Look.", "function_call": FUNCTION}), []),
+    (messages(ASKS, {**SAYS, "tool_calls": ["f"]}), ["tool_calls"]),
+    (messages(ASKS, {**SAYS, "tool_calls": "f"}), ["tool_calls"]),
+    (messages(ASKS, {**SAYS, "weight": 0, "refusal": None}, ASKS, SAYS), []),
+    (messages({**ASKS, "train": False}, {**SAYS, "train": True, "name": "a"}), []),
+    (messages(ASKS, {**SAYS, "weight": 0}), ["weight"]),
+    (messages(ASKS, {**SAYS, "weight": 0.5}), ["weight"]),
+    (messages({**ASKS, "train": True}, SAYS), ["train"]),
+    ({**good(2), "tools": [CALL]}, ["unused tools"]),
+    ({**good(3), "tools": json.dumps([CALL])}, ["unused tools"]),
+    ({**good(4), "functions": [FUNCTION]}, ["unused tools"]),
+    ({**good(5), "tools": "f"}, ["tools"]),
+    ({**good(6), "tools": None}, []),
+    ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So!"}]}, []),
+    ({"conversations": [{"from": "gpt", "value": "So."}, {"from": "human", "value": "Why?"}]},
+     ["last message"]),
+    ({"prompt": [ASKS], "completion": [{**SAYS, "content": "Indeed."}]}, []),
+    ({"prompt": [ASKS], "completion": [SAYS], "label": False}, ["messages"]),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["messages"]),
     (messages({**ASKS, "name": 3}, SAYS), ["name"]),
     (messages({**ASKS, "name": ""}, SAYS), ["name"]),
-    (messages(ASKS, {**SAYS, "weight": 0}), ["unknown key"]),
+    (messages(ASKS, {**SAYS, "mood": "good", "name": "b"}), ["unknown key"]),
     (messages(ASKS), ["last message"]),
     (messages(ASKS, SAYS, ASKS), ["last message"]),
     (messages({"role": "bot"}), ["role", "content", "last message"]),
 ]  # fmt: skip
-MILD = {"blank line", "unknown key"}
+MILD = {"blank line", "unknown key", "unused tools"}
 
 
 def test_every_problem_is_reported_by_its_line(tmp_path: Path) -> None:
@@ -81,12 +109,14 @@ def test_every_problem_is_reported_by_its_line(tmp_path: Path) -> None:
     report = data.validate(path)
     found = [(problem.line, problem.kind) for problem in report.train.problems]
     want = [(i, kind) for i, (_, kinds) in enumerate(LINES, 1) for kind in kinds]
-    assert found == [(None, "too few"), *want]
+    assert found == want
     sound = sum(not set(kinds) - MILD and kinds != ["blank line"] for _, kinds in LINES)
     assert (report.train.lines, report.train.examples) == (len(LINES), sound)
     assert not report.ok
-    for line, kind in found:
-        assert kind in str(report) and (line is None or f"{line}  {kind}" in str(report))
+    printed = str(report).splitlines()
+    for kind, times in Counter(kind for _, kind in found).items():
+        (row,) = (line for line in printed if re.match(rf"{kind}  +\d", line))
+        assert row.removeprefix(kind).split()[0] == str(times)
     json.dumps(report.as_dict())
 
 
@@ -119,6 +149,77 @@ def test_sound_chats_are_read_as_they_were_written(tmp_path_factory: Any, turns:
     write(path, [row, json.dumps(row, ensure_ascii=False).encode()])
     want = data.ByteTokenizer().render(row["messages"])
     assert [list(example["input_ids"]) for example in data.chat(path)] == [want] * 2
+
+
+FORMS: list[tuple[Any, str, Any]] = [
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, "pairs", ("Add.\n1 2\n", "3")),
+    ({"instruction": "Hi", "input": "", "output": "Ho"}, "pairs", ("Hi\n", "Ho")),
+    ({"prompt": "a", "completion": "b"}, "pairs", ("a", "b")),
+    ({"text": "abc", "label": 3}, "text", "abc"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+      "system": "s"}, "chat", chat(("system", "s"), ("user", "a"), ("assistant", "b"))),
+    ({"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+     "chat", chat(("user", "a"), ("assistant", "b"))),
+    ({"prompt": [ASKS, SAYS, ASKS], "completion": [SAYS]}, "chat",
+     messages(ASKS, {**SAYS, "weight": 0}, ASKS, SAYS)),
+    (messages({"role": "developer", "content": [{"type": "text", "text": "a"}, "b"]}, SAYS),
+     "chat", messages({"role": "system", "content": "ab"}, SAYS)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "reader", "ours"), FORMS)
+def test_rows_of_other_forms_are_read(row: Any, reader: str, ours: Any, tmp_path: Path) -> None:
+    path, read = write(tmp_path / "rows.jsonl", [row] * 2), getattr(data, reader)
+    assert readers.reader_for(path) == reader
+    for source in (path, [row] * 2):
+        for found, want in zip(read(source), read([ours] * 2), strict=True):
+            assert torch.equal(found["labels"], want["labels"])
+            assert torch.equal(found["input_ids"], want["input_ids"])
+    report, found = data.validate(path).train, read(path)
+    assert (report.examples, report.tokens) == (len(found), sum(found.lengths))
+    assert report.learned_tokens == sum(int((e["labels"] >= 0).sum()) for e in found)
+    assert [p.kind for p in report.problems] == ["too few", "duplicate"]
+
+
+RATED = {"prompt": "a", "completion": "b", "label": False}
+OTHERS: list[tuple[Any, str]] = [
+    ({"prompt": "a", "response": "b"}, "pl.data.pairs reads these"),
+    ({"text": "a"}, "pl.data.text reads these"),
+    (RATED, "pl.data.pairs([(r['prompt'], r['completion']) for r in rows if r['label']])"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"},
+     "pl.data.pairs([(r['prompt'], r['chosen']) for r in rows])"),
+    ({"prompt": [ASKS], "chosen": [SAYS], "rejected": [SAYS]},
+     "pl.data.chat([{'messages': r['prompt'] + r['chosen']} for r in rows])"),
+    ({"chosen": [ASKS, SAYS], "rejected": [ASKS, SAYS]},
+     "pl.data.chat([{'messages': r['chosen']} for r in rows])"),
+    ({"chosen": "a", "rejected": "b"}, "pl.data.text([r['chosen'] for r in rows])"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "line"), OTHERS)
+def test_rows_of_another_kind_are_told_what_reads_them(row: Any, line: str) -> None:
+    with pytest.raises(pl.PeftliteError) as error:
+        data.chat([row])
+    assert line in str(error.value)
+    if "for r in rows" in line:
+        assert len(eval(line, {"pl": pl, "rows": [row, {**row, "label": True}]}))
+
+
+def test_a_json_array_is_one_problem(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    for indent in (None, 1):
+        path.write_text(json.dumps([good(i) for i in range(12)], indent=indent))
+        (problem, _) = sorted(data.validate(path).train.problems, key=lambda p: -(p.line or 0))
+        assert problem.message.startswith("the file is one JSON array: jq")
+        with pytest.raises(pl.FileError, match="the file is one JSON array"):
+            data.chat(path)
+    assert len(data.chat(json.loads(path.read_text()))) == 12
+
+
+def test_what_has_no_examples_is_not_planned(tmp_path: Path) -> None:
+    report = data.validate(write(tmp_path / "chats.jsonl", [{}] * 5000))
+    assert "training:" not in str(report) and "nothing to train on" in str(report)
+    assert len(str(report).splitlines()) < 8 and len(report.train.problems) == 5001
 
 
 def test_duplicates_and_leaks(tmp_path: Path) -> None:
@@ -234,7 +335,7 @@ def test_rows_come_out_of_the_file_as_they_are_asked_for(tmp_path: Path) -> None
 def test_the_estimate(examples: int) -> None:
     found = data.estimate(examples)
     n = max(examples, 1)
-    assert found.steps == found.epochs * -(-n // found.batch_size)
+    assert found.steps == found.epochs * -(-examples // found.batch_size)
     assert 1 <= found.epochs <= 25 and 1 <= found.batch_size <= 256
     assert found.epochs * n <= 25_000 or found.epochs == 1
     assert found.epochs * n >= 100 or found.epochs == 25

@@ -88,6 +88,80 @@ def test_templates_learn_what_the_assistant_says(template: str, after: str) -> N
         assert [run.lstrip() for run in learned(tokenizer, row["messages"])] == said
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "ß"}}}
+CALLED = '<tool_call>\n{"name": "f", "arguments": {"x": "ß"}}\n</tool_call>'
+NOT_NOW = {**SAYS, "content": "Bad.", "weight": 0}
+# two marked texts a message, so that which is which can't be told
+TWICE = data.CHATML.replace("{{ '<|im_end|>' }}", "{% endgeneration %}{% generation %}[/INST]")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "after"),
+    [
+        (lambda: data.ByteTokenizer(), ""),
+        (lambda: hf_tokenizer(data.CHATML), "<|im_end|>"),
+        (lambda: hf_tokenizer(PLAIN_CHATML), "<|im_end|>\n"),
+    ],
+    ids=["bytes", "markers", "what is added"],
+)
+def test_what_has_no_weight_is_not_learned(tokenizer: Any, after: str) -> None:
+    coder, chat = tokenizer(), [ASKS, NOT_NOW, ASKS, SAYS]
+    assert learned(coder, chat) == [f"So.{after}"]
+    plain = [{k: v for k, v in m.items() if k != "weight"} for m in chat]
+    assert data.as_tokenizer(coder).render(chat) == data.as_tokenizer(coder).render(plain)
+    for flag in ({"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}):
+        row = {"messages": [ASKS, {**SAYS, "content": "Bad.", **flag}, ASKS, {**SAYS, "train": 1}]}
+        (example,), (whole,) = (
+            data.chat([row], coder),
+            data.chat([row], coder, assistant_only=False),
+        )
+        for found, lost in ((example, len(example["labels"])), (whole, 0)):
+            text = coder.decode([i for i in found["labels"].tolist() if i != -100])
+            assert "Bad." not in text and "So." in text and ("Why?" in text) == (not lost)
+
+
+def test_where_markers_do_not_tell_messages_apart_what_is_added_does() -> None:
+    tokenizer = hf_tokenizer(TWICE)
+    assert learned(tokenizer, [ASKS, SAYS, ASKS, SAYS]) == ["So.[/INST]"] * 2
+    assert learned(tokenizer, [ASKS, NOT_NOW, ASKS, SAYS]) == ["So.[/INST]\n"]
+
+
+def test_calls_are_written_alike() -> None:
+    chat = [ASKS, {**SAYS, "tool_calls": [CALL]}, {"role": "tool", "content": "2"}]
+    chat += [{**SAYS, "content": "", "tool_calls": [CALL["function"]] * 2}]
+    want = [f"So.\n{CALLED}", f"{CALLED}\n{CALLED}"]
+    assert learned(data.ByteTokenizer(), chat) == want
+    assert learned(hf_tokenizer(data.CHATML), chat) == [f"{said}<|im_end|>" for said in want]
+    coder = data.as_tokenizer(lambda said: list(said.encode()))
+    text = hf_tokenizer(data.CHATML).apply_chat_template(chat, tokenize=False)
+    assert bytes(coder.render(chat)).decode() == text
+
+
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + data.CHATML
+TOOL = {"type": "function", "function": {"name": "turn_wheel"}}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("markers", [True, False])
+def test_tools_reach_the_template(by_name: bool, markers: bool) -> None:
+    template: Any = TOOLS if markers else TOOLS.replace(data.CHATML, PLAIN_CHATML)
+    if by_name:
+        template = {"default": data.CHATML, "tool_use": template}
+    tokenizer = hf_tokenizer(template)
+    row = {"messages": [ASKS, SAYS], "tools": [TOOL]}
+    want = tokenizer.apply_chat_template(row["messages"], tools=[TOOL], tokenize=False)
+    for options in ({}, {"assistant_only": False}):
+        (example,) = data.chat([row], tokenizer, **options)
+        assert tokenizer.decode(example["input_ids"]) == want and "turn_wheel" in want
+    assert data.chat([{**row, "tools": None}], tokenizer)[0]["input_ids"].numel() > 0
+
+
+@pytest.mark.parametrize("tokenizer", [None, hf_tokenizer(data.CHATML)], ids=["bytes", "chatml"])
+def test_tools_that_nothing_takes_are_told_of(tokenizer: Any) -> None:
+    with pytest.warns(UserWarning, match="'tools' isn't used"):
+        data.chat([{"messages": [ASKS, SAYS], "tools": [TOOL]}], tokenizer)
+
+
 # markers with the space around them that jinja takes away, or is told to
 LAID_OUT = (
     "{{ bos_token }}\n{% for m in messages %}\n"

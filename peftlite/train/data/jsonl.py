@@ -14,18 +14,30 @@ from typing import Any
 
 from peftlite.errors import FileError
 from peftlite.table import listed
+from peftlite.train.data.rows import Row
 
-Row = dict[str, Any]
 Path = str | os.PathLike[str]
 Finding = tuple[str, str]  # what kind of problem, and in words
-Check = Callable[[Row], Iterator[Finding]]
 
 LONGEST = 2**26  # bytes: a line that is longer is no example, and isn't held in memory
 
+ARRAY = (
+    "the file is one JSON array: jq -c '.[]' makes JSONL of it, an object a line; in Python, give "
+    "what json.load reads"
+)
 MILD = {
-    "byte order mark", "blank line", "unknown key", "too few", "too long", "duplicate", "leakage"
+    "byte order mark", "blank line", "unknown key", "unused tools", "too few", "too long",
+    "duplicate", "leakage",
 }  # fmt: skip
 """The kinds of problems that don't keep a line from being an example."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of rows: how one comes into the form that is read here, and what is wrong with it."""
+
+    as_row: Callable[[Any], Any] = lambda row: row
+    check: Callable[[Row], Iterator[Finding]] = lambda row: iter(())
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Line:
     problems: list[Problem]
 
 
-def scan(path: Path, check: Check) -> Iterator[Line]:
+def scan(path: Path, kind: Kind) -> Iterator[Line]:
     """The lines of a file, blank ones too. Raises FileError if it can't be read."""
     try:
         file = open(path, "rb")
@@ -70,6 +82,9 @@ def scan(path: Path, check: Check) -> Iterator[Line]:
             if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 findings.append(("encoding", "the file is UTF-16: save it as UTF-8"))
                 file.seek(0, os.SEEK_END)  # none of its lines ends where it seems to
+            elif number == 1 and _is_array(raw):
+                findings.append(("JSON", ARRAY))
+                file.seek(0, os.SEEK_END)
             elif len(raw) == LONGEST and not raw.endswith(b"\n"):
                 findings.append(("JSON", f"the line is longer than {LONGEST >> 20} MiB"))
                 _finish(file)
@@ -77,12 +92,18 @@ def scan(path: Path, check: Check) -> Iterator[Line]:
                 if number == 1 and raw.startswith(codecs.BOM_UTF8):
                     findings.append(("byte order mark", "the file starts with a byte order mark"))
                     offset, raw = offset + 3, raw[3:]
-                row, found = _read(raw, check)
+                row, found = _read(raw, kind)
                 findings += found
             problems = [Problem(number, *finding) for finding in findings]
             if any(problem.fatal for problem in problems):
                 row = None
             yield Line(number, offset, row, problems)
+
+
+def _is_array(raw: bytes) -> bool:
+    """Whether a first line begins an array of objects, or ends in the midst of any."""
+    start = raw.removeprefix(codecs.BOM_UTF8).strip()
+    return start.startswith(b"[") and (start == b"[" or start[1:].lstrip().startswith(b"{"))
 
 
 def _finish(file: Any) -> None:
@@ -91,7 +112,7 @@ def _finish(file: Any) -> None:
         pass
 
 
-def _read(raw: bytes, check: Check) -> tuple[Row | None, list[Finding]]:
+def _read(raw: bytes, kind: Kind) -> tuple[Row | None, list[Finding]]:
     """A line's row, and what is wrong with it."""
     if not raw.strip():
         return None, [("blank line", "the line is blank")]
@@ -100,7 +121,8 @@ def _read(raw: bytes, check: Check) -> tuple[Row | None, list[Finding]]:
         return None, findings
     if not isinstance(row, dict):
         return None, [("JSON", f"the line is a JSON {_kind(row)}, not an object")]
-    return row, [*findings, *check(row)]
+    row = kind.as_row(row)
+    return row, [*findings, *kind.check(row)]
 
 
 def parse(raw: bytes) -> tuple[Any, list[Finding]]:
@@ -140,11 +162,11 @@ class Lines(Sequence[Row]):
     Raises FileError if a line is no example, or, later, if the file has changed.
     """
 
-    def __init__(self, path: Path, check: Check) -> None:
+    def __init__(self, path: Path, kind: Kind) -> None:
         self.path, self.offsets = path, array("Q")
-        self._check, self._stamp = check, _stamp(path)
+        self._kind, self._stamp = kind, _stamp(path)
         problems = []
-        for line in scan(path, check):
+        for line in scan(path, kind):
             problems += [problem for problem in line.problems if problem.fatal]
             if line.row is not None:
                 self.offsets.append(line.offset)
@@ -159,7 +181,7 @@ class Lines(Sequence[Row]):
             raise FileError(f"{str(self.path)!r} has changed since it was read: read it again")
         with open(self.path, "rb") as file:
             file.seek(self.offsets[i])
-            return json.loads(file.readline())
+            return self._kind.as_row(json.loads(file.readline()))
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Validation: every problem of a chat JSONL file by its line, its tokens, what training takes."""
+"""Validation: every problem of a file by its line, its tokens, and what training takes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import numpy as np
 
 from peftlite.errors import PeftliteError
 from peftlite.table import table
-from peftlite.train.data.checks import check_chat, check_counts
-from peftlite.train.data.jsonl import Path, Problem, Row, scan
+from peftlite.train.data.checks import check_counts
+from peftlite.train.data.jsonl import Finding, Path, Problem
+from peftlite.train.data.readers import READERS, UNUSED_TOOLS, Reader, lines_of, reader_for
+from peftlite.train.data.rows import Row
 from peftlite.train.data.tokens import Tokenizer, as_tokenizer
 
 FEWEST = 10  # examples that are worth training on
@@ -33,20 +35,20 @@ def estimate(examples: int) -> Estimate:
     """The usual: 3 epochs, a batch of 0.2 % of the examples.
 
     There are more epochs, up to 25, where 3 don't come to 100 examples seen, and fewer, but at
-    least one, where they come to more than 25,000. A batch has 1 to 256 examples.
+    least one, where they come to more than 25,000. A batch has 1 to 256 examples. Without examples
+    there are no steps.
 
     Example:
         assert pl.data.estimate(1000) == pl.data.Estimate(epochs=3, batch_size=2, steps=1500)
     """
-    examples = max(examples, 1)
-    epochs = min(max(3, ceil(100 / examples)), 25, max(1, 25_000 // examples))
+    epochs = min(max(3, ceil(100 / max(examples, 1))), 25, max(1, 25_000 // max(examples, 1)))
     batch_size = min(max(1, examples // 500), 256)
     return Estimate(epochs, batch_size, epochs * ceil(examples / batch_size))
 
 
 @dataclass
 class FileReport:
-    """Counts of a file. `tokens`, and those of the assistant, are counted after truncation."""
+    """Counts of a file. `tokens`, and those that are learned, are counted after truncation."""
 
     path: str
     lines: int = 0
@@ -83,11 +85,16 @@ class Report:
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
+        return "\n\n".join([self._counts(), *map(_listed, self.files)])
+
+    def _counts(self) -> str:
+        if not self.train.examples:
+            return f"{self.train.path}: no examples, so there is nothing to train on"
         counts = {
             "lines": "lines",
             "examples": "examples",
             f"tokens of {self.tokenizer}": "tokens",
-            "the assistant's": "learned_tokens",
+            "learned": "learned_tokens",
             "longest example": "longest",
         }
         if self.max_length is not None:
@@ -96,20 +103,25 @@ class Report:
             [text, *(f"{getattr(f, name):,}" for f in self.files)] for text, name in counts.items()
         ]
         e = self.estimate
-        return "\n\n".join(
-            [
-                table(["", *(file.path for file in self.files)], rows),
-                f"training: about {e.steps:,} steps, {e.epochs} epochs of {e.batch_size} a step",
-                *map(_listed, self.files),
-            ]
+        return (
+            table(["", *(file.path for file in self.files)], rows)
+            + f"\n\ntraining: about {e.steps:,} steps, {e.epochs} epochs of {e.batch_size} a step"
         )
 
 
 def _listed(file: FileReport) -> str:
+    """The problems of a file: a line for each kind, with how many, where, and the first of them."""
     if not file.problems:
         return f"{file.path}: no problems"
-    rows = [[str(p.line or "–"), p.kind, p.message] for p in file.problems]
-    header = ["line", "kind", f"problems of {file.path}: {len(rows)}"]
+    kinds: dict[str, list[Problem]] = {}
+    for problem in file.problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    rows = []
+    for kind, found in kinds.items():
+        lines = dict.fromkeys(str(problem.line) for problem in found if problem.line)
+        shown = ", ".join([*lines][:3]) + ", …" * (len(lines) > 3)
+        rows.append([kind, str(len(found)), shown or "–", found[0].message])
+    header = ["kind", "times", "lines", f"problems of {file.path}: {len(file.problems)}"]
     return table(header, rows)
 
 
@@ -121,14 +133,16 @@ def validate(
     max_length: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Reads a chat JSONL file once and reports every problem by its line.
+    """Reads a file once and reports every problem by its line.
 
-    A line at a time is in memory, beside 16 bytes for each example and the problems.
+    It is JSONL of chats, of pairs or of texts, as its first sound row has it; a file of another
+    name is one text. A line at a time is in memory, beside 16 bytes for each row and the problems.
 
     Args:
         validation: a second file; an example that is in both is reported.
         tokenizer: as in `chat`.
-        max_length: of an example in tokens; longer ones are counted and reported.
+        max_length: of an example in tokens; longer ones are counted and reported. Texts come in
+            pieces of that length.
         progress: whether to show a bar.
 
     Raises:
@@ -163,14 +177,13 @@ def validate(
 
 
 class _Seen:
-    """The hashes of examples and their lines: 16 bytes for each, sorted when they are compared."""
+    """The hashes of rows and their lines: 16 bytes for each, sorted when they are compared."""
 
     def __init__(self) -> None:
         self.hashes, self.lines = array("Q"), array("Q")
 
-    def add(self, row: Row, line: int) -> None:
-        messages = [(m["role"], m.get("name"), m["content"]) for m in row["messages"]]
-        digest = blake2b(repr(messages).encode(), digest_size=8).digest()
+    def add(self, what: Any, line: int) -> None:
+        digest = blake2b(repr(what).encode(), digest_size=8).digest()
         self.hashes.append(int.from_bytes(digest, "big"))
         self.lines.append(line)
 
@@ -193,19 +206,36 @@ def _read(
     from tqdm.auto import tqdm
 
     report, seen = FileReport(str(path)), _Seen()
-    lines = tqdm(scan(path, check_chat), str(path), unit="line", leave=False,
+    reader = READERS[reader_for(path)]
+    lines = tqdm(lines_of(path, reader.kind), str(path), unit="line", leave=False,
                  disable=None if progress else True)  # fmt: skip
     for line in lines:
         report.lines += 1
         report.problems += line.problems
-        if line.row is None:
-            continue
-        try:
-            ids, mask = tokenizer.render_with_mask(line.row["messages"])
-        except PeftliteError as error:
-            report.problems.append(Problem(line.number, "template", str(error)))
-            continue
-        seen.add(line.row, line.number)
+        if line.row is not None:
+            found = [*_count(line.row, reader, tokenizer, max_length, report)]
+            report.problems += [Problem(line.number, *finding) for finding in found]
+            if not any(kind == "template" for kind, _ in found):
+                seen.add(reader.content(line.row), line.number)
+    report.problems += [
+        Problem(line, "duplicate", f"the example is that of line {first}")
+        for line, first in seen.repeats()
+    ]
+    return report, seen
+
+
+def _count(
+    row: Row, reader: Reader, tokenizer: Tokenizer, max_length: int | None, report: FileReport
+) -> Iterator[Finding]:
+    """Adds the examples of a row to a report, and finds what is wrong with them."""
+    if row.get("tools") and not tokenizer.takes_tools:
+        yield "unused tools", UNUSED_TOOLS
+    try:
+        examples = [*reader.examples(tokenizer, row, max_length)]
+    except PeftliteError as error:
+        yield "template", str(error)
+        return
+    for ids, mask in examples:
         report.examples += 1
         report.tokens += len(ids[:max_length])
         report.learned_tokens += sum(mask[:max_length])
@@ -213,10 +243,4 @@ def _read(
         if max_length is not None and len(ids) > max_length:
             report.truncated += 1
             lost = "" if any(mask[:max_length]) else ", and no token to learn is left"
-            message = f"{len(ids)} tokens are cut off after {max_length}{lost}"
-            report.problems.append(Problem(line.number, "too long", message))
-    report.problems += [
-        Problem(line, "duplicate", f"the example is that of line {first}")
-        for line, first in seen.repeats()
-    ]
-    return report, seen
+            yield "too long", f"{len(ids)} tokens are cut off after {max_length}{lost}"

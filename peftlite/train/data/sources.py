@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from peftlite.errors import PeftliteError
 from peftlite.table import listed, short
-from peftlite.train.data.checks import check_chat, check_counts, check_pair, check_text
+from peftlite.train.data.checks import CHAT, PAIR, TEXT, check_counts
 from peftlite.train.data.dataset import Data
-from peftlite.train.data.jsonl import MILD, Check, Lines, Path
+from peftlite.train.data.jsonl import MILD, Kind, Lines, Path
 from peftlite.train.data.packing import IGNORED
+from peftlite.train.data.readers import UNUSED_TOOLS, chat_ids, pair_ids, template_options, text_ids
 from peftlite.train.data.tokens import Tokenizer, as_tokenizer
 
 Source = Path | Sequence[Any]
@@ -31,7 +32,9 @@ def chat(
 ) -> Data:
     """Chats: `{"messages": [{"role": ..., "content": ..., "name"?: ...}, ...]}`, one a row.
 
-    An example has `input_ids` (t) and `labels` (t): the same ids, −100 where none is learned.
+    An example has `input_ids` (t) and `labels` (t): the same ids, −100 where none is learned. A
+    message with `"weight": 0` or `"train": false` isn't learned. A row's `tools` go to the
+    tokenizer's template; a warning says so where it has no use for them.
 
     Args:
         source: a JSONL file, of which a line is read when its example is asked for; or rows.
@@ -53,7 +56,7 @@ def chat(
     """
     check_counts(max_length=max_length)
     make = partial(_chat, as_tokenizer(tokenizer), assistant_only, max_length)
-    chats = Data(_rows(source, check_chat), make)
+    chats = Data(_rows(source, CHAT), make)
     if len(chats):
         chats[0]  # a template that can't serve is an error here, not once training has begun
     return chats
@@ -85,7 +88,7 @@ def pairs(
     """
     check_counts(max_length=max_length)
     make = partial(_pair, as_tokenizer(tokenizer), response_only, max_length)
-    return Data(_rows(source, check_pair, _pair_row), make)
+    return Data(_rows(source, PAIR), make)
 
 
 def text(source: Source, tokenizer: Any = None, *, length: int | None = None) -> Data:
@@ -108,8 +111,8 @@ def text(source: Source, tokenizer: Any = None, *, length: int | None = None) ->
     """
     check_counts(length=length)
     tokenizer, pieces = as_tokenizer(tokenizer), []
-    for row in _rows(source, check_text, _text_row):
-        ids = [*tokenizer.start, *tokenizer.encode(row["text"]), *tokenizer.end]
+    for row in _rows(source, TEXT):
+        ids = text_ids(tokenizer, row)
         pieces += torch.tensor(ids).split(length or len(ids))
     return Data(pieces, _piece)
 
@@ -117,28 +120,24 @@ def text(source: Source, tokenizer: Any = None, *, length: int | None = None) ->
 def _chat(
     tokenizer: Tokenizer, assistant_only: bool, max_length: int | None, row: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    if not assistant_only:
-        ids = tokenizer.render(row["messages"])
+    if row.get("tools") and not tokenizer.takes_tools:
+        warnings.warn(UNUSED_TOOLS, stacklevel=2)
+    if assistant_only:
+        return _example(*chat_ids(tokenizer, row), max_length)
+    messages = row["messages"]
+    if all(message.get("weight", 1) for message in messages):
+        ids = tokenizer.render(messages, **template_options(tokenizer, row))
         return _example(ids, [1] * len(ids), max_length)
-    return _example(*tokenizer.render_with_mask(row["messages"]), max_length)
+    ids, learned = chat_ids(tokenizer, row)
+    _, said = chat_ids(tokenizer, {**row, "messages": [{**m, "weight": 1} for m in messages]})
+    return _example(ids, [1 - s + x for s, x in zip(said, learned, strict=True)], max_length)
 
 
 def _pair(
     tokenizer: Tokenizer, response_only: bool, max_length: int | None, row: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    prompt = [*tokenizer.start, *tokenizer.encode(row["prompt"])]
-    response = [*tokenizer.encode(row["response"]), *tokenizer.end]
-    mask = [int(not response_only)] * len(prompt) + [1] * len(response)
-    return _example(prompt + response, mask, max_length)
-
-
-def _pair_row(row: Any) -> Any:
-    is_pair = isinstance(row, tuple | list) and len(row) == 2
-    return {"prompt": row[0], "response": row[1]} if is_pair else row
-
-
-def _text_row(row: Any) -> Any:
-    return {"text": row} if isinstance(row, str) else row
+    ids, mask = pair_ids(tokenizer, row)
+    return _example(ids, mask if response_only else [1] * len(ids), max_length)
 
 
 def _piece(ids: Tensor) -> dict[str, Tensor]:
@@ -157,19 +156,19 @@ def _example(ids: Sequence[int], mask: Sequence[int], max_length: int | None) ->
     return {"input_ids": input_ids, "labels": input_ids.where(learned, IGNORED)}
 
 
-def _rows(source: Source, check: Check, as_row: Callable[[Any], Any] | None = None) -> Any:
+def _rows(source: Source, kind: Kind) -> Any:
     """The rows of a file, or those given. Raises FileError or PeftliteError for unsound ones."""
     if isinstance(source, str | os.PathLike):
-        return Lines(source, check)
+        return Lines(source, kind)
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise PeftliteError(
             f"give the path of a JSONL file, or a list of rows: not {short(source)}"
         )
-    rows = source if as_row is None else list(map(as_row, source))
-    problems = []
+    rows, problems = [kind.as_row(row) for row in source], []
     for i, row in enumerate(rows):
-        found = check(row) if isinstance(row, Mapping) else [("", f"it is {short(row)}, no dict")]
-        problems += [f"row {i}: {what}" for kind, what in found if kind not in MILD]
+        dicts = isinstance(row, Mapping)
+        found = kind.check(dict(row)) if dicts else [("", f"it is {short(row)}, no dict")]
+        problems += [f"row {i}: {what}" for kind_, what in found if kind_ not in MILD]
     if problems:
         raise PeftliteError(f"the rows have problems: {listed(problems)}")
     return rows

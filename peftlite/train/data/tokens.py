@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,13 +13,16 @@ from peftlite.errors import PeftliteError
 from peftlite.table import short
 from peftlite.train.data.checks import ROLES
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}"
     "{% if m['name'] %}{{ ' name=' + m['name'] }}{% endif %}{{ '\\n' }}"
     "{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% generation %}{{ m['content'] }}{% for call in m['tool_calls'] or [] %}"
+    "{% if m['content'] or not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<tool_call>\\n' + (call['function'] or call) | tojson + '\\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -32,6 +36,7 @@ BEGIN, END = "\ufdd0", "\ufdd1"  # what no text has: Unicode sets them apart for
 class Tokenizer:
     """What data asks of a tokenizer. Your own overrides `encode` and, for chats, `render`."""
 
+    takes_tools: bool = False  # whether `render` takes the `tools` that the assistant can call
     pad: int = 0  # the id that fills up a batch
     start: Sequence[int] = ()  # the ids before a text
     end: Sequence[int] = ()  # the ids after a text
@@ -44,18 +49,24 @@ class Tokenizer:
         """The ids of a chat; with `prompt`, and of what opens the assistant's next message."""
         return self.encode(chatml(messages, prompt))
 
-    def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def render_with_mask(
+        self, messages: Sequence[Message], **options: Any
+    ) -> tuple[list[int], list[int]]:
         """The ids of a chat, and 1 for each that the assistant is to say, else 0.
 
-        The tokens of an assistant's message are those that it adds to the chat before it. Raises
-        PeftliteError if a longer chat doesn't start with the ids of its own beginning.
+        The tokens of an assistant's message are those that it adds to the chat before it; what has
+        `"weight": 0` is not to be said. Raises PeftliteError if a longer chat doesn't start with
+        the ids of its own beginning.
+
+        Args:
+            options: of `render`.
         """
-        ids = self.render(messages)
+        ids = self.render(messages, **options)
         mask = [0] * len(ids)
         for k, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self.render(messages[:k], prompt=True)
-                after = self.render(messages[: k + 1])
+            if _is_learned(message):
+                before = self.render(messages[:k], prompt=True, **options)
+                after = self.render(messages[: k + 1], **options)
                 if after[: len(before)] != before or ids[: len(after)] != after:
                     raise PeftliteError(
                         "the chat template writes the beginning of a chat otherwise when it goes "
@@ -69,12 +80,24 @@ class Tokenizer:
 
 def chatml(messages: Sequence[Message], prompt: bool = False) -> str:
     """A chat as text, in ChatML."""
-    turns = [f"<|im_start|>{_who(m)}\n{m['content']}<|im_end|>\n" for m in messages]
+    turns = [f"<|im_start|>{_who(m)}\n{_said(m)}<|im_end|>\n" for m in messages]
     return "".join([*turns, "<|im_start|>assistant\n" * prompt])
 
 
 def _who(message: Message) -> str:
     return f"{message['role']} name={message['name']}" if "name" in message else message["role"]
+
+
+def _said(message: Message) -> str:
+    """What a message says, and what it calls as Hermes and Qwen write that."""
+    calls = (call.get("function", call) for call in message.get("tool_calls", ()))
+    written = (json.dumps(call, ensure_ascii=False) for call in calls)
+    parts = [message["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in written)]
+    return "\n".join(part for part in parts if part)
+
+
+def _is_learned(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 class ByteTokenizer(Tokenizer):
@@ -103,19 +126,21 @@ class ByteTokenizer(Tokenizer):
         opening = [self._id("<assistant>")] if prompt else []
         return [*chain.from_iterable(map(self._render_one, messages)), *opening]
 
-    def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def render_with_mask(
+        self, messages: Sequence[Message], **options: Any
+    ) -> tuple[list[int], list[int]]:
         """The ids of a chat, and 1 for each of an assistant's content and end, else 0."""
         ids, mask = [], []
         for message in messages:
             turn = self._render_one(message)
             ids += turn
-            mask += [0, *[int(message["role"] == "assistant")] * (len(turn) - 1)]
+            mask += [0, *[int(_is_learned(message))] * (len(turn) - 1)]
         return ids, mask
 
     def _render_one(self, message: Message) -> list[int]:
         name = [*self.encode(message["name"]), self._id("<name>")] if "name" in message else []
         return [
-            self._id(f"<{message['role']}>"), *name, *self.encode(message["content"]), *self.end
+            self._id(f"<{message['role']}>"), *name, *self.encode(_said(message)), *self.end
         ]  # fmt: skip
 
     def _id(self, special: str) -> int:
@@ -145,26 +170,38 @@ class _Transformers(Tokenizer):
         self.start = opens if opens == [bos] else []
         self.end = [] if end is None else [end]
         self.pad = next((i for i in (pad, end) if i is not None), 0)
+        self.takes_tools = "tools" in str(getattr(given, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
         return _ids(self.given.encode(text, add_special_tokens=False))
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> list[int]:
-        return _ids(self._apply(messages, add_generation_prompt=prompt))
+    def render(
+        self, messages: Sequence[Message], prompt: bool = False, **options: Any
+    ) -> list[int]:
+        return _ids(self._apply(messages, add_generation_prompt=prompt, **options))
 
-    def render_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def render_with_mask(
+        self, messages: Sequence[Message], **options: Any
+    ) -> tuple[list[int], list[int]]:
         """By the template's own markers where it has them, which take a fast tokenizer's offsets.
 
         transformers' own mask is not used: after a marked text that ends in space which the
         tokenizer drops, it takes all that follows for the assistant's.
         """
-        marked = MARKER.sub(_shown_marker, self._template())
-        if marked == self._template() or not self.given.is_fast:
-            return super().render_with_mask(messages)
-        text, learned, inside = [], [], False
-        for letter in self._apply(messages, tokenize=False, chat_template=marked):
+        template = self._template(**options)
+        marked = MARKER.sub(_shown_marker, template)
+        if marked == template or not self.given.is_fast:
+            return super().render_with_mask(messages, **options)
+        written = self._apply(messages, tokenize=False, chat_template=marked, **options)
+        said = [_is_learned(m) for m in messages if m["role"] == "assistant"]
+        if written.count(BEGIN) != len(said):
+            if not all(said):  # so which of them a marked text is of can't be told
+                return super().render_with_mask(messages, **options)
+            said = [True] * written.count(BEGIN)
+        text, learned, inside, following = [], [], False, iter(said)
+        for letter in written:
             if letter in (BEGIN, END):
-                inside = letter == BEGIN
+                inside = letter == BEGIN and next(following)
             else:
                 text.append(letter)
                 learned.append(inside)
@@ -173,14 +210,17 @@ class _Transformers(Tokenizer):
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         self._template()
+        plain = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
         try:
-            return self.given.apply_chat_template(list(messages), **options)
+            return self.given.apply_chat_template(plain, **options)
         except Exception as error:  # whatever a template raises
             raise PeftliteError(f"the chat template refuses these messages: {error}") from error
 
-    def _template(self) -> str:
+    def _template(self, **options: Any) -> str:
         template = self.given.chat_template
-        template = template.get("default") if isinstance(template, dict) else template
+        if isinstance(template, dict):  # of those by name, transformers takes one for tools
+            with_tools = "tool_use" if options.get("tools") else "default"
+            template = template.get(with_tools, template.get("default"))
         if template is None:
             raise PeftliteError(
                 "this tokenizer has no chat template: set tokenizer.chat_template, for one to "

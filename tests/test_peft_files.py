@@ -116,7 +116,11 @@ ROWS = (
     ), ("hf_bert",), dtype=FLOAT),
     # whose transform is in fp32 in peft
     Row("fourierft", peft.FourierFTConfig, dict(n_frequency=40, scaling=4.0), conv1d=True),
+    Row("fourierft_patterns", peft.FourierFTConfig,
+        dict(n_frequency=40, scaling=4.0, n_frequency_pattern={"query": 7}), ("hf_bert",)),
     Row("adalora", peft.AdaLoraConfig, dict(init_r=3, target_r=2, total_step=9), conv1d=True),
+    Row("adalora_convs", peft.AdaLoraConfig, dict(init_r=3, target_r=2, total_step=9),
+        ("conv2d",), ["0", "2"]),
     Row("shira", peft.ShiraConfig, dict(r=2)),
     Row("beft", peft.BeftConfig, {}, ("hf_bert", "hf_vit"), same=False),
     # the factors of its backward pass are left out
@@ -273,6 +277,36 @@ def test_a_bias_that_a_layer_was_made_without(config: peft.PeftConfig, tmp_path:
         assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
         back = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "out")
         assert apart(back(x), expected) <= 1e-12
+
+
+HEADED = {
+    "lora": peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"),
+    "norms": peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("form", HEADED)
+@torch.no_grad()
+def test_a_head_goes_whole_for_a_task(form: str, tmp_path: Path) -> None:
+    """peft saves it whole beside any method, and asks for all of it where it knows the task."""
+
+    def model() -> nn.Module:
+        made = KIND["hf_bert"].model(torch.float64)
+        with seeded():
+            made.classifier = nn.Sequential(nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+        return made
+
+    batch, run = KIND["hf_bert"].batch(), KIND["hf_bert"].run
+    theirs = peft.get_peft_model(model(), copy.deepcopy(HEADED[form])).eval()
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path / "sql")
+    ours = model()
+    delta = pl.load(ours, tmp_path / "sql")
+    expected = run(theirs, batch)
+    assert apart(run(ours, batch), expected) <= 1e-6
+    pl.export(delta, tmp_path / "out", settings={"task_type": "SEQ_CLS"})
+    back = peft.PeftModel.from_pretrained(model(), tmp_path / "out").eval()
+    assert apart(run(back, batch), expected) <= 1e-6
 
 
 @torch.no_grad()

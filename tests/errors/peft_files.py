@@ -54,6 +54,10 @@ def conv() -> nn.Module:
     return nn.Sequential(nn.Conv1d(16, 16, 3), nn.GELU(), nn.Conv1d(16, 16, 3))
 
 
+def circular() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(16, 16, 3, padding=1, padding_mode="circular"))
+
+
 class Thrice(nn.Module):
     """A weight of two modules, one of them under two names."""
 
@@ -166,6 +170,12 @@ CASES = [
     bad_file(adapter({"target_modules": None}, {
         f"base_model.model.0.{A}": torch.ones(2, 16, 2), f"base_model.model.0.{B}": torch.ones(16),
     }), IN + "has odd tensors: one is (2, 16, 2), not (any, 16, 3)", model=conv),
+    bad_file(adapter({"target_modules": None}, {
+        f"base_model.model.0.{A}": torch.ones(2, 16, 3),
+        f"base_model.model.0.{B}": torch.ones(16, 2, 1),
+    }), IN + "changes 0, which peft's LORA runs without its padding_mode='circular', as no change "
+        "of a weight does; what peft merges, if it can, is another change, which pl.extract takes "
+        "from the merged model", model=circular),
     bad_file(adapter({"peft_type": "LOKR", "target_modules": None}, {
         "base_model.model.0.lokr_w1": torch.ones(4, 4),
         "base_model.model.0.lokr_w2": torch.ones(4, 4, 3),
@@ -236,6 +246,8 @@ CASES = [
               "Embedding")),
     exporting(pl.LoRA(targets="lm_head"), cannot("embed.weight", "it is tied to lm_head.weight, "
               "and peft would untie it"), on("gpt_tied")),
+    exporting(pl.LoRA(targets="0"), cannot("0.weight", "peft's LORA runs it without its "
+              "padding_mode='circular'"), circular),
     exporting(pl.IA3(targets="v_proj.weight"), cannot("blocks.0.attn.v_proj.weight", "peft scales "
               "its bias, too, which the delta leaves as it is")),
     exporting(pl.LoRA(targets="in_proj_weight"), cannot("0.layers.0.self_attn.in_proj_weight",

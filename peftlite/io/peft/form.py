@@ -98,6 +98,8 @@ class Form:
     layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear,)
     convs: ClassVar[tuple[int, ...]] = ()
     """The layers that peft takes, and of how many dimensions convolutions may be."""
+    forgets: ClassVar[tuple[str, ...]] = ("padding_mode",)
+    """What of a convolution peft goes without while it runs, though not once it has merged."""
     shared: ClassVar[tuple[str, ...]] = ()
     """The tensors that are for all modules."""
     bias: ClassVar[str | None] = None
@@ -118,7 +120,9 @@ class Form:
         for name in first:
             own = {path: its[name] for path, its in settings.items() if its[name] != first[name]}
             if own and name in _PATTERNS:
-                found[_PATTERNS[name]] = {f"^{re.escape(path)}": x for path, x in own.items()}
+                # FourierFT alone knows a path as it is, and takes no anchor
+                key = str if name == "n_frequency" else lambda path: f"^{re.escape(path)}"
+                found[_PATTERNS[name]] = {key(path): x for path, x in own.items()}
             elif own and name != "lora_dropout":  # which is for training
                 raise PeftliteError(
                     f"peft has one {name} for all modules, and this delta has {short(first[name])} "
@@ -144,6 +148,21 @@ class Form:
         kind = kind_of(site.module)
         dims = site.whole.dim() - 2 if kind is maps.Conv else 0
         return site.slot == "weight" and (kind in self.layers or dims in self.convs)
+
+    def forgotten(self, site: Site) -> str | None:
+        """What peft runs a convolution without, as no change of its weight does."""
+        module: Any = site.module
+        # a checkpoint's stand-in has no padding, and doesn't run
+        if kind_of(module) is not maps.Conv or not hasattr(module, "padding"):
+            return None
+        n, padded = site.whole.dim() - 2, any(module._reversed_padding_repeated_twice)
+        plain = {
+            "padding_mode": "zeros" if padded else module.padding_mode, "groups": 1,
+            "dilation": (1,) * n, "kernel_size": (1,) * n,
+            "stride": module.stride[:1] * n, "padding": module.padding[:1] * n,
+        }  # fmt: skip
+        lost = (name for name in self.forgets if getattr(module, name) != plain[name])
+        return next((f"{name}={getattr(module, name)!r}" for name in lost), None)
 
     def write_shared(self, patches: Sequence[Any]) -> list[Tensor]:
         """The tensors for all modules."""

@@ -31,6 +31,8 @@ class LoRAForm(Form):
     )  # fmt: skip
     layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
     convs = (1, 2, 3)
+    # of a grouped one its change sees the inputs of all groups
+    forgets = ("padding_mode", "dilation", "groups")
     bias = "lora_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoRA:
@@ -119,8 +121,8 @@ class LoRAForm(Form):
 
     def taken(self, site: Site) -> bool:
         module, inner = site.module, nn.modules.linear.NonDynamicallyQuantizableLinear
-        if site.layout.joined:  # in peft the change of a grouped one sees the inputs of all groups
-            return super().taken(site) and site.layout.groups == 1
+        if site.layout.joined:
+            return super().taken(site)
         if isinstance(module, nn.MultiheadAttention | inner):
             return site.slot in ("in_proj_weight", "weight")
         return super().taken(site) or site.tensor.dim() in (2, 3)
@@ -131,6 +133,7 @@ class AdaLoRAForm(Form):
     kinds = (AdaLoRA,)
     names = (("lora_A", "q"), ("lora_B", "p"), ("lora_E", "lam"))
     layers = (maps.Linear, maps.TransposedLinear)
+    convs = (2,)
     bias = "lora_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> AdaLoRA | None:

@@ -14,6 +14,9 @@ from peftlite.methods.boft import BOFT
 from peftlite.methods.hra import HRA
 from peftlite.methods.oft import OFT, skew
 
+# of a stride and a padding they take the first number
+FIRST = ("padding_mode", "dilation", "groups", "stride", "padding")
+
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
@@ -24,6 +27,7 @@ class OFTForm(Form):
     kinds = (OFT,)
     names = (("oft_R.weight", "q"),)
     convs = (2,)
+    forgets = ("kernel_size",)  # it folds turned patches back into an image
     bias = "oft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> OFT:
@@ -68,6 +72,7 @@ class BOFTForm(Form):
     kinds = (BOFT,)
     names = (("boft_R", "q"), ("boft_s", "s"))
     convs = (2,)
+    forgets = FIRST
     bias = "boft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> BOFT:
@@ -100,6 +105,7 @@ class HRAForm(Form):
     kinds = (HRA,)
     names = (("hra_u", "u"),)
     convs = (2,)
+    forgets = FIRST
     bias = "hra_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> HRA:

@@ -46,7 +46,7 @@ class IA3Form(Form):
         scale, inputs, ones = t.pop("ia3_l"), method.feedforward, layer.ones
         shape = (1, -1, *ones) if ones or inputs else (-1, 1)
         found: dict[str, Tensor | None] = {"weight:l": fit(scale, *shape).flatten()}
-        if not inputs and layer.site.module.bias is not None:
+        if not inputs and getattr(layer.site.module, "bias", None) is not None:
             found["bias:l"] = None
         return [(method, found)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftlite.core.patch import Method
 from peftlite.core.site import CALL, Site
+from peftlite.errors import FileError
 from peftlite.io.peft.config import ends
 from peftlite.io.peft.form import Form, Layer
 from peftlite.io.peft.forms import FORMS
@@ -45,6 +46,13 @@ def _module(adapter: Adapter, form: Form, path: str, keys: Mapping[str, str]) ->
     if layer.site is None:
         address = path if adapter.model is None else f"{path}.weight"
         return Claim(keys, [(method, address)], module=plain(path))
+
+    if what := form.forgotten(layer.site):
+        raise FileError(
+            f"{adapter.file.path!r} changes {layer.path}, which peft's {adapter.kind} runs without "
+            f"its {what}, as no change of a weight does; what peft merges, if it can, is another "
+            "change, which pl.extract takes from the merged model"
+        )
 
     def address_of(slot: str) -> str:
         return f"{layer.path}{slot}" if slot.startswith(CALL) else f"{layer.path}.{slot}"

@@ -38,8 +38,9 @@ REPLACED = {CONFIG, MODEL, "README.md"}
 
 def write(delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Writes a delta as a folder that peft loads, with more `settings` of adapter_config.json."""
-    config, tensors = plan(delta)
-    config |= {"inference_mode": True, "peft_version": AS_IN, **as_json("settings", settings or {})}
+    more = as_json("settings", settings or {})
+    config, tensors = plan(delta, more.get("task_type"))
+    config |= {"inference_mode": True, "peft_version": AS_IN, **more}
     if config["peft_type"] in PROMPTS:
         check_task(delta, config.get("task_type"))
     for key, tensor in tensors.items():
@@ -64,19 +65,23 @@ def _kept(names: set[str]) -> str | None:
     )
 
 
-def plan(delta: Delta) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings and the tensors that peft has for a delta. Raises PeftliteError."""
+def plan(delta: Delta, task: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and the tensors that peft has for a delta. Raises PeftliteError.
+
+    Args:
+        task: peft's name of what the model does, if it's known.
+    """
     placed = [*delta.placed.values()]
     for item in placed:
         item.check()
         if not item.site.is_call and item.site.whole.is_meta:
             raise PeftliteError(f"{item.site.address} is on the meta device: it has no values")
     with torch.no_grad():
-        draft = _draft(delta)
+        draft = _draft(delta, task)
     return {**draft.config, "peft_type": draft.kind}, draft.tensors
 
 
-def _draft(delta: Delta) -> Draft:
+def _draft(delta: Delta, task: Any) -> Draft:
     items = [*delta.placed.values()]
     kinds = {kind: name for name, form in FORMS.items() for kind in form.kinds}
     kinds |= dict.fromkeys((PromptTuning, PTuning), PROMPTS[0]) | {PrefixTuning: PREFIX}
@@ -92,7 +97,7 @@ def _draft(delta: Delta) -> Draft:
     for item in replaced:
         if not isinstance(item.patch, AddPatch):
             refuse(item, f"peft has no {type(item.method).__name__} there")
-    draft = Draft(delta, kind=next(iter(names), ALONE))
+    draft = Draft(delta, next(iter(names), ALONE), task)
     if draft.form:
         write_modules(draft, draft.form, own)
     elif own:

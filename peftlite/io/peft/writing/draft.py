@@ -26,6 +26,7 @@ class Draft:
     Args:
         delta: all of it.
         kind: peft's name of its method.
+        task: peft's name of the task, if it's known.
         config: peft's settings.
         tensors: by peft's keys.
         layers: how many layers peft puts around a module for its parameters, by path.
@@ -34,6 +35,7 @@ class Draft:
 
     delta: Delta
     kind: str
+    task: Any = None
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     layers: Counter[str] = field(default_factory=Counter)

@@ -86,6 +86,8 @@ def _check(draft: Draft, form: Form, item: Placed, layer: Layer) -> None:
         refuse(item, f"it is tied to {listed(site.names[1:])}, and peft would untie it")
     if not form.taken(site) or not layer.path:
         refuse(item, f"peft's {draft.kind} doesn't take a {type(site.module).__name__}")
+    if what := form.forgotten(site):
+        refuse(item, f"peft's {draft.kind} runs it without its {what}")
     _check_attention(draft, item, layer)
     if isinstance(item.patch, ScalePatch) and not item.patch.inputs:
         bias = draft.delta.placed.get(f"{layer.path}.bias")

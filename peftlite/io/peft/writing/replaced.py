@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -12,6 +13,9 @@ from peftlite.core.site import walk, whole_address
 from peftlite.core.tensors import raw
 from peftlite.io.peft.folder import ALONE, LAYER
 from peftlite.io.peft.writing.draft import Draft, refuse
+
+CLASSIFIER = ("classifier", "score")
+HEADS = {"SEQ_CLS": CLASSIFIER, "TOKEN_CLS": CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
 
 
 def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
@@ -35,10 +39,25 @@ def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
         for path in modules.keys() - biases
         if not any(path.startswith(f"{other}.") for other in modules)
     )
+    copied = {path: head for path in paths if (head := _head(path, draft.task))}
+    if draft.kind != ALONE:
+        copied = {path: path for path in paths} | copied
+    elif len(copied) == len(paths):  # peft has no adapter of a classifier alone
+        copied = {}
     for path in paths:
-        _write_module(draft, path, modules[path], values, items[0])
-    if paths:
-        draft.config["target_modules" if draft.kind == ALONE else "modules_to_save"] = paths
+        layer = path + ("." if path in copied else LAYER)
+        _write_module(draft, path, layer, modules[path], values, items[0])
+    if saved := sorted({*copied.values()}):
+        draft.config["modules_to_save"] = saved
+    if targets := [path for path in paths if path not in copied]:
+        draft.config["target_modules"] = targets
+
+
+def _head(path: str, task: Any) -> str | None:
+    """The head that a module is, or is in, which peft saves whole for a task."""
+    steps = path.split(".")
+    ends = (n for n, step in enumerate(steps, 1) if step in HEADS.get(task, ()))
+    return next((".".join(steps[:n]) for n in ends), None)
 
 
 def _write_biases(
@@ -56,12 +75,16 @@ def _write_biases(
 
 
 def _write_module(
-    draft: Draft, path: str, module: nn.Module, values: Mapping[str, Tensor], item: Placed
+    draft: Draft,
+    path: str,
+    layer: str,
+    module: nn.Module,
+    values: Mapping[str, Tensor],
+    item: Placed,
 ) -> None:
     """Adds all of a module, as peft takes it."""
     if not path or any(f"{target}.".startswith(f"{path}.") for target in draft.targets):
         refuse(item, f"peft takes a copy of all of {path or 'the model'}")
-    layer = path + (LAYER if draft.kind == ALONE else ".")
     for name, part in walk(module, path):
         if parametrize.is_parametrized(part):
             refuse(item, f"{name} is parametrized")

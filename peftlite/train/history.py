@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +50,8 @@ class History:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all events to a CSV file, one a row."""
+        import csv
+
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, _columns(self.events), lineterminator="\n")
             writer.writeheader()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -76,6 +75,8 @@ class Trials:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the trials to a CSV file, one a row."""
+        import csv
+
         with open(path, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(self._cells())
 

@@ -152,7 +152,8 @@ def bandwidth(cell: Cell, rounds: int) -> Iterator[Figure]:
 
 def products(cell: Cell, rounds: int) -> Iterator[Figure]:
     """Over a plain x Wᵀ: one that adds to y; and x Wᵀ + h U, in two steps and fused."""
-    from peftlite.kernels.triton import gemm as triton_gemm
+    from candidates import fused_product
+
     from peftlite.kernels.triton import ops as triton_ops
 
     w, b = cell.random(cell.o, cell.i), cell.random(cell.o, RANK, dtype=torch.float32)
@@ -175,10 +176,10 @@ def products(cell: Cell, rounds: int) -> Iterator[Figure]:
         "mm, then h U": over(lambda x, y: triton_ops.product(x, w.t(), h, b.t(), None, 0.0, None)),
         "torch's": over(lambda x, y: torch_ops.product(x, w.t(), h, b.t(), None, 0.0, None)),
     }
-    for config in triton_gemm.CONFIGS:
+    for config in fused_product.CONFIGS:
         name = "fused {TOKENS}x{COLUMNS}".format(**config)
         timers[name] = over(
-            lambda x, y, config=config: triton_gemm.product(
+            lambda x, y, config=config: fused_product.product(
                 x, w.t(), h, b.t(), None, 0.0, None, config
             )
         )

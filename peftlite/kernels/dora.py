@@ -26,7 +26,8 @@ def row_norms_squared(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     It is in fp32 where W is in half precision and in fp64 where it's in fp32, but on devices that
     have none. No less than 0.
     """
-    dtype = _precise(w)
+    single = w.dtype.itemsize < 4 or w.device.type == "mps"
+    dtype = torch.float32 if single else torch.float64
     a, b = a.to(dtype), b.to(dtype)
     squares, cross = _products(w, a)
     change = scale * b * (2 * cross + scale * b @ (a @ a.mT))
@@ -65,7 +66,3 @@ def _parts(w: Tensor, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
     entries = _ENTRIES if on_cpu else _ENTRIES_ELSEWHERE
     at_once = max(entries * w.shape[dim] // max(w.numel(), 1), 1)
     return (part.to(dtype) for part in w.split(at_once, dim))
-
-
-def _precise(w: Tensor) -> torch.dtype:
-    return torch.float32 if w.dtype.itemsize < 4 or w.device.type == "mps" else torch.float64

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import triton
+from candidates import fused_product
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peftlite.kernels.triton import gemm as triton_gemm
 from peftlite.kernels.triton import kernels as triton_kernels
 from peftlite.kernels.triton import ops as triton_ops
 from peftlite.kernels.triton import rescale as triton_rescale
@@ -57,11 +57,11 @@ def cases(
         yield f"rows' shrink, {name}", triton_rows.shrink, config
         yield f"rows' expand, {name}", triton_rows.expand, config | {"SPLITS": 16}
     # the first is too large for the older GPU
-    configs = triton_gemm.CONFIGS[architecture == 80 :]
+    configs = fused_product.CONFIGS[architecture == 80 :]
     for config in configs if all else configs[:1]:
         name = "product {TOKENS}×{COLUMNS}".format(**config)
-        more = {"RANK": triton_gemm.RANK, "BIAS": False, "DROP": True}
-        yield name, triton_gemm._product, config | more
+        more = {"RANK": fused_product.RANK, "BIAS": False, "DROP": True}
+        yield name, fused_product._product, config | more
 
 
 def cases_of_no_rank() -> Iterator[Case]:

@@ -4,12 +4,12 @@ TRITON_INTERPRET=1 pytest tests/kernels/interpreted_beside.py
 """
 
 import torch
+from candidates import fused_product
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlite import kernels
 from peftlite.kernels import dora, reference, rescale
-from peftlite.kernels.triton import gemm as triton_gemm
 from peftlite.kernels.triton import ops as triton_ops
 from peftlite.kernels.triton import rescale as triton_rescale
 from peftlite.kernels.triton import sparse as triton_sparse
@@ -87,7 +87,7 @@ def test_grad_values(
     bias=st.booleans(),
     dtypes=dtypes,
     layout=layouts,
-    config=st.sampled_from([None, *triton_gemm.CONFIGS]),
+    config=st.sampled_from([None, *fused_product.CONFIGS]),
 )
 def test_product(
     t: int,
@@ -98,7 +98,7 @@ def test_product(
     bias: bool,
     dtypes: Dtypes,
     layout: str,
-    config: triton_gemm.Config | None,
+    config: fused_product.Config | None,
 ) -> None:
     dtype, factor = dtypes
     x, w, h, up = (
@@ -115,6 +115,6 @@ def test_product(
         dropout,
         SEED,
     )
-    found = triton_gemm.product(*given, config) if config else triton_ops.product(*given)
+    found = fused_product.product(*given, config) if config else triton_ops.product(*given)
     true = x @ w + reference.expand(h, up, added, dropout, SEED) / kept(dropout)
     assert_close({"y": found}, {"y": true})

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftlite.kernels import rows_reference
+from peftlite.kernels import reference
 from peftlite.kernels.triton import rows as triton_rows
 from tests.kernels.against import assert_close
 from tests.kernels.interpreted import DEVICE, Dtypes, dtypes, some
@@ -51,9 +51,7 @@ def test_rows(
     scale = (torch.rand(slots, 2, device=DEVICE) + 0.5)[:, 1]
     chosen = torch.randint(0, slots, shape[:1], dtype=torch.int32, device=DEVICE)
     true, before = y.double(), y.clone()
-    rows_reference.rows_low_rank(
-        true, x.double(), a.double(), b.double(), scale.double(), ranks, chosen
-    )
+    reference.rows_low_rank(true, x.double(), a.double(), b.double(), scale.double(), ranks, chosen)
     triton_rows.rows_low_rank(y, x, a, b, scale, ranks, chosen)
     assert torch.equal(y[chosen == 0], before[chosen == 0])
     assert_close({"y": y}, {"y": true})

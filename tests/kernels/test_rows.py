@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftlite.bank.rows import Rows
-from peftlite.kernels import rows_reference
+from peftlite.kernels import reference
 from peftlite.kernels.rows import groups_low_rank, rows_low_rank, runs_low_rank
 
 
@@ -37,7 +37,7 @@ def test_every_way_is_the_reference(batch: tuple[dict[str, Tensor], list[int]]) 
     rows = Rows.of(slots)
     y, x, a, b, scale, ranks = its.values()
     true = y.clone()
-    rows_reference.rows_low_rank(true, x, a, b, scale, ranks, rows.slots)
+    reference.rows_low_rank(true, x, a, b, scale, ranks, rows.slots)
     torch.testing.assert_close(rows_low_rank(y.clone(), x, a, b, scale, ranks, rows.slots), true)
     runs = []
     for slot, start, stop in rows.runs or ():

@@ -33,7 +33,7 @@ def test_is_the_reference(file: str) -> None:
 
 
 def compile_all(cache: Path, *ranks: int) -> list[dict]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": ":".join(paths)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(HERE / "compile_all.py"), *map(str, ranks)]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from peftlite.kernels.reference import kept
-from peftlite.kernels.triton import gemm as triton_gemm
 from peftlite.kernels.triton import kernels as triton_kernels
 from peftlite.kernels.triton.launch import PROGRAMS, cdiv, launch, mask, padded
 
@@ -98,10 +97,7 @@ def product(
 
     The low-rank part comes last: it isn't rounded before it is added, however large it is.
     """
-    config = triton_gemm.config(x)
-    if config is None:
-        return _expand(torch.mm(x, w), h, up, bias, dropout, seed, add=True)
-    return triton_gemm.product(x, w, h, up, bias, dropout, seed, config)
+    return _expand(torch.mm(x, w), h, up, bias, dropout, seed, add=True)
 
 
 def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:

@@ -108,8 +108,8 @@ def rows_low_rank(
 ) -> None:
     """y += s·(x Aᵀ) Bᵀ, each row of the batch with the factors of its slot. Slot 0 adds nothing.
 
-    Shapes as in `rows_reference`, x and y in half precision, A and B in theirs or in fp32. All may
-    have any strides but the slots, which are side by side.
+    Shapes as in `reference.rows_low_rank`, x and y in half precision, A and B in theirs or in fp32.
+    All may have any strides but the slots, which are side by side.
     """
     rows_expand(rows_shrink(x, a, ranks, slots), y, b, scale, ranks, slots)
 

@@ -1,13 +1,12 @@
 """x W + h U + bias as one product on a GPU, which writes y once and never reads it.
 
 It has to come within a few percent of cuBLAS's product to win: what it saves is a write and a read
-of y. So it runs only where TABLE says so.
+of y. Where `primitives.py` says that it does, it belongs into `triton_ops.product`.
 """
 
 # pyright: reportMissingParameterType=false
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,12 +23,6 @@ CONFIGS: tuple[Config, ...] = (
     {"TOKENS": 128, "COLUMNS": 128, "INPUTS": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
     {"TOKENS": 64, "COLUMNS": 128, "INPUTS": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4},
 )
-
-TABLE: dict[tuple[int, int], list[tuple[int, Config]]] = {}
-"""For a GPU's compute capability, up to how many tokens which of CONFIGS beats cuBLAS.
-
-It is empty until a GPU has measured them: benchmarks/primitives.py.
-"""
 
 
 @triton.jit
@@ -63,14 +56,6 @@ def _product(
         x_ptr += INPUTS * x_column
         w_ptr += INPUTS * w_row
     store(y_ptr, y, t, c, tokens, columns, columns, 1)
-
-
-def config(x: Tensor) -> Config | None:
-    """How the product of x is formed, or None where cuBLAS is faster."""
-    if not TABLE or not x.is_cuda:
-        return None
-    rows = TABLE.get(torch.cuda.get_device_capability(x.device), [])
-    return next((config for tokens, config in rows if len(x) <= tokens), None)
 
 
 def product(

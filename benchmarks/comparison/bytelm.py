@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import Target
 from peftlite.demo import gpt, training
-from peftlite.demo.base import pretrain
 from peftlite.demo.text import texts
-from peftlite.demo.training import Recipe
+from peftlite.demo.training import Recipe, pretrain
 
 from .task import Judgement, Split, Task
 

@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 import peftlite as pl
 from peftlite.demo import gpt, laws, training
-from peftlite.demo.base import pretrain
 from peftlite.demo.text import Text, texts
-from peftlite.demo.training import Recipe
+from peftlite.demo.training import Recipe, pretrain
 from peftlite.table import size, table
 
 BASE, DELTAS = "base", ("docs", "names")

@@ -1,15 +1,20 @@
-"""Training on the next byte, and the loss on text that was held out."""
+"""Training on the next byte, once for the base; and the loss on text that was held out."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from peftlite.io.files import write_file
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,39 @@ def train(
         adamw.step()
         schedule.step()
         bar.set_postfix_str(f"{loss.item():.2f} bits per byte", refresh=False)
+
+
+def pretrain(
+    model: nn.Module, text: Tensor, recipe: Recipe, path: Path, key: str, fresh: bool
+) -> None:
+    """Fills the model from the file, if that is whole and was made for `key`; else trains it."""
+    state = None if fresh else _read(path, key)
+    if state is None:
+        train(model, model.parameters(), text, recipe, "pretrain the base")
+        state = model.state_dict()
+        write_file(path, state, {"stamp": _stamp(key, state)})
+    else:
+        model.load_state_dict(state)
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """What was written there; none if the file is missing, damaged, or another's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            stamp = (file.metadata() or {}).get("stamp")
+    except (OSError, SafetensorError):
+        return None
+    return state if stamp == _stamp(key, state) else None
+
+
+def _stamp(key: str, state: dict[str, Tensor]) -> str:
+    """A hash of the weights and of what they were made from."""
+    digest = hashlib.sha256(key.encode())
+    for name in sorted(state):
+        digest.update(f"{name} {tuple(state[name].shape)}".encode())
+        digest.update(state[name].numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -58,7 +58,8 @@ def one_of(default: Any, literal: Any) -> Any:
 
         how: str = pl.methods.one_of("fast", Literal["fast", "exact"])
     """
-    return _field(default, lambda method, name: check_choice(method, name, get_args(literal)))
+    allowed = get_args(literal)
+    return _field(default, lambda method, name: check_given(name, getattr(method, name), allowed))
 
 
 def _field(default: Any, check: Callable[[Any, str], None]) -> Any:
@@ -72,7 +73,7 @@ def check_fields(method: Any) -> None:
     for each in fields(method):
         check = each.metadata.get("check")
         if isinstance(each.default, bool):
-            check_choice(method, each.name, (True, False))
+            check_given(each.name, getattr(method, each.name), (True, False))
         elif check is not None and not (each.default is None is getattr(method, each.name)):
             check(method, each.name)
 
@@ -98,13 +99,8 @@ def set_number(
     object.__setattr__(method, name, number)
 
 
-def check_choice(method: Any, name: str, allowed: Collection[Any]) -> None:
-    """Raises PeftliteError if a hyperparameter is none of those allowed."""
-    check_given(name, getattr(method, name), allowed)
-
-
 def check_given(name: str, given: Any, allowed: Collection[Any]) -> None:
-    """Raises PeftliteError if an argument is none of those allowed."""
+    """Raises PeftliteError if an argument, or a hyperparameter, is none of those allowed."""
     if not any(isinstance(given, type(one)) and given == one for one in allowed):
         listed = ", ".join(map(repr, allowed))
         raise PeftliteError(f"{name} must be one of {listed}, not {short(given)}")

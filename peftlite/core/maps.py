@@ -138,12 +138,12 @@ class Embedding(Map):
         return self._look_up(input, self.weight, self.module.sparse and self.weight.is_leaf)
 
     def low_rank(self, input: Tensor, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        change = self._look_up(input, left, sparse=False) @ right
-        if self.module.padding_idx is None:
-            return change
-        # the padding row gives values and takes no gradients
-        padding = (input == self.module.padding_idx)[..., None]
-        return torch.where(padding, change.detach(), change)
+        return self.spared(input, self._look_up(input, left, sparse=False) @ right)
+
+    def spared(self, input: Tensor, y: Tensor) -> Tensor:
+        """y (…, o) of ids (…): the padding row gives values and takes no gradients."""
+        padding = self.module.padding_idx
+        return y if padding is None else torch.where((input == padding)[..., None], y.detach(), y)
 
     def _look_up(self, input: Tensor, weight: Tensor, sparse: bool) -> Tensor:
         m = self.module

@@ -179,6 +179,12 @@ class Method:
         Raises PeftliteError where it lacks what it goes by, such as gradients.
         """
 
+    def check(self, *sites: Site) -> None:
+        """Raises TargetError for a site that was spelled out and that the method doesn't accept."""
+        for site in sites:
+            if not self.accepts(site):
+                raise self.refuse(site)
+
     def refuse(self, site: Site) -> TargetError:
         """The error to raise for a site that was spelled out and can't be taken."""
         what = "a call" if site.is_call else f"a tensor of shape {tuple(site.shape)}"
@@ -199,8 +205,7 @@ class WeightMethod(Method, abstract=True):
         return not site.is_call and site.whole.dim() >= 2
 
     def build(self, site: Site) -> Patch:
-        if not self.accepts(site):
-            raise self.refuse(site)
+        self.check(site)
         return type(self).patch(site, self)
 
 

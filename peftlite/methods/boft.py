@@ -78,8 +78,7 @@ class BOFT(RotationMethod):
     takes = "tensors of 2 or more dimensions, their inputs a multiple of 2ᵐ (for m = 1: 2 or more)"
 
     def build(self, site: Site) -> BOFTPatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
+        self.check(site)
         rest, left_over = divmod(site.layout.neuron, 2 ** (self.m - 1))
         block = block_near(rest, self.block_size, step=1 if self.m == 1 else 2)
         if left_over or block is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import trainable
 from peftlite.core.site import Site
-from peftlite.fields import check_choice, integer, one_of, positive
+from peftlite.fields import check_given, integer, one_of, positive
 from peftlite.methods.calls import CallMethod, CallPatch, is_made, role
 from peftlite.methods.features import Features, change_first
 
@@ -130,8 +130,8 @@ class BottleneckAdapter(CallMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "preset", tuple(self.places))
-        check_choice(self, "init", self.inits)
+        check_given("preset", self.preset, tuple(self.places))
+        check_given("init", self.init, self.inits)
 
     @property
     def function(self) -> str:

@@ -84,11 +84,7 @@ class DoRAPatch(LoRAPatch):
             scaled = torch.addcmul(y, y, change[input][..., None].to(y.dtype))
         else:
             scaled = rescale(y, change, base.bias, base.weight.dim() - 2)
-        if embeds and base.module.padding_idx is not None:
-            # the padding row gives values and takes no gradients
-            padding = (input == base.module.padding_idx)[..., None]
-            scaled = torch.where(padding, scaled.detach(), scaled)
-        return scaled
+        return base.spared(input, scaled) if isinstance(base, Embedding) else scaled
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,5 @@ class FullTuning(Method):
         return [site for site, (stack, number) in layers.items() if number in last[stack]]
 
     def build(self, site: Site) -> AddPatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
+        self.check(site)
         return AddPatch(site, self.dtype)

@@ -140,8 +140,7 @@ class LoRA(RankMethod):
         return alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
 
     def build(self, site: Site) -> Patch:
-        if not self.accepts(site):
-            raise self.refuse(site)
+        self.check(site)
         needed = 0 if self.init in ("kaiming", "gaussian") else self.rank
         needed *= 2 if self.init == "lora_ga" else 1  # A's directions and B's are different ones
         if needed:

@@ -31,8 +31,7 @@ class SHiRA(WeightMethod):
     seed: int = number(0, int, lambda s: 0 <= s < 2**63, "a whole number from 0 up")
 
     def build(self, site: Site) -> SparsePatch:
-        if not self.accepts(site):
-            raise self.refuse(site)
+        self.check(site)
         layout = site.layout
         count = self.rank * (layout.o + layout.i) * math.prod(layout.stack)
         return SparsePatch(site, min(count, site.tensor.numel()), self.dtype)

@@ -113,9 +113,7 @@ class SparseMask(EntryMethod):
         return {**self.__dict__, "scores": None}  # a copied or pickled model has its entries
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
-        for site in sites:
-            if site.is_call:
-                raise self.refuse(site)
+        self.check(*sites)
         # even shares, until `reset_all` has seen the weights, or `resize` the file
         ends = [0, *accumulate(site.tensor.numel() for site in sites)]
         shares = [self.count(ends[-1]) * end // max(ends[-1], 1) for end in ends]

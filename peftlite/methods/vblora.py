@@ -130,9 +130,7 @@ class VBLoRA(WeightMethod):
         set_number(self, "num_vectors", int, lambda h: h >= self.topk, enough)
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
-        for site in sites:
-            if not self.accepts(site):
-                raise self.refuse(site)
+        self.check(*sites)
         banks = [Bank(site, self) for site in sites[:1]]
         return [VBLoRAPatch(site, self, banks[0]) for site in sites]
 

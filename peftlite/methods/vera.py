@@ -89,9 +89,7 @@ class VeRA(WeightMethod):
     rate = 15
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
-        for site in sites:
-            if not self.accepts(site):
-                raise self.refuse(site)
+        self.check(*sites)
         i, o = map(max, zip((0, 0), *((s.layout.i, s.layout.o) for s in sites), strict=True))
         devices = dict.fromkeys(site.device for site in sites)
         shared: dict[Any, Projection] = {on: Projection(self, i, o, on) for on in devices}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -74,28 +74,22 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     new = hasattr(model, "activation_checkpointing_enable")
     its = "activation_checkpointing" if new else "gradient_checkpointing"
     enable, disable = (getattr(model, f"{its}_{verb}", None) for verb in ("enable", "disable"))
-    if enable is not None and disable is not None:
-        was_enabled = getattr(model, f"is_{its}")
-        enable(**{f"{its}_kwargs": {"use_reentrant": False}})
-        try:
-            yield
-        finally:
+    with ExitStack() as after:
+        if enable is not None and disable is not None:
+            was_enabled = getattr(model, f"is_{its}")
+            enable(**{f"{its}_kwargs": {"use_reentrant": False}})
             if not was_enabled:
-                disable()
-        return
-    found = blocks(model)
-    if not found:
-        raise PeftliteError(
-            "gradient_checkpointing goes by the blocks of an nn.ModuleList, and this model has "
-            "none: use torch.utils.checkpoint in its forward"
-        )
-    for block in found:
-        block.forward = functools.partial(_recomputed, block.forward)
-    try:
+                after.callback(disable)
+        elif found := blocks(model):
+            for block in found:
+                block.forward = functools.partial(_recomputed, block.forward)
+                after.callback(delattr, block, "forward")
+        else:
+            raise PeftliteError(
+                "gradient_checkpointing goes by the blocks of an nn.ModuleList, and this model has "
+                "none: use torch.utils.checkpoint in its forward"
+            )
         yield
-    finally:
-        for block in found:
-            del block.forward
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

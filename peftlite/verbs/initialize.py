@@ -67,7 +67,7 @@ def initialize(
             f"{delta.name!r} has nothing to initialize in this model: give a delta that is "
             "not merged, and of pl.LoRA(init=...) with one of " + ", ".join(map(repr, _STARTS))
         )
-    found = _look(model, sites, batches, loss or _loss)
+    found = _look(model, sites, batches, loss or (lambda model, batch: model(**batch).loss))
     for address, placed in _having(sites, "loftq").items():
         found[address] = _before_quantising(address, placed, original or {})
     if missing := [address for address in sites if address not in found]:
@@ -87,10 +87,6 @@ def _init(placed: Placed) -> str | None:
 
 def _having(sites: Mapping[str, Placed], *inits: str) -> dict[str, Placed]:
     return {address: placed for address, placed in sites.items() if _init(placed) in inits}
-
-
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    return model(**batch).loss
 
 
 def _finite(address: str, data: Tensor) -> Tensor:
@@ -206,16 +202,15 @@ class Covariance:
 # -- starting
 
 
+@torch.no_grad()
 def _start(placed: Placed, found: Any) -> tuple[Tensor, Tensor]:
     return _STARTS[placed.method.init](placed.patch, _part(placed, placed.site.whole), found)
 
 
-@torch.no_grad()
 def _eva(patch: LoRAPatch, w: Tensor, inputs: Directions) -> tuple[Tensor, Tensor]:
     return inputs.first(patch.method.rank), torch.zeros_like(patch.b)
 
 
-@torch.no_grad()
 def _lora_ga(patch: LoRAPatch, w: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     r, o = patch.method.rank, w.shape[-2]
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
@@ -223,7 +218,6 @@ def _lora_ga(patch: LoRAPatch, w: Tensor, gradient: Tensor) -> tuple[Tensor, Ten
     return factor * v[..., :r, :], factor * u[..., r : 2 * r]
 
 
-@torch.no_grad()
 def _corda(patch: LoRAPatch, w: Tensor, inputs: Covariance) -> tuple[Tensor, Tensor]:
     c = inputs.total
     # fewer inputs than features, or features that are always zero, and there is no C⁻¹
@@ -234,7 +228,6 @@ def _corda(patch: LoRAPatch, w: Tensor, inputs: Covariance) -> tuple[Tensor, Ten
     return root[:, None] * torch.linalg.solve(c, v[:r].T).T, u[:, :r] * root
 
 
-@torch.no_grad()
 def _loftq(patch: LoRAPatch, w: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     r = patch.method.rank
     u, s, v = torch.linalg.svd(original - w, full_matrices=False)

@@ -117,10 +117,8 @@ class MixedEmbedding(MixedLowRank):
         b, scale = per_row(tables["b"], rows), per_row(tables["scale"], rows)[:, None, None]
         h = tables["a"][rows.slots[:, None], :, ids] * scale.to(b.dtype)
         change = torch.bmm(h, b.mT).to(y.dtype).view_as(y)
-        padding = unwrap(inner)[0].module.padding_idx
-        if padding is not None:  # it gives values and takes no gradients
-            change = torch.where((input == padding)[..., None], change.detach(), change)
-        return y + change
+        base: Any = unwrap(inner)[0]
+        return y + base.spared(input, change)
 
 
 class MixedDoRA(MixedLowRank):

@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
+from peftlite.train.data.augment import Augmentation
 from peftlite.train.data.checks import check_counts
 from peftlite.train.data.packing import Blocks, fill
 from peftlite.train.data.split import split
 
 Key = str | Callable[[Any], Any] | Sequence[Any]
-Augmentation = Callable[[Any, Generator], Any]
 
 PLAIN = (str, bytes, int, float, tuple, type(None))  # types with the same repr everywhere
 

@@ -21,7 +21,7 @@ from peftlite.io.standin import stand_in
 from tests.cards.card import Row
 from tests.cells import CELLS, attached, unmergeable
 from tests.digest import bits
-from tests.zoo import KINDS, Kind
+from tests.zoo import KINDS, Kind, seeded
 
 LLAMA = next(kind for kind in KINDS if kind.name == "hf_llama")
 # where a patch goes by what its module is, or a tensor has several names
@@ -178,6 +178,70 @@ def test_a_peers_delta_is_merged_too(tmp_path: Path) -> None:
     assert found.keys() <= merged.keys()
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, merged[key])
+
+
+@pytest.mark.parametrize("tied", [None, True, False])
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_what_is_tied_is_merged_as_one_or_refused(
+    tied: bool | None, form: str, tmp_path: Path
+) -> None:
+    """config.json says it of transformers' models, metadata of others; both leave out a name."""
+    from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2() -> Any:
+        with seeded():
+            config = GPT2Config(
+                n_embd=16, n_layer=1, n_head=2, vocab_size=29, n_positions=8, bos_token_id=0,
+                eos_token_id=0, tie_word_embeddings=tied is not False,
+            )  # fmt: skip
+            return GPT2LMHeadModel(config).eval()
+
+    ids, base = torch.tensor([[1, 3, 5]]), tmp_path / "base"
+    gpt2().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    if tied:  # as transformers 5 writes it
+        (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for name, adapter in (
+        ("tokens", TrainableTokensConfig(token_indices=[3, 5])),
+        ("whole", LoraConfig(
+            r=2, target_modules=["c_fc"], modules_to_save=["wte"], fan_in_fan_out=True,
+        )),
+    ):  # fmt: skip
+        theirs = get_peft_model(gpt2(), adapter).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.ones_like(parameter))
+            expected = theirs(ids).logits
+        theirs.save_pretrained(tmp_path / name)
+        file = base / "model.safetensors" if form == "file" else base
+        out = tmp_path / f"{name}.safetensors" if form == "file" else tmp_path / f"{name}-merged"
+        if name == "whole" and tied is not False:
+            with pytest.raises(
+                pl.FileError, match=r"apart from lm_head\.weight, and this model ties"
+            ):
+                pl.merge_files(file, tmp_path / name, out)
+            continue
+        pl.merge_files(file, tmp_path / name, out)
+        model = gpt2()
+        tensors = safetensors.torch.load_file(out if form == "file" else out / "model.safetensors")
+        model.load_state_dict(tensors, strict=False)
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_delta_of_an_untied_model_is_none_of_a_tied_one(tmp_path: Path) -> None:
+    kind = next(kind for kind in KINDS if kind.name == "gpt_tied")
+    model: Any = kind.model()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    pl.save(pl.attach(model, pl.FullTuning(targets="embed")), tmp_path / "delta.safetensors")
+    safetensors.torch.save_model(kind.model(), tmp_path / "base.safetensors")
+    for load in (
+        lambda: pl.load(kind.model(), tmp_path / "delta.safetensors"),
+        lambda: pl.merge_files(*(tmp_path / f"{n}.safetensors" for n in ("base", "delta", "out"))),
+    ):
+        with pytest.raises(pl.FileError, match=r"tied to lm_head\.weight, and was tied to nothing"):
+            load()
 
 
 def test_a_stand_in_guesses_what_no_file_tells() -> None:

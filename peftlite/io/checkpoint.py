@@ -46,6 +46,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self._home[key].get(key)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, its values not looked at."""
+        return self._home[key].entries[key].shape
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
 

@@ -18,6 +18,7 @@ from peftlite.io.fingerprint import difference, fingerprint, kind_of
 from peftlite.io.fitting import CheckBase, check_mode
 from peftlite.io.load import inspect, load
 from peftlite.io.standin import stand_in
+from peftlite.io.tied import as_tied, tied_embedding, with_ties
 from peftlite.verbs.merge import Receipt
 
 
@@ -55,7 +56,9 @@ def merge_files(
     """
     check_mode(check_base)
     checkpoint, info = Checkpoint(base), inspect(delta)
-    model = stand_in(checkpoint, info.modules, transposed=info.transposed)
+    model = stand_in(checkpoint, with_ties(info.modules, checkpoint), info.transposed)
+    if (embedding := tied_embedding(checkpoint)) is not None:
+        as_tied(model, embedding)
     placed = load(model, delta, check_base="off")
     refuse_calls(placed)
     touched: dict[str, tuple[str, list[Patch]]] = {

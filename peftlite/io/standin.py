@@ -22,6 +22,7 @@ from peftlite.core import maps
 from peftlite.core.host import base_class
 from peftlite.core.site import Site, whole_address
 from peftlite.errors import TargetError
+from peftlite.table import listed
 
 
 class Conv1D(nn.Module):
@@ -79,11 +80,19 @@ def is_sound(its: Any) -> bool:
 
 
 def compare(its: Mapping[str, Any] | None, site: Site) -> None:
-    """Raises TargetError if a file has a weight's dimensions in another order than a model.
+    """Raises TargetError if a file has a weight tied otherwise, or in another order, than a model.
 
-    A tied tensor has both, and goes by its first owner wherever that matters.
+    A tied tensor has both orders, and goes by its first owner wherever that matters.
     """
-    if its is None or site.slot != "weight" or len(site.owners) > 1:
+    if its is None:
+        return
+    address, *others = dict.fromkeys(map(whole_address, (site.address, *site.names)))
+    if {*others} ^ {*its.get("names", ())}:
+        here, there = listed(sorted(others)) or "nothing", listed(its.get("names", ())) or "nothing"
+        raise TargetError(
+            f"{address} is tied to {here}, and was tied to {there} where the delta was made"
+        )
+    if site.slot != "weight" or len(site.owners) > 1:
         return
     module = nn.Module()
     _become(module, its)
@@ -146,13 +155,18 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def embeds(name: str) -> bool:
+    """Whether a tensor's name is one of an embedding's weights."""
+    path, _, slot = name.rpartition(".")
+    return slot == "weight" and bool(_EMBEDDING.fullmatch(path.rpartition(".")[2]))
+
+
 def _guess(path: str, slot: str, tensor: Tensor, transposed: bool) -> str:
     if slot != "weight" or not tensor.is_floating_point():
         return "Module"
     kind = _BY_DIMENSIONS.get(tensor.dim(), nn.Module)
     if kind is nn.Linear:
-        embeds = _EMBEDDING.fullmatch(path.rpartition(".")[2])
-        kind = nn.Embedding if embeds else Conv1D if transposed else kind
+        kind = nn.Embedding if embeds(f"{path}.{slot}") else Conv1D if transposed else kind
     return kind.__name__
 
 

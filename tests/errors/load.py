@@ -291,6 +291,9 @@ CASES = [
     bad_file(edited(lambda old, _: old["modules"].update({Q: {"module": "Conv1D"}})),
              f"{MISFIT}{Q} is stored as (outputs, inputs), and was as (inputs, outputs), in a "
              "Conv1D, where the delta was made"),
+    bad_file(edited(lambda old, _: old["modules"][Q].update(names=["lm_head.weight"])),
+             f"{MISFIT}{Q} is tied to nothing, and was tied to lm_head.weight where the delta was "
+             "made"),
     bad_file(more_sites("lm_head.weight[0:99]"), MISFIT + "[0:99]" + BEYOND + "[0:29]"),
     bad_file(more_sites("lm_head.weight[zz]"), MISFIT + "[zz]" + NO_PART),
     bad_file(more_sites("norm.weight"), f"{MISFIT}norm.weight is a tensor of shape (16,); "

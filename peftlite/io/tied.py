@@ -1,0 +1,82 @@
+"""Tied: the other names of a checkpoint's tensors, which the model has and the file leaves out.
+
+safetensors' `save_model` says them in the file's metadata, transformers in config.json: the input
+embedding is the weight of the output head, too, and in an encoder-decoder that of both halves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from peftlite.io.checkpoint import Checkpoint
+from peftlite.io.standin import embeds
+
+_HEADED = re.compile(r".*(CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq).*")
+
+Modules = Mapping[str, Mapping[str, Any]]
+
+
+def with_ties(modules: Modules, checkpoint: Checkpoint) -> Modules:
+    """What is known of modules, by a tensor's address, with the other names of tied tensors."""
+    found = dict(modules)
+
+    def add(name: str, *others: str) -> None:  # where a delta's own file doesn't say it
+        its = found.get(name, {"module": "Embedding" if embeds(name) else "Module"})
+        found[name] = {"names": [*others], **its}
+
+    for file in checkpoint.files:
+        for name, kept in file.metadata.items():
+            if kept in checkpoint and name not in checkpoint:
+                add(kept, name)
+    if (name := tied_embedding(checkpoint)) is not None:
+        start = re.sub(r"(embed_tokens|shared)\.weight", "", name)
+        halves = ("encoder", "decoder") if _config(checkpoint).get("is_encoder_decoder") else ()
+        names = [f"{start}{half}.embed_tokens.weight" for half in halves]
+        # the bias of the head tells where it is
+        rows = checkpoint.shape(name)[:1]
+        biases = [k for k in checkpoint if k.endswith(".bias") and checkpoint.shape(k) == rows]
+        heads = [f"{bias.removesuffix('bias')}weight" for bias in biases or ["lm_head.bias"]]
+        add(name, *names, *heads)
+    return found
+
+
+def tied_embedding(checkpoint: Checkpoint) -> str | None:
+    """The input embedding that is the output head's weight, too, as config.json says."""
+    config = _config(checkpoint)
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    kinds = config.get("architectures") or ["LMHead"]
+    # transformers 4 leaves out what is so by default
+    if not (True in said or not said) or not any(map(_HEADED.match, map(str, kinds))):
+        return None
+    rows = max([n for part in parts if isinstance(n := part.get("vocab_size"), int)], default=0)
+    return next((name for name in checkpoint if _is_vocabulary(checkpoint, name, rows)), None)
+
+
+def _is_vocabulary(checkpoint: Checkpoint, name: str, rows: int) -> bool:
+    shape = checkpoint.shape(name)
+    return len(shape) == 2 and shape[0] >= rows > 0 and embeds(name) and "pos" not in name
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is in the config.json beside the tensors; nothing if there is none that can be read."""
+    folder = checkpoint.folder or checkpoint.path.parent
+    try:
+        data = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def as_tied(model: nn.Module, name: str) -> None:
+    """Lets a stand-in say of its embedding what a model of transformers says of its own."""
+    its: Any = model
+    its.config = SimpleNamespace(tie_word_embeddings=True)
+    its.get_input_embeddings = lambda: model.get_submodule(name.rpartition(".")[0])

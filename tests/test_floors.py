@@ -15,7 +15,7 @@ pytestmark = pytest.mark.quick
 
 # the rooms of the package from the ground up: a module, or a folder of them
 FLOORS = (
-    "errors table version fields",
+    "errors table version fields spelling",
     "kernels",
     "core",
     "methods",
@@ -30,7 +30,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 # what a method's file may know: how it attaches is none of its business
-METHODS_KNOW = {"errors", "table", "fields", "kernels", "methods"} | {
+METHODS_KNOW = {"errors", "table", "fields", "spelling", "kernels", "methods"} | {
     f"core.{file}" for file in ("layout", "maps", "patch", "site", "tensors")
 }
 

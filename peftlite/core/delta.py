@@ -20,6 +20,7 @@ from peftlite.core.residual import Residual
 from peftlite.core.site import Site
 from peftlite.core.tensors import shard_like
 from peftlite.errors import PeftliteError
+from peftlite.spelling import hint
 from peftlite.table import listed, short, size, table
 
 
@@ -65,6 +66,9 @@ class Delta(Weighted):
         self.placed = {item.site.address: item for item in placed}
         self.energy: dict[str, float] = {}  # the share that `combine` or `extract` kept of a change
         self._home: weakref.ref[Registry] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a Delta has no attribute {name!r}{hint(name, dir(Delta))}")
 
     @property
     def terms(self) -> Mapping[Delta, float]:

@@ -99,6 +99,10 @@ ROWS = (
     Row("lokr_convs", peft.LoKrConfig, dict(r=9, alpha=3), ("conv2d",), ["0", "2"]),
     Row("oft", peft.OFTConfig, dict(oft_block_size=4, use_cayley_neumann=False)),
     Row("oft_neumann", peft.OFTConfig, dict(oft_block_size=4), ("hf_llama",)),
+    Row("oft_embedding", peft.OFTConfig, dict(oft_block_size=4, use_cayley_neumann=False),
+        ("hf_bert",), ["word_embeddings"]),
+    Row("oft_neumann_embedding", peft.OFTConfig, dict(oft_block_size=4),
+        ("embedding",), ["embed"]),
     Row("oft_coft", peft.OFTConfig,
         dict(oft_block_size=4, use_cayley_neumann=False, coft=True, eps=0.5), ("hf_bert",)),
     Row("boft", peft.BOFTConfig, dict(boft_block_size=4), same=False),
@@ -311,7 +315,7 @@ def test_a_head_goes_whole_for_a_task(form: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_attention_agrees_in_its_weights(tmp_path: Path) -> None:
-    """peft adds the change of an attention's last map twice when it runs, and once when merged."""
+    """peft adds the change of an attention's last map twice, when it runs and when merged."""
     kind = KIND["mha_encoder"]
     names = [f"0.layers.{i}.self_attn" for i in range(2)]
     config = peft.LoraConfig(**LORA, target_modules=names)
@@ -322,10 +326,10 @@ def test_attention_agrees_in_its_weights(tmp_path: Path) -> None:
     for name in names:
         layer = theirs.get_base_model().get_submodule(name)
         last = layer.base_layer.out_proj
-        for slot, its in (("in_proj_weight", layer), ("out_proj.weight", last)):
+        for slot, its, times in (("in_proj_weight", layer, 1), ("out_proj.weight", last, 2)):
             placed = delta.placed[f"{name}.{slot}"]
             change = placed.patch.value(placed.site.whole) - placed.site.whole
-            assert apart(change, its.get_delta_weight("default")) <= 1e-12
+            assert apart(change, times * its.get_delta_weight("default")) <= 1e-12
     pl.export(delta, tmp_path / "out")
     mine, other = tensors(tmp_path / "out"), tensors(tmp_path / "sql")
     assert mine.keys() == other.keys()

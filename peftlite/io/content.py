@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftlite.core.patch import Method
@@ -32,6 +33,22 @@ class Content:
     get: Callable[[str], Tensor]
     base: dict[str, dict[str, Any]] | None = None
     modules: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    def evened(self) -> Content:
+        """The same, each site's floating-point tensors in the widest of their dtypes."""
+        wide: dict[str, torch.dtype] = {}
+        for key, its in self.entries.items():
+            if its.dtype.is_floating_point and its.dtype.itemsize > 1:
+                address = key.rpartition(":")[0]
+                wide[address] = torch.promote_types(wide.get(address, its.dtype), its.dtype)
+
+        def dtype(key: str) -> torch.dtype:
+            own = self.entries[key].dtype
+            wider = own.is_floating_point and own.itemsize > 1
+            return wide[key.rpartition(":")[0]] if wider else own
+
+        entries = {key: its._replace(dtype=dtype(key)) for key, its in self.entries.items()}
+        return replace(self, entries=entries, get=lambda key: self.get(key).to(dtype(key)))
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:

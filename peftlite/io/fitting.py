@@ -46,6 +46,8 @@ def fitted(
         everything: the model's sites.
         model: what the delta is to be attached to, if anything.
     """
+    if content.base is None:  # a peer's, whose factors may be of several dtypes
+        content = content.evened()
     skeleton = _skeleton(content, path, everything, model)
     _compare(content, path, skeleton)
     if content.base is not None and check_base != "off":

@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.io.peft import config
+from peftlite.io.peft.regex import Regexes
 from tests.errors.case import SMALL, Case, attached, bare, delta, on
 from tests.errors.load import bad_file
 from tests.errors.merge import poisoned
@@ -110,6 +113,11 @@ def vera(**tensors: Tensor) -> dict[str, Tensor]:
     return {f"{P}.vera_lambda_b": torch.ones(12), f"{P}.vera_lambda_d": torch.ones(2), **shared}
 
 
+def followed_for_a_moment(model: nn.Module, path: Path) -> None:
+    with mock.patch.object(config, "Regexes", lambda: Regexes(5)):
+        pl.load(model, path)
+
+
 CASES = [
     # what is no adapter
     bad_file(adapter("{"), AT + "is no JSON: …"),
@@ -132,8 +140,15 @@ CASES = [
     reading(AT + "has 'modules_to_save' as [3]", {"modules_to_save": [3]}),
     reading(AT + "has an impossible setting: alpha must be finite and above 0, not 0",
             {"lora_alpha": 0}),
-    reading(AT + "has a regex in 'alpha_pattern', '.*proj': write out the modules' paths",
-            {"alpha_pattern": {".*proj": 3}}),
+    *(reading(AT + f"has a regex in 'alpha_pattern' that can't be followed, {shown}, since {why}: "
+              "write out the modules' paths", {"alpha_pattern": {key: 3}}) for key, shown, why in (
+        (r"(q)\1*", r"'(.*\\.)?((q)\\1*)'", "groupref isn't followed here"),
+        ("(?i:q*)", r"'(.*\\.)?((?i:q*))'", "a flag isn't followed here"),
+        ("*q", r"'(.*\\.)?(*q)'", "nothing to repeat at position 8 in a regex"),
+    )),
+    Case(followed_for_a_moment, AT + "has a regex in 'alpha_pattern' that can't be followed, "
+         r"'(.*\\.)?(((q*)*)*)', since its regexes take too long to follow: write out the modules' "
+         "paths", pl.FileError, bare, adapter({"alpha_pattern": {"((q*)*)*": 3}})),
     reading(AT + "is a LORA with 'layer_replication' as [[0, 2]], which may change the model in a "
             "way that peftlite doesn't have", {"layer_replication": [[0, 2]]}),
     reading(AT + "has 'init_lora_weights' as 'loftq', whose base isn't the model's own: save it "
@@ -143,10 +158,28 @@ CASES = [
        {"oft_R.weight": torch.ones(4, 6)}, num_cayley_neumann_terms=2),
     of("OFT", AT + "is of a peft before 0.18, whose 'use_cayley_neumann' was another series: train "
        "it anew", {"oft_R.weight": torch.ones(4, 6)}, peft_version="0.17.1"),
-    bad_file(adapter(
-        {"peft_type": "IA3", "feedforward_modules": ".*", "target_modules": None},
-        {"base_model.model.0.ia3_l": torch.ones(1, 16, 1)},
-    ), AT + "has a regex for 'feedforward_modules': write out the modules' paths", model=conv),
+    *(reading(AT + f"has 'r' as {says} for blocks.0.attn.q_proj, and the tensors there have 2: "
+              "they aren't of one adapter, so save it again", config) for says, config in (
+        (3, {"r": 3}), (4, {"rank_pattern": {".*q_proj": 4}}),
+    )),
+    reading(AT + "has 'use_dora' as True, and blocks.0.attn.q_proj has no lora_magnitude_vector: "
+            "they aren't of one adapter, so save it again", {"use_dora": True}),
+    of("OFT", AT + "has 'r' as 2 and 'oft_block_size' as 32, of which peft takes one",
+       {"oft_R.weight": torch.ones(4, 6)}, peft_version="0.21.2"),
+    reading(IN + "lacks the rows of tokens that adapter_config.json has in "
+            "'trainable_token_indices'", {"trainable_token_indices": [3]}),
+    *(reading(IN + f"has {what}: DeepSpeed's ZeRO-3 and FSDP save so what wasn't gathered; save it "
+              "within deepspeed.zero.GatheredParameters(parameters, modifier_rank=None), or "
+              "FullyShardedDataParallel.summon_full_params(model)", {}, tensors)
+      for what, tensors in (
+        ("no tensors", {}),
+        (f"empty tensors, such as {P}.{B}", {**factors(), f"{P}.{B}": torch.ones(0)}),
+        (f"a flat tensor for {P}.{A}", {**factors(), f"{P}.{A}": torch.ones(32)}),
+    )),
+    bad_file(adapter({"target_parameters": ["0.weight"], "target_modules": None, "r": 1}, {
+        f"base_model.model.0.{A}": torch.ones(16, 16), f"base_model.model.0.{B}": torch.ones(3, 16),
+    }), IN + "has odd tensors: 0.weight is a kernel, which peft takes for a stack of matrices",
+       model=conv),
     reading(AT + "has None for the tokens of embed", {}, {
         **factors(),
         "base_model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(1, 16),
@@ -168,7 +201,8 @@ CASES = [
             "blocks.7.attn.q_proj.weight; nearest: …", {"target_modules": None},
             factors(P.replace("0", "7"))),
     bad_file(adapter({"target_modules": None}, {
-        f"base_model.model.0.{A}": torch.ones(2, 16, 2), f"base_model.model.0.{B}": torch.ones(16),
+        f"base_model.model.0.{A}": torch.ones(2, 16, 2),
+        f"base_model.model.0.{B}": torch.ones(16, 2, 1),
     }), IN + "has odd tensors: one is (2, 16, 2), not (any, 16, 3)", model=conv),
     bad_file(adapter({"target_modules": None}, {
         f"base_model.model.0.{A}": torch.ones(2, 16, 3),
@@ -182,7 +216,8 @@ CASES = [
     }), IN + "has odd tensors: 0 is a Conv1d, the taps of whose lokr_w2 peft mixes up, unless it's "
         "of a low rank", model=conv),
     of("SHIRA", IN + "has odd tensors: its shira_indices are beyond the weight, or name an entry "
-       "twice", {"shira_weight": torch.ones(2), "shira_indices": torch.tensor([[0, 99], [0, 0]])}),
+       "twice", {"shira_weight": torch.ones(56),
+                   "shira_indices": torch.stack([torch.full((56,), 99), torch.arange(56)])}),
     reading(IN + "has odd tensors: its vera_A or vera_B isn't what its projection_prng_key gives "
             "for these modules", {"peft_type": "VERA"},
             vera(A=torch.ones(2, 16), B=torch.ones(12, 2))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftlite.errors import FileError
+from peftlite.io.peft.regex import Regexes
 from peftlite.table import short
 
 # what says where an adapter comes from, where its tensors sit, or how it is trained: the tensors
@@ -27,6 +28,7 @@ class Config:
     def __init__(self, data: dict[str, Any], path: str):
         self.data, self.path = data, path
         self._taken = set(HARMLESS)
+        self._regexes = Regexes()
 
     def take(self, name: str, default: Any, *kinds: type) -> Any:
         """A setting of the kinds given, or else the default where it is left out or null."""
@@ -53,19 +55,28 @@ class Config:
             raise FileError(f"{self.path!r} has {name!r} as {short(found)}")
         return found
 
-    def patterned(self, name: str, path: str, default: float) -> float:
-        """A number that some modules have for themselves, by the end of their path."""
+    def matches(self, name: str, pattern: str, path: str) -> bool:
+        """Whether a regex in a setting matches all of a path, as peft has it."""
+        try:
+            return self._regexes.matches(pattern, path)
+        except ValueError as error:
+            raise FileError(
+                f"{self.path!r} has a regex in {name!r} that can't be followed, {short(pattern)}, "
+                f"since {error}: write out the modules' paths"
+            ) from error
+
+    def patterned(self, name: str, path: str, default: float, form: str = r"(.*\.)?({})") -> float:
+        """A number that some modules have for themselves, by a regex for the end of their path."""
         table = Config(self.take(name, {}, dict), self.path)
         for key in table.data:
-            # a regex in peft; of those, an escaped and anchored path is what a list may hold
-            end = key.removeprefix("^").removesuffix("$").replace("\\", "")
-            if set(end) & set("*+?|()[]{}^$"):
-                raise FileError(
-                    f"{self.path!r} has a regex in {name!r}, {key!r}: write out the modules' paths"
-                )
-            if ends(path, end):
+            if self.matches(name, form.replace("{}", key), path):
                 return table.number(key, default)
-        return default
+        return table.number(path, default)
+
+    def before(self, *release: int) -> bool:
+        """Whether it is of a peft before a release; those that say none are old."""
+        parts = self.take("peft_version", "", str).split(".")
+        return tuple(int(part) if part.isdigit() else 0 for part in parts[:2]) < release
 
     def finish(self) -> None:
         """Raises FileError if there are settings that may change the model in an unknown way."""

@@ -18,6 +18,7 @@ LAYER, TOKENS = ".ln_tuning_layers.", ".trainable_tokens_delta"
 PREFIX, PROMPTS = "PREFIX_TUNING", ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 CLASSIFIES, GENERATES = "SEQ_CLS", ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks
 ALONE = "LN_TUNING"  # which trains a copy of any module, for what isn't beside another method
+FACTORS = (".lora_A.weight", ".lora_B.weight")
 KNOWN = (*FORMS, *PROMPTS, ALONE, "TRAINABLE_TOKENS")
 
 
@@ -64,4 +65,22 @@ def open_folder(path: Path) -> tuple[Config, Tensors]:
             f"safetensors.torch.save_file(torch.load({str(old)!r}, weights_only=True), "
             f"{str(new)!r})"
         )
-    return read_config(folder), Tensors(new)
+    config, file = read_config(folder), Tensors(new)
+    _check_gathered(config, file)
+    return config, file
+
+
+def _check_gathered(config: Config, file: Tensors) -> None:
+    """Raises FileError if the tensors were elsewhere when they were saved."""
+    kind, shapes = config.data["peft_type"], {key: its.shape for key, its in file.entries.items()}
+    cut = [key for key, shape in shapes.items() if kind == "ADALORA" and shape[1:]]  # to no rank
+    empty = [key for key, shape in shapes.items() if 0 in shape and key not in cut]
+    flat = [k for k, shape in shapes.items() if len(shape) == 1 and k.endswith(FACTORS)]
+    if empty or flat or not shapes:
+        what = f"empty tensors, such as {empty[0]}" if empty else "no tensors"
+        what = f"a flat tensor for {flat[0]}" if flat and not empty else what
+        raise FileError(
+            f"{file.path!r} has {what}: DeepSpeed's ZeRO-3 and FSDP save so what wasn't gathered; "
+            "save it within deepspeed.zero.GatheredParameters(parameters, modifier_rank=None), or "
+            "FullyShardedDataParallel.summon_full_params(model)"
+        )

@@ -17,7 +17,7 @@ from peftlite.core import maps
 from peftlite.core.maps import kind_of
 from peftlite.core.patch import Method
 from peftlite.core.site import Site
-from peftlite.errors import PeftliteError
+from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
 from peftlite.table import short
 
@@ -34,25 +34,28 @@ _PATTERNS = {
 class Layer:
     """One module of an adapter, by its path, and the site that it changes there.
 
-    `site` is None without a model, or where the model has no such module.
+    Args:
+        site: None without a model, or where the model has no such module.
+        by_name: whether `target_parameters` names it, in a file that is read.
+        inner: whether it's the last map of an attention, which peft changes with the first.
+        old: whether a stack's factors are as they were before peft 0.19.
     """
 
     path: str
     site: Any = None
+    by_name: bool = False
+    inner: bool = False
+    old: bool = False
 
     @property
     def stacked(self) -> bool:
         """Whether it's a parameter that peft takes by its own name, not by its layer's."""
         site = self.site
-        if site is None or isinstance(site.module, nn.MultiheadAttention):
-            return site is not None and site.slot != "in_proj_weight"
+        if self.by_name or site is None:
+            return self.by_name
+        if isinstance(site.module, nn.MultiheadAttention):
+            return site.slot != "in_proj_weight"
         return site.slot != "weight" or not (kind_of(site.module) or embeds(site.module))
-
-    @property
-    def inner(self) -> bool:
-        """Whether it's the last map of an attention, which peft changes with the first."""
-        its = nn.modules.linear.NonDynamicallyQuantizableLinear
-        return self.site is not None and isinstance(self.site.module, its)
 
     @property
     def name(self) -> str:
@@ -75,6 +78,33 @@ def embeds(module: nn.Module) -> bool:
     """Whether peft has a module's rows as an embedding's: plain, or scaled by a number it knows."""
     scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
     return kind_of(module) is maps.Embedding or (scaled and not module.max_norm)
+
+
+def agreed(config: Config, layer: Layer, name: str, says: float, found: float) -> int:
+    """A size of a module's tensors, which has to be what a setting says. Raises FileError."""
+    if layer.site is not None and says != found:
+        raise FileError(
+            f"{config.path!r} has {name!r} as {says:g} for {layer.name}, and the tensors there "
+            f"have {found:g}: they aren't of one adapter, so save it again"
+        )
+    return int(found)
+
+
+def rank_of(config: Config, layer: Layer, found: float, default: int = 8) -> int:
+    """The rank of a module's tensors, which has to be that of the settings. Raises FileError."""
+    says = config.patterned("rank_pattern", layer.name, config.number("r", default))
+    return agreed(config, layer, "r", says, found)
+
+
+def flagged(config: Config, layer: Layer, name: str, tensor: str, t: Tensors) -> bool:
+    """A setting that says whether a module has a tensor, and has to be right. Raises FileError."""
+    flag = config.flag(name)
+    if flag is not (tensor in t):
+        raise FileError(
+            f"{config.path!r} has {name!r} as {flag}, and {layer.path} has "
+            f"{'no' if flag else 'a'} {tensor}: they aren't of one adapter, so save it again"
+        )
+    return flag
 
 
 def fit(tensor: Tensor, *shape: int) -> Tensor:

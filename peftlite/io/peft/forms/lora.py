@@ -14,7 +14,17 @@ from peftlite.core import maps
 from peftlite.core.site import Site
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Parts, Tensors, embeds, fit
+from peftlite.io.peft.form import (
+    Form,
+    Layer,
+    Parts,
+    Tensors,
+    agreed,
+    embeds,
+    fit,
+    flagged,
+    rank_of,
+)
 from peftlite.io.peft.forms.vectors import added_bias
 from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.dora import DoRA, DoRAPatch
@@ -43,12 +53,12 @@ class LoRAForm(Form):
                 f"{config.path!r} has 'init_lora_weights' as {init!r}, whose base isn't the "
                 "model's own: save it with path_initial_model_for_weight_conversion= in peft"
             )
-        rank = config.patterned("rank_pattern", layer.path, config.number("r", 8))
-        kind = DoRA if config.flag("use_dora") else LoRA
-        config.flag("lora_bias")  # whose tensors say so
-        return kind(
-            rank=int(rank) if layer.stacked else len(a),
-            alpha=config.patterned("alpha_pattern", layer.path, config.number("lora_alpha", 8)),
+        stacked = layer.stacked and layer.site.whole.dim() == 3
+        flagged(config, layer, "lora_bias", "lora_B.bias", t)
+        dora = flagged(config, layer, "use_dora", "lora_magnitude_vector", t)
+        return (DoRA if dora else LoRA)(
+            rank=rank_of(config, layer, len(a) / (len(layer.site.whole) if stacked else 1)),
+            alpha=config.patterned("alpha_pattern", layer.name, config.number("lora_alpha", 8)),
             dropout=config.number("lora_dropout", 0.0),
             scaling="rslora" if config.flag("use_rslora") else "alpha/r",
             init=init if init in ("pissa", "olora") else "kaiming",
@@ -66,20 +76,27 @@ class LoRAForm(Form):
         }  # fmt: skip
 
     def _keys(self, layer: Layer) -> tuple[str, str]:
-        kind = "lora_embedding_{}" if embeds(layer.site.module) else "lora_{}.weight"
+        rows = embeds(layer.site.module) and not layer.stacked
+        kind = "lora_embedding_{}" if rows else "lora_{}.weight"
         return kind.format("A"), kind.format("B")
 
     def ours(self, t: Tensors, layer: Layer) -> Tensors:
         a, b = (t.pop(key) for key in self._keys(layer))
-        whole, ones = layer.site.whole, layer.ones
+        whole, ones, layout = layer.site.whole, layer.ones, layer.site.layout
+        if layer.by_name and layout.joined:
+            raise ValueError(f"{layer.name} is a kernel, which peft takes for a stack of matrices")
         if ones:
             a, b = fit(a, -1, *whole.shape[1:]).flatten(1), fit(b, -1, -1, *ones).flatten(1)
         elif layer.stacked and whole.dim() == 3:
             e = len(whole)
             a, b = a.unflatten(0, (e, -1)), b.unflatten(1, (-1, e)).permute(2, 0, 1)
-            if getattr(layer.site.module, "is_transposed", False):
+            # of one matrix, peft's product is never turned
+            if e > 1 and (layer.old or getattr(layer.site.module, "is_transposed", False)):
                 a, b = b.mT, a.mT
-        found = {"a": a, "b": b}
+        elif layer.by_name and layout.transposed:
+            a, b = b.mT, a.mT
+        # peft runs an attention with this change twice in its last map, and merges it so
+        found = {"a": a, "b": 2 * b if layer.inner else b}
         if "lora_magnitude_vector" in t:
             m = t.pop("lora_magnitude_vector")
             found["m"] = fit(m, 1, -1, *ones).flatten() if ones else m
@@ -92,7 +109,7 @@ class LoRAForm(Form):
         found = super().parts(method, t, layer)
         if method.init != "kaiming":
             found[0][1].update(self._start(method, layer.site, on_meta))
-        if bias is not None:
+        if bias is not None and layer.site.slot != "in_proj_weight":  # where peft never adds it
             found.append(added_bias(layer.site.module, method.scale * bias))
         return found
 
@@ -113,7 +130,7 @@ class LoRAForm(Form):
             if getattr(module, "is_transposed", False):
                 a, b = b.mT, a.mT
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
-        found = dict(zip(self._keys(layer), (a, b), strict=True))
+        found = dict(zip(self._keys(layer), (a, b / 2 if layer.inner else b), strict=True))
         if isinstance(patch, DoRAPatch):
             m = patch.m.detach()
             found["lora_magnitude_vector"] = m.reshape(1, -1, *ones) if ones else m
@@ -125,7 +142,9 @@ class LoRAForm(Form):
             return super().taken(site)
         if isinstance(module, nn.MultiheadAttention | inner):
             return site.slot in ("in_proj_weight", "weight")
-        return super().taken(site) or site.tensor.dim() in (2, 3)
+        # of one matrix that is (i, o), peft adds the change of one that is (o, i)
+        turned = getattr(module, "is_transposed", False) and site.layout.stack == (1,)
+        return super().taken(site) or (site.tensor.dim() in (2, 3) and not turned)
 
 
 class AdaLoRAForm(Form):
@@ -139,6 +158,9 @@ class AdaLoRAForm(Form):
     def method(self, config: Config, layer: Layer, t: Tensors) -> AdaLoRA | None:
         rank, first = len(t["lora_A"]), config.number("init_r", 12)
         config.number("lora_alpha", 8)
+        kept = config.take("rank_pattern", {}, dict).get(f"{layer.path}.lora_E")
+        says = sum(map(bool, kept)) if isinstance(kept, list) else first
+        agreed(config, layer, "init_r" if kept is None else "rank_pattern", says, rank)
         if not rank:  # all of it was cut
             return None
         warmup, last = (int(config.number(name, 0)) for name in ("tinit", "tfinal"))

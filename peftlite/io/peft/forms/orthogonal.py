@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from peftlite.core import maps
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Parts, Tensors, fit
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, agreed, fit
 from peftlite.methods.boft import BOFT
 from peftlite.methods.hra import HRA
 from peftlite.methods.oft import OFT, skew
@@ -18,14 +19,11 @@ from peftlite.methods.oft import OFT, skew
 FIRST = ("padding_mode", "dilation", "groups", "stride", "padding")
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
-
-
 class OFTForm(Form):
     type = "OFT"
     kinds = (OFT,)
-    names = (("oft_R.weight", "q"),)
+    names = (("oft_R.weight", "q"), ("oft_embedding_R.weight", "q"))
+    layers = (maps.Linear, maps.Embedding)
     convs = (2,)
     forgets = ("kernel_size",)  # it folds turned patches back into an image
     bias = "oft_only"
@@ -35,14 +33,16 @@ class OFTForm(Form):
         neumann = config.flag("use_cayley_neumann", True)
         if neumann and terms < 3:
             raise FileError(f"{config.path!r} has 'num_cayley_neumann_terms' as {terms}: below 3")
-        if neumann and _release(config.take("peft_version", "", str)) < (0, 18):
+        if neumann and config.before(0, 18):
             raise FileError(
                 f"{config.path!r} is of a peft before 0.18, whose 'use_cayley_neumann' was another "
                 "series: train it anew"
             )
         eps = config.number("eps", 6e-5)
+        q = t["oft_embedding_R.weight" if "oft_embedding_R.weight" in t else "oft_R.weight"]
+        block = (1 + math.isqrt(1 + 8 * q.shape[-1])) // 2
         return OFT(
-            block_size=(1 + math.isqrt(1 + 8 * t["oft_R.weight"].shape[-1])) // 2,
+            block_size=_block(config, layer, block),
             neumann_terms=max(int(terms), 4) - 2 if neumann else None,
             eps=eps if config.flag("coft") else None,
         )
@@ -58,13 +58,39 @@ class OFTForm(Form):
         }  # fmt: skip
 
     def parts(self, method: OFT, t: Tensors, layer: Layer) -> Parts:
-        # peft's series turns the other way than its exact map
-        q = t.pop("oft_R.weight")
-        return [(method, {"weight:q": q if method.neumann_terms is None else -q})]
+        name, turned = self._turned(method.neumann_terms, layer)
+        q = t.pop(name)
+        return [(method, {"weight:q": -q if turned else q})]
 
     def theirs(self, patch: Any, layer: Layer) -> Tensors:
+        name, turned = self._turned(patch.terms, layer)
         q = patch.q.detach()
-        return {"oft_R.weight": q if patch.terms is None else -q}
+        return {name: -q if turned else q}
+
+    def _turned(self, terms: int | None, layer: Layer) -> tuple[str, bool]:
+        """peft's name of q, and whether it turns the other way there."""
+        # its series turns the other way than its exact map, and so does an embedding
+        embeds = layer.site.layout.embeds
+        name = "oft_embedding_R.weight" if embeds else "oft_R.weight"
+        return name, (terms is not None) is not embeds
+
+
+def _block(config: Config, layer: Layer, found: int) -> int:
+    """The size of OFT's blocks, which has to be what the settings come to. Raises FileError."""
+    count, size = config.number("r", 0), config.number("oft_block_size", 32)
+    if bool(count) is bool(size):
+        raise FileError(
+            f"{config.path!r} has 'r' as {count:g} and 'oft_block_size' as {size:g}, of which peft "
+            "takes one"
+        )
+    if layer.site is None:
+        return found
+    n, says = layer.site.layout.neuron, count or size
+    if n % says:  # peft takes the nearest that divides
+        says = min((k for k in range(1, n + 1) if n % k == 0), key=lambda k: (abs(k - says), k))
+    name, blocks = ("r", n // found) if count else ("oft_block_size", found)
+    agreed(config, layer, name, says, blocks)
+    return found
 
 
 class BOFTForm(Form):
@@ -76,7 +102,15 @@ class BOFTForm(Form):
     bias = "boft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> BOFT:
-        m, _, block, _ = t["boft_R"].shape
+        m, count, block, _ = t["boft_R"].shape
+        for name, default, found in (
+            ("boft_block_size", 4, block), ("boft_block_num", 0, count),
+        ):  # fmt: skip
+            if says := config.number(name, default):
+                agreed(config, layer, name, says, found)
+        if m > 1:  # peft has one factor where its extension for CUDA is missing
+            factors = config.number("boft_n_butterfly_factor", 1)
+            agreed(config, layer, "boft_n_butterfly_factor", factors, m)
         return BOFT(block_size=block, m=m)
 
     def settings(self, method: BOFT, patch: Any) -> dict[str, Any]:
@@ -109,7 +143,7 @@ class HRAForm(Form):
     bias = "hra_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> HRA:
-        return HRA(rank=t["hra_u"].shape[-1])
+        return HRA(rank=agreed(config, layer, "r", config.number("r", 8), t["hra_u"].shape[-1]))
 
     def settings(self, method: HRA, patch: Any) -> dict[str, Any]:
         return {"r": method.rank}

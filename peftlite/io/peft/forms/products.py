@@ -9,7 +9,7 @@ from peftlite.core import maps
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Tensors, fit
+from peftlite.io.peft.form import Form, Layer, Tensors, agreed, fit, rank_of
 from peftlite.methods.hira import HiRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
@@ -22,8 +22,8 @@ class LoHaForm(Form):
     convs = (1, 2)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoHa:
-        alpha = config.patterned("alpha_pattern", layer.path, config.number("alpha", 8))
-        return LoHa(rank=len(t["hada_w1_b"]), alpha=alpha)
+        alpha = config.patterned("alpha_pattern", layer.name, config.number("alpha", 8))
+        return LoHa(rank=rank_of(config, layer, len(t["hada_w1_b"])), alpha=alpha)
 
     def settings(self, method: LoHa, patch: Any) -> dict[str, Any]:
         return {"r": method.rank, "alpha": method.scale * method.rank}
@@ -40,7 +40,8 @@ class HiRAForm(Form):
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> HiRA:
         a = t["hira_embedding_A" if "hira_embedding_A" in t else "hira_A"]
-        return HiRA(rank=len(a), dropout=config.number("hira_dropout", 0.0))
+        rank = agreed(config, layer, "r", config.number("r", 32), len(a))
+        return HiRA(rank=rank, dropout=config.number("hira_dropout", 0.0))
 
     def settings(self, method: HiRA, patch: Any) -> dict[str, Any]:
         return {"r": method.rank, "hira_dropout": method.dropout}
@@ -86,9 +87,13 @@ class LoKrForm(Form):
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoKr:
         factor = config.number("decompose_factor", -1)
+        rank = config.patterned("rank_pattern", layer.name, config.number("r", 8))
+        for name in ("lokr_w1_b", "lokr_w2_b"):
+            if name in t:
+                agreed(config, layer, "r", rank, len(t[name]))
         return LoKr(
-            rank=int(config.patterned("rank_pattern", layer.path, config.number("r", 8))),
-            alpha=config.patterned("alpha_pattern", layer.path, config.number("alpha", 8)),
+            rank=int(rank),
+            alpha=config.patterned("alpha_pattern", layer.name, config.number("alpha", 8)),
             factor=None if factor == -1 else int(factor),
             decompose_both=config.flag("decompose_both"),
         )

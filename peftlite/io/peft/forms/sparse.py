@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from peftlite.core import maps
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Tensors
+from peftlite.io.peft.form import Form, Layer, Tensors, agreed
 from peftlite.methods.fourier import FourierFT
 from peftlite.methods.shira import SHiRA
 
@@ -21,14 +23,29 @@ class FourierFTForm(Form):
     bias = "fourier_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> FourierFT:
+        table, says = "n_frequency_pattern", config.number("n_frequency", 1000)
+        says = config.patterned(table, layer.name, says, r".*\.{}")
         return FourierFT(
-            n=len(t["fourierft_spectrum"]),
+            n=agreed(config, layer, "n_frequency", says, len(t["fourierft_spectrum"])),
             alpha=config.number("scaling", 150.0),
             seed=config.take("random_loc_seed", 777, int),
         )
 
     def settings(self, method: FourierFT, patch: Any) -> dict[str, Any]:
         return {"n_frequency": patch.n, "scaling": method.alpha, "random_loc_seed": method.seed}
+
+    def joined(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        found = super().joined(settings)
+        if "n_frequency_pattern" in found:  # whose keys are for the ends of longer paths alone
+            own = {path: its["n_frequency"] for path, its in settings.items()}
+            found["n_frequency_pattern"] = {_exactly(path): n for path, n in own.items()}
+        return found
+
+
+def _exactly(path: str) -> str:
+    """A regex for a path that, put behind `.*\\.`, matches no longer one."""
+    start, dot, end = path.rpartition(".")
+    return f"(?<=^{re.escape(start + dot)}){re.escape(end)}" if dot else path
 
 
 class SHiRAForm(Form):
@@ -37,7 +54,10 @@ class SHiRAForm(Form):
     names = (("shira_weight", "values"), ("shira_indices", "indices"))
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> SHiRA:
-        return SHiRA(rank=int(config.number("r", 32)))
+        count, width = t["shira_weight"].numel(), sum(layer.site.shape) if layer.site else 1
+        says = config.number("r", 32)
+        agreed(config, layer, "r", says, count / width)
+        return SHiRA(rank=int(says))
 
     def settings(self, method: SHiRA, patch: Any) -> dict[str, Any]:
         return {"r": method.rank}

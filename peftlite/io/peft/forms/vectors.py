@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from peftlite.core import maps
 from peftlite.core.patch import Method
-from peftlite.errors import FileError
-from peftlite.io.peft.config import Config, ends
+from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Form, Layer, Parts, Tensors, fit
 from peftlite.methods.bitfit import BitFit
 from peftlite.methods.ia3 import IA3
@@ -24,16 +23,10 @@ class IA3Form(Form):
     convs = (2, 3)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> IA3:
-        shape, named = t["ia3_l"].shape, config.take("feedforward_modules", [], list, str)
-        if isinstance(named, str) and len(shape) > 2:
-            raise FileError(
-                f"{config.path!r} has a regex for 'feedforward_modules': write out the modules' "
-                "paths"
-            )
-        inputs = any(ends(layer.path, name) for name in config.names("feedforward_modules")) if (
-            isinstance(named, list)
-        ) else shape[0] == 1  # fmt: skip
-        return IA3(feedforward=inputs)
+        named = config.take("feedforward_modules", [], list, str)
+        if isinstance(named, str):
+            return IA3(feedforward=config.matches("feedforward_modules", named, layer.path))
+        return IA3(feedforward=layer.path.endswith(tuple(config.names("feedforward_modules"))))
 
     def settings(self, method: IA3, patch: Any) -> dict[str, Any]:
         return {"feedforward": method.feedforward}

@@ -134,6 +134,12 @@ def plain(path: str) -> str:
     return re.sub(r"(\.base_layer)+(?=\.)", "", path)
 
 
+def never_run(adapter: Adapter, path: str) -> bool:
+    """Whether a module is an attention's last map, which peft runs with the attention alone."""
+    outer, _, name = path.rpartition(".")
+    return name == "out_proj" and isinstance(adapter.modules.get(outer), nn.MultiheadAttention)
+
+
 def difference(key: str, saved: Tensor, w: Tensor) -> Tensor:
     """What was saved as it is, as a change of the base's. Raises ValueError."""
     if saved.shape != w.shape or not saved.is_floating_point():

@@ -13,7 +13,7 @@ from peftlite.errors import FileError
 from peftlite.io.peft.config import ends
 from peftlite.io.peft.form import Form, Layer
 from peftlite.io.peft.forms import FORMS
-from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, plain
+from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, never_run, plain
 
 
 def read_modules(adapter: Adapter, left: Left) -> Iterator[Claim]:
@@ -41,7 +41,7 @@ def _by_module(form: Form, left: Left) -> dict[str, dict[str, str]]:
 def _module(adapter: Adapter, form: Form, path: str, keys: Mapping[str, str]) -> Claim:
     layer, t = _layer(adapter, path), adapter.meta(keys)
     method = form.method(adapter.config, layer, t)
-    if method is None:
+    if method is None or (never_run(adapter, layer.path) and not layer.inner):
         return Claim(keys, module=plain(path))
     if layer.site is None:
         address = path if adapter.model is None else f"{path}.weight"
@@ -92,14 +92,16 @@ def _layer(adapter: Adapter, path: str) -> Layer:
     while inner.endswith(".base_layer"):
         inner = inner.removesuffix(".base_layer")
     depth = (len(path) - len(inner)) // len(".base_layer")
+    last = inner.endswith(".base_layer.out_proj")
     inner = plain(inner)
     chosen = _parameters(adapter, inner)
     if depth < len(chosen):  # the last of a module's parameters is outermost
-        return Layer(inner, chosen[-1 - depth])
+        old = adapter.config.before(0, 19)
+        return Layer(inner, chosen[-1 - depth], by_name=True, old=old)
     path = inner + ".base_layer" * depth
     slots = (f"{path}.in_proj_weight", f"{path}.weight")
     site = next((adapter.seen(address) for address in slots if address in adapter.sites), None)
-    return Layer(path, site)
+    return Layer(path, site, inner=last and never_run(adapter, path))
 
 
 def _parameters(adapter: Adapter, path: str) -> list[Site]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,11 +33,18 @@ def write_modules(draft: Draft, form: Form, items: Sequence[Placed]) -> None:
         draft.tensors[f"base_model.{name}"] = tensor
     draft.targets = {*settings} - {*starts}
     draft.config = form.joined(settings)
-    draft.config["target_modules"] = sorted(draft.targets) or None
+    draft.config["target_modules"] = _targets(draft.targets)
     if starts:
         draft.config["target_parameters"] = sorted(starts)
     if any(maps.kind_of(item.site.module) is maps.TransposedLinear for item in items):
         draft.config["fan_in_fan_out"] = True
+
+
+def _targets(paths: Collection[str]) -> list[str] | str | None:
+    """The modules by their paths; a regex where peft would take one for the end of others."""
+    if all("." in path for path in paths):
+        return sorted(paths) or None
+    return "|".join(map(re.escape, sorted(paths)))
 
 
 def _layers(draft: Draft, items: Sequence[Placed]) -> list[tuple[Placed, Layer]]:
@@ -46,7 +54,8 @@ def _layers(draft: Draft, items: Sequence[Placed]) -> list[tuple[Placed, Layer]]
         if item.site.whole.dim() == 1:
             _check_bias(draft, item)
         else:
-            found.append((item, Layer(module_of(item), item.site)))
+            inner = isinstance(item.site.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            found.append((item, Layer(module_of(item), item.site, inner=inner)))
     return found
 
 

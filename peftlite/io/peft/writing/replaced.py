@@ -69,7 +69,9 @@ def _write_biases(
     if paths:
         draft.config["bias"] = bias if paths <= draft.targets else "all"
     for path in paths:
-        layer = f"{path}.base_layer" if path in draft.targets else path
+        outer, _, name = path.rpartition(".")
+        layer = f"{outer}.base_layer.{name}" if outer in draft.targets else path  # an attention's
+        layer += ".base_layer" if {outer, path} & draft.targets else ""
         draft.tensors[f"{draft.key(layer)}.bias"] = values[f"{path}.bias"]
     return paths
 

@@ -24,7 +24,7 @@ import peftlite as pl
 from tests.digest import assert_same, digest
 from tests.test_against_peft import KIND, straightened
 from tests.test_against_peft import butterflies as butterflies
-from tests.zoo import TOKENS, Kind, seeded
+from tests.zoo import Kind, seeded
 
 # of peft 0.21 itself, its LN tuning, its SHiRA, and of what it finds in a model from no hub
 pytestmark = [
@@ -361,30 +361,6 @@ def test_prompts_both_ways(kind: str, form: str, tmp_path: Path) -> None:
     pl.export(delta, tmp_path / "out", settings={"task_type": task})
     back = peft.PeftModel.from_pretrained(its.model(torch.float64), tmp_path / "out").eval()
     assert apart(its.run(back, batch), its.run(theirs, batch)) <= 1e-6
-
-
-@pytest.mark.parametrize("kind", ["hf_bert", "hf_gpt2", "hf_llama"])
-@torch.no_grad()
-def test_prefixes_both_ways(kind: str, tmp_path: Path) -> None:
-    """With peft's positions for the tokens: it counts the prefix, and adds it to those given."""
-    its, task = KIND[kind], PROMPTED[kind]
-    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3)
-    theirs = peft.get_peft_model(its.model(torch.float64), config).eval().double()
-    disturb(theirs)
-    theirs.save_pretrained(tmp_path / "sql")
-    batch = its.batch(dtype=torch.float64)
-    expected = its.run(theirs, batch)
-    ours = its.model(torch.float64)
-    with pytest.warns(UserWarning, match="add 3 to position_ids") as warned:
-        delta = pl.load(ours, tmp_path / "sql")
-    assert warned[0].filename == __file__
-    at = torch.arange(TOKENS)[None] + 3
-    assert apart(its.run(ours, {**batch, "position_ids": at}), expected) <= 1e-6
-    with pytest.warns(UserWarning, match="take 3 from position_ids") as warned:
-        pl.export(delta, tmp_path / "out", settings={"task_type": task})
-    assert warned[0].filename == __file__
-    back = peft.PeftModel.from_pretrained(its.model(torch.float64), tmp_path / "out").eval()
-    assert apart(its.run(back.double(), batch), expected) <= 1e-6
 
 
 OURS: dict[str, pl.Method | list[pl.Method]] = {

@@ -1,5 +1,6 @@
 """Prompts and prefixes of real peft: what it saves gives its outputs here after pl.load alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,86 @@ def test_a_prompt_that_a_classifier_reads_goes_back(tmp_path: Path) -> None:
         pl.export(delta, tmp_path / name, settings={"task_type": "SEQ_CLS"})
         theirs: Any = peft.PeftModel.from_pretrained(made(name, **config), tmp_path / name)
         close(model(IDS[:1]).logits, theirs.eval()(input_ids=IDS[:1]).logits)
+
+
+# -- prefixes: in the cache of whatever model, with its own positions, biases and windows
+
+GPTJ = {**GPT2, "rotary_dim": 4, "bos_token_id": 2, "eos_token_id": None}
+OPT = {
+    "vocab_size": 29, "hidden_size": 16, "ffn_dim": 20, "num_hidden_layers": 2, "pad_token_id": 1,
+    "num_attention_heads": 2, "max_position_embeddings": 32, "word_embed_proj_dim": 16,
+}  # fmt: skip
+WINDOW = {
+    **SIZES, "num_key_value_heads": 1, "head_dim": 4, "sliding_window": 5, "eos_token_id": None
+}  # fmt: skip
+T5 = {
+    "vocab_size": 29, "d_model": 16, "d_kv": 8, "d_ff": 20, "num_heads": 2, "num_layers": 3,
+    "decoder_start_token_id": 0, "pad_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+BART = {
+    "vocab_size": 29, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 20, "max_position_embeddings": 32, "decoder_start_token_id": 0,
+    "forced_eos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+PREFIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2LMHeadModel": ("CAUSAL_LM", {**GPT2, "eos_token_id": None}),
+    "OPTForCausalLM": ("CAUSAL_LM", OPT),  # counts its mask
+    "GPTJForCausalLM": ("CAUSAL_LM", GPTJ),  # attends by hand, as do T5 and Bloom
+    "BloomForCausalLM": (
+        "CAUSAL_LM",
+        {"vocab_size": 29, "hidden_size": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 1},
+    ),
+    "LlamaForCausalLM": ("CAUSAL_LM", {**SIZES, "eos_token_id": None}),
+    "Gemma3ForCausalLM": (
+        "CAUSAL_LM",
+        {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "BertForTokenClassification": ("TOKEN_CLS", SIZES),
+    "RobertaForTokenClassification": ("TOKEN_CLS", SIZES),
+    "T5ForConditionalGeneration": ("SEQ_2_SEQ_LM", T5),
+    "BartForConditionalGeneration": ("SEQ_2_SEQ_LM", BART),
+}
+
+
+def given(task: str, mask: Tensor | None) -> dict[str, Any]:
+    """What a model is called with."""
+    more = {"decoder_input_ids": IDS[:, :4]} if task == "SEQ_2_SEQ_LM" else {}
+    return {"input_ids": IDS, "attention_mask": mask, **more}
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+@torch.no_grad()
+def test_prefixes_both_ways(name: str, tmp_path: Path) -> None:
+    task, config = PREFIXED[name]
+    model, base = (made(name, **config) for _ in range(2))
+    plain = copy.deepcopy(base)
+    how = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=N)
+    theirs = adapted(base, how, tmp_path / "sql")
+    delta = pl.load(model, tmp_path / "sql")
+    (method,) = (m for m in delta.methods if isinstance(m, pl.PrefixTuning))
+    assert method.positions == "shifted"
+    pl.export(delta, tmp_path / "out", settings={"task_type": task})
+    back: Any = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    left = MASK.flip(1)
+    for mask in (None, MASK, left):
+        x = given(task, mask)
+        seen = slice(None) if mask is None or "decoder_input_ids" in x else mask.bool()
+        expected = theirs(**x).logits[seen]
+        close(model(**x).logits[seen], expected)
+        close(back(**x).logits[seen], expected)
+    if task == "CAUSAL_LM":
+        for mask in (torch.ones_like(IDS), left):
+            x = {"input_ids": IDS, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+            assert torch.equal(model.generate(**x), theirs.generate(**x))
+
+
+@torch.no_grad()
+def test_layers_of_a_decoder_that_are_trained_here_go_to_peft(tmp_path: Path) -> None:
+    """peft has one prefix for layers 0 and 2 of four: those that it has to spare are left out."""
+    model, base = (made("T5ForConditionalGeneration", **{**T5, "num_layers": 4}) for _ in range(2))
+    delta = pl.attach(model, pl.PrefixTuning(prefix_length=N, positions="shifted"))
+    pl.export(delta, tmp_path / "sql", settings={"task_type": "SEQ_2_SEQ_LM"})
+    theirs: Any = peft.PeftModel.from_pretrained(base, tmp_path / "sql").eval()
+    x = given("SEQ_2_SEQ_LM", None)
+    close(model(**x).logits, theirs(**x).logits)

@@ -19,6 +19,7 @@ from peftlite.fields import one_of
 from peftlite.methods.calls import CallPatch
 from peftlite.methods.features import Features, change_first, features
 from peftlite.methods.keywords import cache_in
+from peftlite.methods.past import PastPatch
 from peftlite.table import short
 
 Per = Literal["sequence", "token"]
@@ -141,6 +142,11 @@ class Gated(Method):
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         patches = self.method.build_all(sites)
+        if any(isinstance(patch, PastPatch) for patch in patches):
+            raise PeftliteError(
+                "a gate makes a call with what it gates and without, and a prefix with "
+                "positions='shifted' is in the cache of both: gate one with positions='kept'"
+            )
         return [GatedPatch(site, self, patch) for site, patch in zip(sites, patches, strict=True)]
 
     def reset_all(self, patches: Sequence[Any], tensors: Sequence[Tensor | None]) -> None:

@@ -48,6 +48,14 @@ def cached(given: Mapping[str, Any], address: str) -> Any:
         ) from error
 
 
+def of_tokens(given: Mapping[str, Any], address: str) -> Any:
+    """How many of a cache's positions are tokens', and not of a prefix that it begins with."""
+    name, held = cache_in(given), cached(given, address)
+    cache = None if name is None else given[name]
+    cache = getattr(cache, "self_attention_cache", cache)
+    return max(held - getattr(cache, "prefixed", 0), 0)
+
+
 def begun(given: Mapping[str, Any], address: str, t: int) -> Any:
     """How many positions there were before a call of t more, which is made by now."""
     name, held = cache_in(given), cached(given, address)

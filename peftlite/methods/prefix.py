@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,22 @@ from torch import Tensor, nn
 from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site, walk
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.fields import integer
+from peftlite.fields import integer, one_of
 from peftlite.methods.attention import Prepend, is_attention, key_heads
+from peftlite.methods.features import arguments, by_name
+from peftlite.methods.past import (
+    PastPatch,
+    cache_of,
+    dtype_of,
+    empty,
+    has_place,
+    layer_of,
+    past_sites,
+)
+from peftlite.methods.prompt import holds
+from peftlite.table import listed
+
+Positions = Literal["kept", "shifted"]
 
 
 class Trunk(nn.Module):
@@ -91,6 +105,27 @@ class PrefixPatch(Patch):
         return output
 
 
+class CachedPrefixPatch(PrefixPatch):
+    """A prefix that its attention finds in the cache, where the `stack` puts it."""
+
+    def __init__(self, stack: Site, site: Site, *rest: Any):
+        super().__init__(site, *rest)
+        self.stack, self.site, self.layer = stack, site, layer_of(site.module)
+        self.names, self.cache = arguments(site.module), cache_of(site)
+
+    def put(self, cache: Any, b: int) -> None:
+        """Begins a layer of a cache, for a batch of b."""
+        keys, values = self.current().to(dtype_of(self.stack))[:, None].expand(-1, b, -1, -1, -1)
+        cache.update(keys, values, self.layer)
+
+    def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(self.names, args, kwargs)
+        if given.get(self.cache) is None:  # checkpointing took it away
+            given[self.cache] = empty(self.stack, False)
+            self.put(given[self.cache], len(next(x for x in given.values() if x is not None)))
+        return inner(**given)
+
+
 def unreached(address: str) -> PeftliteError:
     """The error to raise for a call in which no attention was met."""
     return PeftliteError(
@@ -104,14 +139,21 @@ def unreached(address: str) -> PeftliteError:
 class PrefixTuning(Method):
     """softmax(q[P_k; K]ᵀ/√d)·[P_v; V]: n learned keys and values before those of an attention.
 
-    Li & Liang, arXiv:2101.00190, §4. P_k and P_v (h, n, d) are learned for each attention; every
-    query sees them, whatever its masks, and they take no positions: those of the tokens, and what
-    a cache holds of them, stay as they are. With the prefix an output changes from the start.
+    Li & Liang, arXiv:2101.00190, §4. P_k and P_v (h, n, d) are learned for each attention. With the
+    prefix an output changes from the start.
 
-    By default it takes every attention that comes to torch's scaled_dot_product_attention: modules
-    that call it, nn.MultiheadAttention, and transformers with attn_implementation="sdpa". Others
-    can't be reached, such as T5's in transformers 4, which adds position biases by itself, nor can
+    With `positions="kept"` every query sees the prefix, whatever its masks, and it takes no
+    positions: those of the tokens, and what a cache holds of them, stay as they are. By default it
+    takes every attention that comes to torch's scaled_dot_product_attention: modules that call it,
+    nn.MultiheadAttention, and transformers with attn_implementation="sdpa". Others can't be
+    reached, such as T5's in transformers 4, which adds position biases by itself, nor can
     attention whose values are narrower than its keys.
+
+    With `positions="shifted"`, which is peft's, the prefix stands in the cache of a model of
+    transformers as n tokens that went before: the tokens' positions begin at n, masks, position
+    biases and sliding windows count it, and a cache keeps it. It takes the attention of every
+    layer, however that is computed, of a decoder alone where there is one. As with prompts, such a
+    cache is no start for another `generate`, and a static one has no room for it.
 
     Args:
         prefix_length: n.
@@ -119,6 +161,7 @@ class PrefixTuning(Method):
             P = tanh(E·Wᵀ + w)·Uᵀ + u, where E (n, h·d), W and w are shared by all sites. A file
             holds P alone, and a delta loaded from one goes on learning P itself.
         hidden_size: the width of the tanh.
+        positions: "kept": the tokens keep theirs; "shifted": they begin behind the prefix.
         num_heads: h, the heads of the keys, where it can't be told from a module.
         head_dim: d, likewise.
     """
@@ -126,6 +169,7 @@ class PrefixTuning(Method):
     prefix_length: int = integer(10)
     reparametrize: bool = False
     hidden_size: int = integer(512)
+    positions: Positions = one_of("kept", Positions)
     num_heads: int | None = integer(None)
     head_dim: int | None = integer(None)
 
@@ -136,20 +180,46 @@ class PrefixTuning(Method):
         'model.set_attn_implementation("sdpa") first) or of nn.MultiheadAttention'
     )
 
+    @property
+    def shifted(self) -> bool:
+        return self.positions == "shifted"
+
     def default(self, site: Site) -> bool:
+        if self.shifted:
+            return has_place(site)
         # of two, one in the other, the inner one
         return self.accepts(site) and sum(is_attention(m) for _, m in walk(site.module)) == 1
 
     def accepts(self, site: Site) -> bool:
-        return site.is_call and is_attention(site.module)
+        return has_place(site) if self.shifted else site.is_call and is_attention(site.module)
+
+    def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
+        if not self.shifted:
+            return picked
+        found = past_sites(everything)
+        if missing := [site.address for site in found[1:] if site not in picked]:
+            raise TargetError(
+                f"positions='shifted' takes the attention of every layer, and {listed(missing)} "
+                "is left out: leave targets= and exclude= out"
+            )
+        return found
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
+        if not self.shifted:
+            return self._build(sites, PrefixPatch)
+        stack, *attentions = sites
+        if not attentions or not all(has_place(s) and holds(stack, s) for s in attentions):
+            raise self.refuse(stack)
+        layers = self._build(attentions, functools.partial(CachedPrefixPatch, stack))
+        return [PastPatch(stack, self.prefix_length, layers), *layers]
+
+    def _build(self, sites: Sequence[Site], make: Callable[..., Any]) -> list[Any]:
         shapes = [self._shape(site) for site in sites]
         trunk = None
         if self.reparametrize and sites:
             trunk = Trunk(sites[0], self, max(h * d for h, d in shapes))
         pairs = zip(sites, shapes, strict=True)
-        return [PrefixPatch(site, self, h, d, trunk) for site, (h, d) in pairs]
+        return [make(site, self, h, d, trunk) for site, (h, d) in pairs]
 
     def _shape(self, site: Site) -> tuple[int, int]:
         """h and d of a site's keys. Raises TargetError."""

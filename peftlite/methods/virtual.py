@@ -13,7 +13,7 @@ from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.methods.features import arguments, by_name
-from peftlite.methods.keywords import MASK, POSITIONS, TOKENS, cache_in, cached
+from peftlite.methods.keywords import MASK, POSITIONS, TOKENS, cache_in, of_tokens
 from peftlite.table import short
 
 # what virtual tokens have in the arguments that are per token; None where it is to be left
@@ -42,7 +42,7 @@ class StackPatch(Patch):
         """The call with tokens as `before` makes them longer, and what goes `beside` them."""
         given = by_name(self.names, args, kwargs)
         name = self.tokens(given)
-        tokens, past = given.pop(name), cached(given, self.address)
+        tokens, past = given.pop(name), of_tokens(given, self.address)
         if self.embeds and name == "input_ids":
             name, tokens = "inputs_embeds", self.prompt.embedding.module(tokens)
         rest = beside(given, tokens, past)
@@ -85,12 +85,8 @@ class StackPatch(Patch):
         fits = name in self.fill
         if name == MASK:
             fits, longer = sized and x.dim() == 2, longer or past
-            if fits and past and x.shape[1] + self.n > past + t:
-                raise PeftliteError(
-                    f"{self.address} has {past} positions in its cache and {t} tokens to go on "
-                    f"with, {past + t - self.n} but for its prompt, and a mask of {x.shape[1]}: a "
-                    "cache that holds a prompt can't be cropped, or given to another generate()"
-                )
+            if fits and past:
+                check_room(x, self.n, past, t, self.address)
         elif fits:
             longer = longer and not past
         elif not longer:
@@ -103,6 +99,21 @@ class StackPatch(Patch):
                 "tokens have there; or say None, for it to be left as it is"
             )
         return before(x, self.n, value) if longer else x
+
+
+def check_room(mask: Tensor, n: int, past: int, t: int, address: str) -> None:
+    """Raises PeftliteError if a mask made n longer is for more than is in a cache and goes on."""
+    if mask.dim() != 2:
+        raise PeftliteError(
+            f"{address} is called with a mask {tuple(mask.shape)}, which can't be made {n} tokens "
+            "longer: give it as (b, t)"
+        )
+    if mask.shape[1] + n > past + t:
+        raise PeftliteError(
+            f"{address} has {past} positions in its cache and {t} tokens to go on with, "
+            f"{past + t - n} but for its prompt, and a mask of {mask.shape[1]}: a cache that holds "
+            "a prompt can't be cropped, or given to another generate()"
+        )
 
 
 class AroundPatch(Patch):

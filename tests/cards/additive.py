@@ -86,6 +86,12 @@ CARDS = (
                 refused=NO_ATTENTION,
                 fresh=False,
             ),
+            Row(
+                "prefix_shifted",
+                pl.PrefixTuning(prefix_length=2, positions="shifted"),
+                only=("hf_bert", "hf_gpt2", "hf_llama", "hf_t5"),
+                fresh=False,
+            ),
         ),
         golden=pl.PrefixTuning(prefix_length=2),
         bank="prefix",

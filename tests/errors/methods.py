@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import StaticCache
 
 import peftlite as pl
 from peftlite.core.site import sites
@@ -119,7 +120,42 @@ def given_ids(model: nn.Module, _: Path) -> None:
     model(torch.zeros(2, 4, dtype=torch.long))
 
 
+def prefixed() -> nn.Module:
+    model = ZOO["hf_llama"].model()
+    pl.attach(model, pl.PrefixTuning(prefix_length=2, positions="shifted"), "sql")
+    return model
+
+
+def begun_without(model: nn.Module, _: Path) -> None:
+    name = cache_name(arguments(model))
+    with pl.using(model, None):
+        cache = {name: model(ids(3), use_cache=True)[name]}
+    model(ids(1), **cache)
+
+
+def static(model: nn.Module, _: Path) -> None:
+    cache = StaticCache(model.config, max_cache_len=8)
+    model(ids(3), **{cache_name(arguments(model)): cache})
+
+
 PREFIXES = [
+    Case(attaching(pl.PrefixTuning(positions="shifted", targets="layers.0.self_attn")),
+         "positions='shifted' takes the attention of every layer, and model.layers.1.self_attn() "
+         "is left out: leave targets= and exclude= out", pl.TargetError, on("hf_llama")),
+    Case(attaching(pl.Gated(pl.PrefixTuning(positions="shifted"))), "a gate makes a call with what "
+         "it gates and without, and a prefix with positions='shifted' is in the cache of both: "
+         "gate one with positions='kept'", model=on("hf_llama")),
+    # a file could say so
+    Case(lambda model, _: pl.PrefixTuning(positions="shifted").build_all(sites(model)[:1]),
+         "() is a call; PrefixTuning takes calls of …", pl.TargetError, on("hf_llama")),
+    Case(begun_without, "model() is called with a cache of 3 positions that was begun without the "
+         "prefix, which counts as the first of them: begin it anew, with the delta chosen",
+         model=prefixed),
+    Case(static, "model() is called with a static cache, which has no room for a prefix: leave "
+         "cache_implementation out", model=prefixed),
+    Case(lambda model, _: model(ids(3), attention_mask=torch.ones(1, 1, 3, 3)), "model() is called "
+         "with a mask (1, 1, 3, 3), which can't be made 2 tokens longer: give it as (b, t)",
+         model=prefixed),
     Case(given_ids, "blocks.0.attn() attends to keys (2, 2, 4, 6) and values (2, 2, 4, 6), and its "
          "prefix has 3 heads of 5 features: say num_heads= and head_dim=",
          model=attached(bare(), pl.PrefixTuning(num_heads=3, head_dim=5))),

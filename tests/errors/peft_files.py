@@ -293,6 +293,9 @@ CASES = [
               "of an attention"), on("mha_encoder")),
     exporting(pl.IA3(targets="v_proj.bias"), cannot("blocks.0.attn.v_proj.bias", "peft scales a "
               "bias with its weight alone")),
+    exporting(pl.PrefixTuning(prefix_length=2), cannot("blocks.0.attn()", "peft counts a prefix in "
+              "the tokens' positions, and this one takes none (attach with positions='shifted' for "
+              "peft's)"), settings={"task_type": "CAUSAL_LM"}),
     exporting([pl.PrefixTuning(prefix_length=2, targets="blocks.0.attn"),
                pl.PrefixTuning(prefix_length=3, targets="blocks.1.attn")],
               cannot("blocks.0.attn()", "peft has one prompt in an adapter, or one shape of "

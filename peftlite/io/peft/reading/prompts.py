@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
     """The one tensor of a prompt or a prefix."""
     if adapter.kind not in PROMPTS:
         return
-    n, copies, width, heads = _sizes(adapter)
+    n, copies, width, heads, count = _sizes(adapter)
     method = _method(adapter, n, width, heads)
     if adapter.model is None:
         yield Claim({}, [(method, "")])
@@ -36,36 +35,42 @@ def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
     def make(t: dict[str, Tensor]) -> dict[str, Tensor]:
         rows = t[key]
         if adapter.kind == PREFIX:  # a token's keys and values lie side by side for all layers
-            layers = fit(rows, n, len(own) * 2 * width).view(n, len(own), 2, heads, -1)
-            return {k: layers[:, i].permute(1, 2, 0, 3) for i, k in enumerate(own)}
+            most = max(count, len(own))
+            layers = fit(rows, n, most * 2 * width).view(n, most, 2, heads, width // heads)
+            places = places_of(len(own), most, copies > 1)
+            return {k: layers[:, i].permute(1, 2, 0, 3) for k, i in zip(own, places, strict=True)}
         # of an encoder's and a decoder's, peft uses the first
         return {own[0]: rows[:n] if len(rows) == n * copies else rows}
 
     yield adapter.claim({key: key}, [(method, site.address) for site in sites], make)
-    if adapter.kind == PREFIX:
-        warnings.warn(
-            f"{adapter.file.path!r}: peft has a sequence's positions begin at {n}, behind the "
-            f"prefix, and here they begin at 0; for peft's outputs add {n} to position_ids",
-            stacklevel=5,
-        )
 
 
-def _sizes(adapter: Adapter) -> tuple[int, int, int, int]:
-    """How many tokens, copies of them, numbers in each, and heads the settings say."""
+def places_of(layers: int, most: int, doubled: bool) -> list[int]:
+    """Where peft finds the prefix of each layer, among as many as it has.
+
+    For a decoder beside an encoder it doubles the list and takes every other entry, leaving the
+    rest to the attention to the encoder, which then doesn't get them.
+    """
+    return [i * (1 + doubled) % most for i in range(layers)]
+
+
+def _sizes(adapter: Adapter) -> tuple[int, int, int, int, int]:
+    """How many tokens, copies of them, numbers in each, heads and layers the settings say."""
     take = adapter.config.take
     n, copies = (take(k, 1, int) for k in ("num_virtual_tokens", "num_transformer_submodules"))
     width, heads = take("token_dim", 0, int), take("num_attention_heads", 0, int) or 1
-    take("num_layers", None, int)
+    count = take("num_layers", 0, int)
     take("prefix_projection", None, bool)
     for name in adapter.config.data:
         if name.startswith(("prompt_tuning_", "encoder_", "tokenizer_")):
             take(name, None, str, int, float, dict)
-    return n, copies, width, heads
+    return n, copies, width, heads, count
 
 
 def _method(adapter: Adapter, n: int, width: int, heads: int) -> Method:
     if adapter.kind == PREFIX:
-        return PrefixTuning(prefix_length=n, num_heads=heads, head_dim=width // heads)
+        sizes = {"num_heads": heads, "head_dim": width // heads}
+        return PrefixTuning(prefix_length=n, positions="shifted", **sizes)
     # where it doesn't generate, peft gives a model embeddings alone
     embeds = adapter.config.data.get("task_type") not in GENERATES
     if _classifier(adapter):

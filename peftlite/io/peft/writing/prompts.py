@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from peftlite.core.assign import Placed
 from peftlite.core.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.folder import CLASSIFIES, PREFIX
+from peftlite.io.peft.reading.prompts import places_of
 from peftlite.io.peft.writing.draft import Draft, refuse
 
 
@@ -37,18 +37,26 @@ def write_prompts(draft: Draft, items: Sequence[Placed]) -> None:
     found = [x.detach() for item in items for x in item.patch.saved().values()]
     if len({id(item.method) for item in items}) > 1 or len({x.shape for x in found}) > 1:
         refuse(items[0], "peft has one prompt in an adapter, or one shape of prefix")
-    draft.config = {"num_transformer_submodules": 1}
     if draft.kind == PREFIX:
+        if not items[0].method.shifted:
+            refuse(
+                items[0],
+                "peft counts a prefix in the tokens' positions, and this one takes none (attach "
+                "with positions='shifted' for peft's)",
+            )
         _, heads, n, d = found[0].shape
-        rows = torch.stack([x.cpu() for x in found]).permute(3, 0, 1, 2, 4).flatten(1)
-        draft.config |= {"num_layers": len(found), "num_attention_heads": heads}
-        warnings.warn(
-            f"peft has a sequence's positions begin at {n}, behind the prefix, and here they "
-            f"begin at 0; for the same outputs there take {n} from position_ids",
-            stacklevel=6,
-        )
+        doubled = bool(getattr(items[0].site.module.config, "is_encoder_decoder", False))
+        # of an odd number, peft finds each in a place of its own
+        most = len(found) | doubled
+        layers = torch.zeros(most, *found[0].shape, dtype=found[0].dtype)
+        for layer, place in enumerate(places_of(len(found), most, doubled)):
+            layers[place] = found[layer].cpu()
+        rows = layers.permute(3, 0, 1, 2, 4).flatten(1)
+        draft.config |= {"num_layers": most, "num_attention_heads": heads}
     else:
         (rows,) = found
         (n, d), heads = rows.shape, 1
+        doubled = False
     draft.tensors["prompt_embeddings"] = rows
     draft.config |= {"num_virtual_tokens": n, "token_dim": heads * d}
+    draft.config |= {"num_transformer_submodules": 1 + doubled}

@@ -1,4 +1,4 @@
-"""What must survive: malformed files, flipped bits, other bases, faults, kill -9, merging."""
+"""What must survive: malformed files, flipped bits, faults, kill -9, merging, threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the trials are the tests'
 from benchmarks.common import HERE, machine
 from peftlite.table import table
 from tests import golden
-from tests.trust import bases, faults, kills, malformed, merging, names
+from tests.trust import bases, faults, kills, malformed, merging, names, threads
 from tests.trust.tally import Tally
 
 
@@ -43,6 +43,8 @@ GOALS = (
     Goal("R5", "failing disks", kills.r5_disk),
     Goal("R7", "merge and unmerge", merging.r7, (5,), (50,), (1000,)),
     Goal("R8", "merges that aren't finite", merging.r8),
+    Goal("R9", "threads that change", threads.r9, (60,), (600,), (20_000,)),
+    Goal("R9", "saves beside training", threads.saves, (5,), (60,), (2000,)),
     Goal("R13", "code and hostile names", names.r13),
     Goal("R14", "golden deltas", golden.r14),
 )

@@ -24,7 +24,7 @@ class Placed:
     site: Site
     method: Method
     patch: Patch
-    shape: torch.Size | None  # the whole tensor's, when it was placed
+    shape: torch.Size | None  # the whole tensor's, when it was placed; None if it has no say
 
     @classmethod
     def all(cls, sites: Sequence[Site], method: Method) -> list[Placed]:
@@ -48,7 +48,7 @@ class Placed:
     def check(self) -> None:
         """Raises PeftliteError if the model was taken apart under the patch."""
         site = self.site
-        if not site.is_call and site.whole.shape != self.shape:
+        if self.shape is not None and site.whole.shape != self.shape:
             raise PeftliteError(
                 f"{site.address} is {tuple(site.whole.shape)} now, and was {tuple(self.shape)} "
                 "when the delta was attached: pl.detach, then resize, then attach"

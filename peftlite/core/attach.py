@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftlite.core import host
 from peftlite.core.assign import Placed, assign, methods_in
@@ -15,8 +17,11 @@ from peftlite.core.delta import Delta, Registry
 from peftlite.core.find import changeable, find, is_foreign, require_delta
 from peftlite.core.merged import undone
 from peftlite.core.patch import Method
-from peftlite.core.site import whole_address
+from peftlite.core.site import walk, whole_address
+from peftlite.core.tensors import is_quantized
+from peftlite.core.turns import at_rest, in_turn, watch_steps
 from peftlite.errors import PeftliteError
+from peftlite.table import listed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -35,6 +40,7 @@ def deltas(model: nn.Module) -> dict[str, Delta]:
     return dict(found[1].deltas) if found else {}
 
 
+@in_turn
 def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default") -> Delta:
     """Attaches a new delta, in place: freezes the base and makes the delta the standing choice.
 
@@ -113,24 +119,113 @@ def check_model(model: nn.Module) -> Registry:
     return registry
 
 
+# a part of a model may be about to have deltas of its own, under a lock of its own
+_planting = threading.RLock()
+
+
 def commit(root: nn.Module, delta: Delta) -> Delta:
     """Installs a delta as the standing choice, or leaves the model as it was."""
-    _, registry = find(root) or (root, Registry())
+    watch_steps()
+    with _planting:
+        registry = check_model(root)
+        return _commit(root, registry, delta)
+
+
+def _commit(root: nn.Module, registry: Registry, delta: Delta) -> Delta:
+    choice = registry.choice
     with restoring(root, registry):
-        host.make_host(root, registry.choice).registry = registry
+        host.make_root(root, choice, registry)
         for address, placed in delta.placed.items():
             for i, (module, slot) in enumerate(placed.site.owners):
                 key = slot + address[len(whole_address(address)) :]
-                host.plant(module, delta.name, key, placed.patch, registry.choice, owner=i == 0)
-        host.settle_encoders(root, registry.choice)
+                host.plant(module, delta.name, key, placed.patch, choice, owner=i == 0)
+        host.settle(root, choice, deltas=True)
         if not registry.deltas:
             base = dict(base_parameters(root, [delta]))
             registry.thawed = tuple(name for name, p in base.items() if p.requires_grad)
             for name in registry.thawed:
                 base[name].requires_grad_(False)
+            registry.buffers = {name: b.clone() for name, b in _buffers(root)}
+            # calls that began when the model was no host have no choice of their own
+            choice.await_calls(host.ids(root))
         registry.deltas[delta.name] = delta
-        registry.choice.standing = (delta.name,)
+        delta.home = registry
+        choice.publish((delta.name,))
     return delta
+
+
+def check_in_place(root: nn.Module, delta: Delta) -> None:
+    """Raises PeftliteError if what a delta's patches sit on is no longer in the model."""
+    modules: set[int] = set()
+    holders: dict[int, set[tuple[int, str]]] = {}
+    for _, module in walk(root):
+        modules.add(id(module))
+        for slot, tensor in module._parameters.items():
+            holders.setdefault(id(tensor), set()).add((id(module), slot))
+    for address, placed in delta.placed.items():
+        placed.check()
+        site = placed.site
+        owners = {(id(module), slot) for module, slot in site.owners}
+        there = all(id(module) in modules for module, _ in site.owners)
+        kept = site.slot not in site.module._parameters or holders.get(id(site.whole)) == owners
+        if not (there and kept):
+            raise PeftliteError(
+                f"{address} was replaced, or tied to another, since {delta.name!r} was attached: "
+                "pl.detach it, and attach to the model as it is now"
+            )
+
+
+@contextlib.contextmanager
+def settled(delta: Delta) -> Iterator[Callable[[], None]]:
+    """Runs its body while no thread changes a delta or its model, which has to be whole.
+
+    Gives a function that raises PeftliteError if the delta was written to all the same.
+    """
+    parameters = [p for p in delta.parameters() if not p.is_inference()]
+    with at_rest(parameters), delta.turn():
+        if delta.home is not None and (root := delta.home.root) is not None:
+            check_in_place(root, delta)
+        versions = [p._version for p in parameters]
+
+        def unchanged() -> None:
+            if versions != [p._version for p in parameters]:
+                raise PeftliteError(
+                    f"{delta.name!r} was written to while it was being saved, by another thread "
+                    "that no torch.optim.Optimizer steps in: save it between two of its steps"
+                )
+
+        yield unchanged
+
+
+def _buffers(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The numbers of the base that no optimizer moves, and that a checkpoint of it has."""
+    for path, module in walk(root):
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or buffer.is_meta:
+                continue
+            if buffer.itemsize > 1 and not is_quantized(buffer):
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def warn_of_buffers(registry: Registry | None, stacklevel: int) -> None:
+    """Warns if buffers of the base have moved since the first delta was attached."""
+    if registry is None or registry.root is None:
+        return
+    now, before = dict(_buffers(registry.root)), registry.buffers
+    known = now.keys() & before.keys() - registry.originals.keys()
+    moved = [name for name in known if not _alike(now[name], before[name])]
+    if moved:
+        warnings.warn(
+            f"buffers of the base have moved since deltas were attached: {listed(sorted(moved))}; "
+            "a delta's file doesn't hold them, and detaching leaves them: keep their modules in "
+            "eval mode while a delta trains, or load the base's own values again",
+            stacklevel=stacklevel,
+        )
+
+
+def _alike(now: Tensor, before: Tensor) -> bool:
+    before = before.to(now)
+    return now.shape == before.shape and torch.equal(now.nan_to_num(), before.nan_to_num())
 
 
 @contextlib.contextmanager
@@ -143,16 +238,19 @@ def restoring(root: nn.Module, registry: Registry) -> Iterator[None]:
         with host.restoring(root):
             yield
     except BaseException:
-        registry.__dict__.update(known)
-        registry.choice.standing = standing
         for delta in registry.deltas.values():
-            delta.merged_in = registry if delta.name in registry.merged else None
+            delta.home = None
+        registry.__dict__.update(known)
+        registry.choice.publish(standing)
+        for delta in registry.deltas.values():
+            delta.home = registry
         for parameter, flag in trainable:
             if parameter.requires_grad is not flag:
                 parameter.requires_grad_(flag)
         raise
 
 
+@in_turn
 def detach(model: nn.Module, delta: Delta | str) -> Delta:
     """Takes a delta off the model, which is exactly as if it had never been attached.
 
@@ -166,16 +264,28 @@ def detach(model: nn.Module, delta: Delta | str) -> Delta:
         pl.detach(model, delta)  # or its name
     """
     root, registry, delta = require_delta(model, delta)
+    warn_of_buffers(registry, stacklevel=4)
     record = registry.merged.get(delta.name)
-    undo = contextlib.nullcontext() if record is None else undone(registry, record)
-    with restoring(root, registry), undo:
-        return remove(root, registry, delta.name)
+    with quiet(root, registry):
+        undo = contextlib.nullcontext() if record is None else undone(registry, record)
+        with restoring(root, registry), undo:
+            return remove(root, registry, delta.name)
+
+
+@contextlib.contextmanager
+def quiet(root: nn.Module, registry: Registry) -> Iterator[None]:
+    """Runs its body while no other thread is in a call of the model, or of a view of it."""
+    with contextlib.ExitStack() as stack:
+        for choice in (registry.choice, *registry.views):
+            stack.enter_context(choice.closed(host.ids(root)))
+        yield
 
 
 def remove(root: nn.Module, registry: Registry, name: str) -> Delta:
     """Takes a delta off, whatever the base's weights hold now."""
     delta, choice = registry.deltas.pop(name), registry.choice
-    choice.standing = tuple(n for n in choice.standing if n != name)
+    delta.home = None
+    choice.publish(tuple(n for n in choice.standing if n != name))
     _uproot(root, registry, delta)
     if not registry.deltas:
         parameters = dict(base_parameters(root))
@@ -189,7 +299,7 @@ def _uproot(root: nn.Module, registry: Registry, delta: Delta) -> None:
     for placed in delta.placed.values():
         for module, _ in placed.site.owners:
             host.uproot(module, delta.name)
-    host.settle_encoders(root, registry.choice)
+    host.settle(root, registry.choice, deltas=bool(registry.deltas))
     if not registry.deltas and isinstance(root, host.Host):
         root.peftlite.registry = None
         host.release(root)

@@ -3,14 +3,17 @@
 A model has one standing choice, a plain attribute that `torch.compile` guards. A context (a thread,
 an async task) may have its own within a `with`, held in a context variable, which `torch.compile`
 can't see: while one is in force, compiled code steps aside for eager code, or refuses under
-`fullgraph=True`. Either way a choice is honoured or refused, never stale.
+`fullgraph=True`. Either way a choice is honoured or refused, never stale. A call of the model keeps
+the choice that it began with to its end, whatever another thread chooses meanwhile.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftlite.core import recompute
@@ -67,13 +70,15 @@ class Scoped(Generic[T]):
     def __init__(self, standing: T):
         self.standing = standing  # replaced whole, never changed: a reader sees the old or the new
         self.scoped = False  # whether a scope is open anywhere
+        self.apart = False  # whether code may find another value than the standing one in force
         self.traced: T | None = None  # of a scope opened inside a compiled region
-        self._scopes_open = 0
+        self.calls: dict[int, T] = {}  # what each thread's call of the model began with
+        self._open: set[Scope[T]] = set()
 
     def now(self) -> T | Hidden:
         """The value in force for the code that asks."""
         if not self.scoped:
-            return self.standing
+            return self.unscoped()
         if torch.compiler.is_dynamo_compiling():
             return HIDDEN if self.traced is None else self.traced
         here = recompute.backward_pass()
@@ -82,6 +87,10 @@ class Scoped(Generic[T]):
                 if recompute.at_work():
                     recompute.carry(scope.checkpoints, functools.partial(self.scope, scope.value))
                 return scope.value
+        return self.unscoped()
+
+    def unscoped(self) -> T:
+        """The value in force for code outside of every scope."""
         return self.standing
 
     @contextmanager
@@ -89,27 +98,32 @@ class Scoped(Generic[T]):
         """A `with` that gives the value to the thread or task that opens it, and to no other."""
         # a generator: code that torch.compile leaves eager would have a plain `__enter__` compiled
         if torch.compiler.is_dynamo_compiling():
-            outer = self.traced, self.scoped
-            self.traced, self.scoped = value, True
+            outer = self.traced, self.scoped, self.apart
+            self.traced, self.scoped, self.apart = value, True, True
             try:
                 yield
             finally:
-                self.traced, self.scoped = outer
+                self.traced, self.scoped, self.apart = outer
             return
         scope = Scope(self, value)
-        self._count(1)
-        _scopes.set((*_scopes.get(), scope))
-        try:
+        try:  # an interrupt may come at any line, and none of them leaves it open
+            with _lock:
+                self._open.add(scope)
+                self._settle()
+            _scopes.set((*_scopes.get(), scope))
             yield
         finally:
             scope.open = False  # also where the context was copied, as it is for a new task
+            with _lock:
+                self._open.discard(scope)
+                self._settle()
             _scopes.set(tuple(other for other in _scopes.get() if other.open))
-            self._count(-1)
 
-    def _count(self, change: int) -> None:
-        with _lock:
-            self._scopes_open += change
-            self.scoped = self._scopes_open > 0
+    def _settle(self) -> None:
+        """Says whether a look at `standing` is enough; within the lock."""
+        self.scoped = bool(self._open)
+        began = [*self.calls.values()]
+        self.apart = self.scoped or any(value is not self.standing for value in began)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model begins outside of every scope
@@ -127,12 +141,101 @@ class Choice(Scoped["Names | NamesByRow"]):
     def __init__(self, standing: Names = (), fixed: bool = False):
         super().__init__(standing)
         self.fixed = fixed  # a view's choice can't be changed
+        self._closed: tuple[int, threading.Event] | None = None  # by whom, and when that is over
+
+    def begin(self, thread: int) -> None:
+        """A call of the model begins, whose choice stays; while the base is written to, it waits.
+
+        Nothing is locked: who changes the choice says so in `apart` first, and looks at the calls
+        after, so that either sees the other.
+        """
+        while True:
+            names = self.calls[thread] = self.standing
+            closed = self._closed
+            if closed is not None and closed[0] != thread:
+                del self.calls[thread]
+                closed[1].wait()
+            elif self.standing is names:
+                return
+
+    def end(self, thread: int) -> None:
+        """The call ends that a thread began."""
+        del self.calls[thread]
+        if self.apart:
+            with _lock:
+                self._settle()
+
+    def unscoped(self) -> Names | NamesByRow:
+        if torch.compiler.is_dynamo_compiling():
+            return self.standing
+        return self.calls.get(threading.get_ident(), self.standing)
+
+    def publish(self, names: Names) -> None:
+        """Makes names the standing choice: of calls that begin now, and of the caller's own."""
+        me = threading.get_ident()
+        with _lock:
+            self.apart = True
+            if me in self.calls:
+                self.calls[me] = names
+            self.standing = names
+            began = [*self.calls.values()]
+            self.apart = self.scoped or any(value is not names for value in began)
+
+    @contextmanager
+    def closed(self, modules: Set[int]) -> Iterator[None]:
+        """Runs its body once the calls of other threads have ended; those to come wait for it.
+
+        Args:
+            modules: the model's, by id. Raises PeftliteError if a call goes on and on.
+        """
+        opened = threading.Event()
+        self._closed = threading.get_ident(), opened
+        try:
+            self.await_calls(modules)
+            yield
+        finally:
+            self._closed = None
+            opened.set()
+
+    def await_calls(self, modules: Set[int]) -> None:
+        """Waits until no other thread is in a call of the model, or of one of its modules."""
+        until = time.monotonic() + PATIENCE
+        while self._in_progress(modules):
+            if time.monotonic() > until:
+                raise PeftliteError(
+                    f"another thread has been in a call of the model for {PATIENCE:g} s, and what "
+                    "that reads can't change under it: do this when the call has ended"
+                )
+            time.sleep(2e-4)
+
+    def _in_progress(self, modules: Set[int]) -> bool:
+        frames = sys._current_frames()
+        del frames[threading.get_ident()]  # or this frame would hold itself, and so the model
+        return any(t in self.calls or _calls(frame, modules) for t, frame in frames.items())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"standing": self.standing, "fixed": self.fixed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+
+PATIENCE = 60.0
+"""Seconds for which a verb waits for the calls of other threads."""
+
+
+def _calls(frame: Any, modules: set[int]) -> bool:
+    """Whether a thread is in a call of one of the modules, and not waiting to begin it."""
+    found = False
+    while frame is not None:
+        if frame.f_code is Choice.begin.__code__:
+            return False
+        found = found or (frame.f_code is _CALL and id(frame.f_locals.get("self")) in modules)
+        frame = frame.f_back
+    return found
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -19,6 +20,7 @@ from peftlite.core.patch import Method, Patch
 from peftlite.core.residual import Residual
 from peftlite.core.site import Site
 from peftlite.core.tensors import shard_like
+from peftlite.core.turns import lock_of
 from peftlite.errors import PeftliteError
 from peftlite.spelling import hint
 from peftlite.table import listed, short, size, table
@@ -97,12 +99,12 @@ class Delta(Weighted):
         return (parameter for _, parameter in self.named_parameters())
 
     @property
-    def merged_in(self) -> Registry | None:
-        """The registry of the model that it is merged into."""
+    def home(self) -> Registry | None:
+        """The registry of the model that it is attached to."""
         return None if self._home is None else self._home()
 
-    @merged_in.setter
-    def merged_in(self, registry: Registry | None) -> None:
+    @home.setter
+    def home(self, registry: Registry | None) -> None:
         # the registry holds the delta: held back, it would keep a model alive that is let go
         self._home = None if registry is None else weakref.ref(registry)
 
@@ -113,6 +115,17 @@ class Delta(Weighted):
     def merged(self) -> bool:
         """Whether it is in the base's weights now."""
         return self.merged_in is not None
+
+    @property
+    def merged_in(self) -> Registry | None:
+        """The registry of the model that it is merged into."""
+        home = self.home
+        return home if home is not None and self.name in home.merged else None
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """A `with` in which no other thread's verb changes the model that it is attached to."""
+        root = None if self.home is None else self.home.root
+        return nullcontext() if root is None else lock_of(root)
 
     @property
     def num_parameters(self) -> int:
@@ -159,6 +172,10 @@ class Delta(Weighted):
 
         Call it after every `optimizer.step()` and before the gradients are cleared.
         """
+        with self.turn():
+            self._step()
+
+    def _step(self) -> None:
         for method in self.methods:
             method.step([p.patch for p in self.placed.values() if p.method is method])
 
@@ -180,8 +197,9 @@ class Delta(Weighted):
             raise PeftliteError(
                 f"these tensors don't fit {self.name!r}: there is {listed(problems)}"
             )
-        for key, tensor in own.items():
-            tensor.copy_(shard_like(tensors[key], tensor))
+        with self.turn():
+            for key, tensor in own.items():
+                tensor.copy_(shard_like(tensors[key], tensor))
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(method).__name__ for method in self.methods)
@@ -230,15 +248,26 @@ class Registry:
     thawed: tuple[str, ...] = ()  # the base's parameters that were trainable, to be so again
     originals: dict[str, Tensor | Residual] = field(default_factory=dict)  # see merged.py
     merged: dict[str, Merged] = field(default_factory=dict)  # in the order of merging
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # as the first delta found them
     views: weakref.WeakSet[Choice] = field(default_factory=weakref.WeakSet)
+    _root: weakref.ref[nn.Module] | None = None
+
+    def hang_on(self, root: nn.Module) -> None:
+        """Says which module has it, which keeps it alive, and not the other way."""
+        self._root = weakref.ref(root)
+
+    @property
+    def root(self) -> nn.Module | None:
+        """The module that the deltas are attached to, while there is one."""
+        return None if self._root is None else self._root()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "views": None}  # a copy has no views yet
+        return {**self.__dict__, "views": None, "_root": None}  # a copy has no views yet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, views=weakref.WeakSet())
-        for merged in self.merged.values():
-            merged.delta.merged_in = self
+        for delta in self.deltas.values():
+            delta.home = self
 
 
 def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 from peftlite.core import host
 from peftlite.core.choice import Choice
 from peftlite.core.delta import Delta, Registry
+from peftlite.core.site import walk
 from peftlite.errors import PeftliteError
 from peftlite.table import short
 
@@ -17,19 +18,18 @@ def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
     """The root and registry of a model, or of the one inside it (under DDP, torch.compile, …)."""
     if not isinstance(model, nn.Module):
         raise PeftliteError(f"the model comes first, a torch.nn.Module: not {short(model)}")
-    found = []
-    for module in model.modules():
-        hosted = module.__dict__.get(host.ATTRIBUTE)
-        if isinstance(hosted, host.Patches) and hosted.registry is not None:
+    found: dict[nn.Module, Registry] = {}
+    for _, module in walk(model):
+        if (registry := host.registry_of(module)) is not None:
             if module is model:
-                return module, hosted.registry
-            found.append((module, hosted.registry))
+                return module, registry
+            found[module] = registry
     if len(found) > 1:
         raise PeftliteError(
             "deltas are attached to several modules inside this one: pass the module that "
             "pl.attach was given"
         )
-    return found[0] if found else None
+    return next(iter(found.items()), None)
 
 
 def require(model: nn.Module) -> tuple[nn.Module, Registry]:
@@ -77,9 +77,9 @@ def given_delta(verb: str, given: Any, model: nn.Module | None) -> Delta:
 def is_foreign(model: nn.Module, choice: Choice | None) -> bool:
     """Whether some of the model's modules have patches that obey another choice."""
     return any(
-        module.peftlite._modules and module.peftlite.choice is not choice
-        for module in model.modules()
-        if isinstance(module, host.Host)
+        hosted._modules and hosted.choice is not choice
+        for _, module in walk(model)
+        if isinstance(hosted := module.__dict__.get(host.ATTRIBUTE), host.Patches)
     )
 
 

@@ -15,7 +15,9 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,8 @@ from peftlite.core import read, recompute
 from peftlite.core.choice import HIDDEN, Choice, Names, NamesByRow, by_rows, uncompiled
 from peftlite.core.maps import Map, PatchedMap, kind_of
 from peftlite.core.patch import Patch, apply
-from peftlite.core.site import CALL
-from peftlite.core.tensors import is_sharded, raw
+from peftlite.core.site import CALL, keeps_statistics
+from peftlite.core.tensors import is_quantized, is_sharded, raw
 from peftlite.errors import PeftliteError
 from peftlite.table import listed
 
@@ -43,6 +45,7 @@ class Patches(nn.Module):
         super().__init__()
         self.choice = choice
         self.registry: Any = None  # what the model knows of its deltas, on its root alone
+        self.still = False  # whether the module keeps the base's statistics, in training too
         self.kind: type[Map] | None = None
         self.own_forward: Callable[..., Any] | None = None  # the module's, where it has one
         # torch's fused transformer layer bypasses its parts unless one of them has a hook
@@ -156,32 +159,68 @@ class Host:
         unexpected_keys.extend(inside + key for key in wrong.unexpected_keys)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # tying assigns one module's weight, as read, to another: what is meant is the parameter
-        super().__setattr__(name, value.raw if type(value) is read.Read else value)
+        if isinstance(value, Tensor):
+            value = _assigned(self, name, value)
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the class is made anew where the copy is made: by its base, which can be imported
-        made, base = type(self), base_class(self)
+        made, (base, *how) = type(self), type(self)._made_of
         func, args, *rest = super().__reduce_ex__(protocol)
         plain = tuple(base if a is made else a for a in args)
-        return (_revive, (func, plain, base, self.peftlite.slots), *rest)
+        return (_revive, (func, plain, base, *how), *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.peftlite.registry is not None:
+            self.peftlite.registry.hang_on(self)
 
 
-def _revive(func: Callable[..., Any], args: tuple, base: type, slots: frozenset[str]) -> nn.Module:
+def _revive(func: Callable[..., Any], args: tuple, base: type, *how: Any) -> nn.Module:
     module = func(*args)
-    module.__class__ = host_class(base, slots)
+    module.__class__ = host_class(base, *how)
     return module
 
 
-@functools.cache
-def host_class(base: type, slots: frozenset[str]) -> type:
-    """A subclass of `base` that reads `slots` through patches; one each, so graphs are shared."""
+def _assigned(module: Any, slot: str, value: Tensor) -> Tensor:
+    """What a module is to have in a slot. Raises PeftliteError if it was quantised with a delta."""
+    if type(value) is read.Read:
+        # tying assigns one module's weight, as read, to another: what is meant is the parameter
+        return value.raw
+    before = module._parameters.get(slot)
+    if before is not None and is_quantized(value) and not is_quantized(before):
+        if slot in module.peftlite.slots:
+            raise PeftliteError(
+                f"{slot!r} of a {type(module).__name__} was quantised as it is read, with the "
+                "delta in it, which would apply twice: pl.detach, quantise the base, then attach"
+            )
+    return value
 
+
+# a class goes with the last module of it: what is made in a notebook's cell is not kept for ever
+_classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
+
+
+def host_class(base: type, slots: frozenset[str], root: bool = False, still: bool = False) -> type:
+    """A subclass of `base` that reads `slots` through patches; one each, so graphs are shared.
+
+    Args:
+        root: whether its calls are the model's.
+        still: whether its running statistics stay those of the base in training.
+    """
+    key = id(base), slots, root, still
+    made = _classes.get(key)
+    return _classes.setdefault(key, _host_class(base, *key[1:])) if made is None else made
+
+
+def _host_class(base: type, slots: frozenset[str], root: bool, still: bool) -> type:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hosted = self.peftlite
         choice = hosted.choice
-        names = choice.now() if choice.scoped else choice.standing
+        names = choice.standing  # before `apart`, which is set before it changes
+        if choice.apart:
+            names = choice.now()
         if type(names) is not tuple:
             return _apart(self, names, args, kwargs)
         active = hosted.active(names) if names else _NONE
@@ -205,13 +244,17 @@ def host_class(base: type, slots: frozenset[str]) -> type:
             inner = PatchedMap(patch, inner)
         return last.call(inner, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(base.forward)
-    body: dict[str, Any] = {"forward": forward, "_base": base, "__module__": base.__module__}
+    outer: Any = _announced(forward) if root else forward
+    outer.__signature__ = inspect.signature(base.forward)
+    made_of = (base, slots, root, still)
+    body: dict[str, Any] = {"forward": outer, "_made_of": made_of, "__module__": base.__module__}
     body |= {slot: _property(base, slot) for slot in slots if slot != CALL}
     if issubclass(base, nn.RNNBase):
         body |= {"_flat_weights": _FLAT_WEIGHTS, "_update_flat_weights": lambda self: None}
     if issubclass(base, nn.TransformerEncoder):
         body["use_nested_tensor"] = property(lambda self: False, lambda self, _: None)
+    if still:
+        body["training"] = _TRAINING
     made = type(base.__name__, (Host, base), body)
     made.__qualname__ = base.__qualname__
     return made
@@ -219,7 +262,48 @@ def host_class(base: type, slots: frozenset[str]) -> type:
 
 def base_class(module: nn.Module) -> type:
     """The class a module has, or had before it became a host."""
-    return type(module)._base if isinstance(module, Host) else type(module)
+    return type(module)._made_of[0] if isinstance(module, Host) else type(module)
+
+
+def registry_of(module: nn.Module) -> Any:
+    """What hangs on a module of a model's deltas; None if it's not the one that has it."""
+    hosted = module.__dict__.get(ATTRIBUTE)  # it may be gone at the next line, or come
+    return hosted.registry if isinstance(hosted, Patches) else None
+
+
+def _announced(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `forward`, which says that it runs: its choice stays what it is to its end."""
+
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return forward(self, *args, **kwargs)
+        hosted, thread = self.__dict__.get(ATTRIBUTE), get_ident()
+        if hosted is None and not isinstance(self, Host):  # the deltas have just gone
+            return self.forward(*args, **kwargs)
+        if hosted is None:  # a model made of a host's class, as a slice of an nn.Sequential is
+            return forward(self, *args, **kwargs)
+        choice = hosted.choice
+        if thread in choice.calls:
+            return forward(self, *args, **kwargs)
+        choice.begin(thread)
+        try:
+            if self.__dict__.get(ATTRIBUTE) is hosted:
+                return forward(self, *args, **kwargs)
+        finally:
+            choice.end(thread)
+        return self.forward(*args, **kwargs)
+
+    return call
+
+
+def _set_training(module: Any, mode: bool) -> None:
+    module.__dict__["training"] = mode  # which it's in again once the last delta is off
+
+
+_TRAINING = property(
+    lambda module: not module.peftlite.still and module.__dict__["training"], _set_training
+)
 
 
 def _property(base: type, slot: str) -> property:
@@ -232,7 +316,9 @@ def _property(base: type, slot: str) -> property:
 
 def _read(module: Any, slot: str) -> Tensor:
     w, hosted = raw(module, slot), module.peftlite
-    names = hosted.choice.now()
+    names = hosted.choice.standing
+    if hosted.choice.apart:
+        names = hosted.choice.now()
     if names is HIDDEN:
         return _read_eagerly(module, slot)
     if isinstance(names, NamesByRow):
@@ -329,14 +415,24 @@ def restoring(root: nn.Module) -> Iterator[None]:
         for module, kind, own, patched in before:
             if type(module) is not kind:
                 module.__class__ = kind
-            module.__dict__.clear()
+            for name in module.__dict__.keys() - own.keys():
+                del module.__dict__[name]
             module.__dict__.update(own)
             if patched is not None:
                 hosted, state, patches = patched
                 hosted.__dict__.update(state)
-                hosted._modules.clear()
-                hosted._modules.update(patches)
+                _put_back(hosted._modules, patches)
         raise
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    # at no moment is it empty: another thread may be running the module
+    for key in now.keys() - before.keys():
+        del now[key]
+    now.update(before)
+    if [*now] != [*before]:  # something was gone, as no call sees it
+        now.clear()
+        now.update(before)
 
 
 def make_host(module: nn.Module, choice: Choice) -> Patches:
@@ -381,13 +477,37 @@ def uproot(module: nn.Module, name: str) -> None:
         release(module)
 
 
-def settle_encoders(root: nn.Module, choice: Choice) -> None:
-    """Makes hosts of torch's encoders around patches, for these can't take nested tensors."""
-    for module in [m for m in root.modules() if isinstance(m, nn.TransformerEncoder)]:
-        if any(isinstance(m, Patches) and m._modules for m in module.modules()):
-            make_host(module, choice)
-        elif isinstance(module, Host):
-            release(module)
+def ids(root: nn.Module) -> set[int]:
+    """A model's modules, by id."""
+    return set(map(id, root.modules()))
+
+
+def make_root(module: nn.Module, choice: Choice, registry: Any) -> None:
+    """Hangs what a model knows of its deltas on it."""
+    make_host(module, choice).registry = registry
+    registry.hang_on(module)
+    _swap_class(module)
+
+
+def settle(root: nn.Module, choice: Choice, deltas: bool) -> None:
+    """Makes hosts of what has to know of deltas in the model, if there are any, and else frees it.
+
+    These are torch's encoders around patches, which can't take nested tensors, and what keeps
+    running statistics, which are the base's and stay.
+    """
+    for module in [*root.modules()]:
+        if isinstance(module, nn.TransformerEncoder):
+            if any(isinstance(m, Patches) and m._modules for m in module.modules()):
+                make_host(module, choice)
+            elif isinstance(module, Host):
+                release(module)
+        elif "running_mean" in module._buffers and keeps_statistics(module):
+            if deltas:
+                make_host(module, choice).still = True
+                _swap_class(module)
+            elif isinstance(module, Host):
+                module.peftlite.still = False
+                release(module)
 
 
 def release(module: nn.Module) -> None:
@@ -396,7 +516,7 @@ def release(module: nn.Module) -> None:
     if hosted._modules or hosted.registry is not None:
         _swap_class(module)
         return
-    if "_base" not in type(module).__dict__ or "forward" in module.__dict__:
+    if "_made_of" not in type(module).__dict__ or "forward" in module.__dict__:
         _swap_class(module)
         return  # something was made over ours (by FSDP, by accelerate): stay, without effect
     module.__class__ = base_class(module)
@@ -405,6 +525,8 @@ def release(module: nn.Module) -> None:
         module.__dict__["forward"] = hosted.own_forward
 
 
-def _swap_class(module: nn.Module) -> None:
-    if "_base" in type(module).__dict__:
-        module.__class__ = host_class(base_class(module), module.peftlite.slots)
+def _swap_class(module: Any) -> None:
+    if "_made_of" in type(module).__dict__:
+        hosted, base = module.peftlite, base_class(module)
+        root = hosted.registry is not None
+        module.__class__ = host_class(base, hosted.slots, root, hosted.still)

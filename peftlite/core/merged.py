@@ -56,7 +56,6 @@ def undone(registry: Registry, record: Merged) -> Iterator[None]:
         wanted = {address for merged in others for address in merged.touched}
         registry.originals = {a: own for a, own in kept.items() if a in wanted}
         del registry.merged[record.delta.name]
-        record.delta.merged_in = None
         yield
 
 

@@ -74,6 +74,16 @@ class Site:
         return narrow(self.whole, self.index)
 
     @property
+    def is_stored(self) -> bool:
+        """Whether it is a tensor that its module holds, and doesn't compute."""
+        return self.slot in self.module._parameters or self.is_statistic
+
+    @property
+    def is_statistic(self) -> bool:
+        """Whether it is a mean or a variance that its module keeps, as BatchNorm does."""
+        return self.slot in self.module._buffers
+
+    @property
     def rides(self) -> bool:
         """Whether it is the whole weight of linear maps of vectors, alike in every owner."""
         kinds = {maps.kind_of(module) for module, _ in self.owners}
@@ -167,6 +177,23 @@ def sites(model: nn.Module) -> list[Site]:
         )
         for entries in found.values()
     ]
+
+
+def statistics(model: nn.Module) -> list[Site]:
+    """The running means and variances of a model: no method takes them, but a file may."""
+    found: dict[tuple[nn.Module, str], list[str]] = {}
+    for path, module in walk(model):
+        if keeps_statistics(module):
+            for slot in ("running_mean", "running_var"):
+                found.setdefault((module, slot), []).append(f"{path}.{slot}".lstrip("."))
+    return [Site(names[0], tuple(names), (owner,)) for owner, names in found.items()]
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether training moves a mean and a variance that the module keeps, as BatchNorm does."""
+    buffers = module._buffers
+    known = buffers.get("running_mean") is not None and buffers.get("running_var") is not None
+    return known and not module._modules
 
 
 def _slots(module: nn.Module) -> list[str]:

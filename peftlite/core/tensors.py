@@ -17,6 +17,8 @@ Index: TypeAlias = "tuple[int, int, int] | None"
 def raw(module: Any, slot: str) -> Tensor:
     """The tensor in a slot as the base has it, patched or not, parametrized or not."""
     tensor = module._parameters.get(slot)
+    if tensor is None:
+        tensor = module._buffers.get(slot)
     if tensor is None:  # made by a parametrization, or by a hook of the older kind
         made = parametrize.is_parametrized(module, slot)
         tensor = module.parametrizations[slot]() if made else getattr(module, slot)
@@ -76,6 +78,12 @@ def distance(a: Tensor, b: Tensor) -> float:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, spread over processes; without importing what that is."""
     return hasattr(tensor, "placements")
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a tensor holds codes in place of numbers: by its dtype, or by a class of its own."""
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return not numbers or (hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor))
 
 
 def unshard(tensor: Tensor) -> Tensor:

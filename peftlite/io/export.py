@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from peftlite.core.attach import settled, warn_of_buffers
 from peftlite.core.delta import Delta
 from peftlite.core.find import given_delta
 from peftlite.fields import check_given
@@ -55,4 +56,7 @@ def export(
     """
     delta = given_delta("export", delta, model)
     check_given("format", format, get_args(Format))
-    _WRITERS[format](delta, as_path(path), settings)
+    warn_of_buffers(delta.home, stacklevel=3)
+    with settled(delta) as unchanged:
+        _WRITERS[format](delta, as_path(path), settings)
+        unchanged()

@@ -9,7 +9,8 @@ from torch import nn
 
 from peftlite.core.attach import commit
 from peftlite.core.delta import Delta
-from peftlite.core.site import sites
+from peftlite.core.site import sites, statistics
+from peftlite.core.turns import turn
 from peftlite.errors import PeftliteError
 from peftlite.io.content import Info
 from peftlite.io.files import as_path
@@ -60,18 +61,19 @@ def load(
     check_mode(check_base)
     if isinstance(path, nn.Module):
         raise PeftliteError("load takes the model first, then the path")
-    path, everything = as_path(path), sites(model)
-    content = format_of(path).read(path, model, everything)
-    if name is not None:
-        content = replace(content, name=name)
-    delta = fitted(content, path, everything, check_base, model)
-    delta.requires_grad_(bool(trainable))
-    return commit(model, delta)
+    with turn(model):
+        path, everything = as_path(path), [*sites(model), *statistics(model)]
+        content = format_of(path).read(path, model, everything)
+        if name is not None:
+            content = replace(content, name=name)
+        delta = fitted(content, path, everything, check_base, model)
+        delta.requires_grad_(bool(trainable))
+        return commit(model, delta)
 
 
 def read(model: nn.Module, path: str | os.PathLike[str], check_base: CheckBase) -> Delta:
     """The delta in a file, checked as `load` checks it, attached to nothing."""
     check_mode(check_base)
-    path, everything = as_path(path), sites(model)
+    path, everything = as_path(path), [*sites(model), *statistics(model)]
     content = format_of(path).read(path, model, everything)
     return fitted(content, path, everything, check_base)

@@ -19,13 +19,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.attach import settled, warn_of_buffers
 from peftlite.core.delta import Delta
 from peftlite.core.find import given_delta
 from peftlite.core.merged import base_tensor
@@ -89,6 +90,7 @@ def save(
     delta = given_delta("save", delta, model)
     check_given("pack", pack, (None, *packing.PACKINGS))
     check_given("base", base, KINDS)
+    warn_of_buffers(delta.home, stacklevel=3)
     write(delta, as_path(path), base, notes=notes, pack=pack)
 
 
@@ -101,6 +103,18 @@ def write(
     pack: packing.Packing | None = None,
 ) -> None:
     """`save`, also for a base that was fingerprinted before."""
+    with settled(delta) as unchanged:
+        _write(delta, path, base, notes, pack, unchanged)
+
+
+def _write(
+    delta: Delta,
+    path: Path,
+    base: Fingerprint | dict[str, Any],
+    notes: Mapping[str, Any] | None,
+    pack: packing.Packing | None,
+    unchanged: Callable[[], None],
+) -> None:
     tensors = delta.saved()
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise PeftliteError(f"{empty[0]} is on the meta device and has no values to save")
@@ -131,6 +145,7 @@ def write(
 
     with replacing(path) as file:
         write_tensors(file, entries, stored.__getitem__, metadata)
+        unchanged()
 
 
 def _methods(delta: Delta) -> list[dict[str, Any]]:

@@ -19,11 +19,20 @@ _LAYER = re.compile(r"((?:.*?\.)?)(\d+)\.")
 
 
 class AddPatch(Patch):
-    """W' = W + D: every entry of the tensor has its own difference, zero at first."""
+    """W' = W + D: every entry of the tensor has its own difference, zero at first.
+
+    No gradient reaches a running mean or variance, so D is a buffer there.
+    """
+
+    difference: Tensor
 
     def __init__(self, site: Site, dtype: torch.dtype | None):
         super().__init__()
-        self.difference = trainable(*site.shape, site=site, dtype=dtype)
+        difference = trainable(*site.shape, site=site, dtype=dtype)
+        if site.is_statistic:
+            self.register_buffer("difference", difference.data)
+        else:
+            self.difference = difference
 
     def reset(self, w: Tensor | None) -> None:
         self.difference.zero_()

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from peftlite.errors import PeftliteError
@@ -23,20 +22,15 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """The model in training mode, but for running statistics.
-
-    They are the base's, and a delta wouldn't hold what training makes of them.
-    """
+    """The model in training mode; every module's own is as before afterwards."""
     with _mode(model, True):
-        for module in model.modules():
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                module.training = False
         yield
 
 
 @contextmanager
 def _mode(model: nn.Module, flag: bool) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
+    # what a module was told: one that keeps the base's statistics shows another
+    before = {module: vars(module).get("training", module.training) for module in model.modules()}
     model.train(flag)
     try:
         yield

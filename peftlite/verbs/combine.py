@@ -19,6 +19,7 @@ from peftlite.core.merged import original
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site, whole_address
 from peftlite.core.tensors import narrow
+from peftlite.core.turns import in_turn
 from peftlite.core.values import change_of
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_fields, integer, number, one_of
@@ -32,6 +33,7 @@ Weights = Mapping[Delta, float]
 
 
 @torch.no_grad()
+@in_turn
 def combine(
     model: nn.Module,
     deltas: Mapping[str | Delta, float] | Weighted,

@@ -16,6 +16,7 @@ from peftlite.core.find import find
 from peftlite.core.patch import Method
 from peftlite.core.site import Site, sites, walk, whole_address
 from peftlite.core.tensors import narrow
+from peftlite.core.turns import in_turn
 from peftlite.core.values import change_of
 from peftlite.errors import PeftliteError
 from peftlite.methods.lora import LoRA
@@ -25,6 +26,7 @@ from peftlite.verbs.draft import Draft, truncated
 
 
 @torch.no_grad()
+@in_turn
 def extract(
     base: nn.Module,
     tuned: nn.Module | Mapping[str, Tensor],

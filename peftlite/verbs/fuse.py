@@ -21,6 +21,7 @@ from peftlite.core.delta import Delta
 from peftlite.core.find import require
 from peftlite.core.host import base_class
 from peftlite.core.maps import Linear, kind_of
+from peftlite.core.turns import in_turn
 from peftlite.errors import PeftliteError
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.table import table
@@ -49,6 +50,7 @@ class Fused:
         return table(["module", "maps that may share an input"], rows)
 
 
+@in_turn
 def fuse(model: nn.Module, groups: Collection[Names] | None = None) -> Fused:
     """[h_q; h_k; h_v] = s·drop(x) [A_q; A_k; A_v]ᵀ: linear maps that share x, in one product.
 
@@ -94,6 +96,7 @@ def fuse(model: nn.Module, groups: Collection[Names] | None = None) -> Fused:
     return Fused(list(dict.fromkeys(map(tuple, found))), list(dict.fromkeys(unread)))
 
 
+@in_turn
 def unfuse(model: nn.Module) -> None:
     """Takes `fuse` back: every linear map multiplies its input by itself, as before.
 

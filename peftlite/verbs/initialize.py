@@ -14,6 +14,7 @@ from peftlite.core.delta import Delta
 from peftlite.core.find import named, require
 from peftlite.core.site import whole_address
 from peftlite.core.tensors import narrow, wide
+from peftlite.core.turns import in_turn
 from peftlite.errors import PeftliteError
 from peftlite.methods.lora import LoRAPatch
 from peftlite.table import listed, short
@@ -22,6 +23,7 @@ from peftlite.verbs.use import using
 Loss = Callable[[nn.Module, Any], Any]
 
 
+@in_turn
 def initialize(
     model: nn.Module,
     delta: Delta | str,

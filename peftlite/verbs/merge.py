@@ -7,14 +7,15 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from peftlite.core.attach import remove, restoring
+from peftlite.core.attach import check_in_place, quiet, remove, restoring, warn_of_buffers
 from peftlite.core.delta import Delta, Merged, Registry
 from peftlite.core.find import require_delta
 from peftlite.core.merged import keep, moved, undone, written
 from peftlite.core.patch import Patch
 from peftlite.core.residual import Residual
-from peftlite.core.site import Site, walk
+from peftlite.core.site import Site
 from peftlite.core.tensors import distance
+from peftlite.core.turns import in_turn
 from peftlite.core.values import applied, by_tensor, checked, refuse_calls
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
@@ -54,6 +55,7 @@ class Receipt:
         return f"{head}\n{table([*shown], [*zip(*shown.values(), strict=True)])}"
 
 
+@in_turn
 def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") -> Receipt:
     """W ← W' for every tensor of a delta, which is then on in the base and no longer chosen.
 
@@ -81,6 +83,7 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
     """
     root, registry, delta = require_delta(model, delta)
     name = delta.name
+    warn_of_buffers(registry, stacklevel=4)
     touched = _mergeable(root, registry, delta, backup)
     tensors = {address: site.whole for address, (site, _) in touched.items()}
     values, change, rounding = {}, {}, {}
@@ -89,7 +92,11 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
         values[address], change[address] = checked(name, address, patches, w)
         rounding[address] = distance(values[address], applied(patches, w.double()))
     kept: dict[str, Tensor | Residual] = {}
-    with restoring(root, registry), written(tensors, values) as before:
+    with (
+        quiet(root, registry),
+        restoring(root, registry),
+        written(tensors, values) as before,
+    ):
         residuals = moved(registry, tensors, before)
         if backup == "none":
             remove(root, registry, name)
@@ -97,13 +104,13 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
             for address in tensors.keys() - registry.originals.keys():
                 kept[address] = keep(before.pop(address), tensors[address], backup)
             registry.originals |= {**residuals, **kept}
-            delta.merged_in = registry
             registry.merged[name] = Merged(delta, touched, registry.choice.standing)
-            registry.choice.standing = tuple(n for n in registry.choice.standing if n != name)
+            registry.choice.publish(tuple(n for n in registry.choice.standing if n != name))
         bytes_kept = {a: kept[a].nbytes if a in kept else 0 for a in tensors if backup != "none"}
         return Receipt(name, change, rounding, bytes_kept)
 
 
+@in_turn
 def unmerge(model: nn.Module, delta: Delta | str) -> None:
     """Takes a merged delta out of the base again, exact to the bit, whatever was merged since.
 
@@ -121,11 +128,11 @@ def unmerge(model: nn.Module, delta: Delta | str) -> None:
         there = listed(registry.merged) or "none"
         raise PeftliteError(f"{name!r} is not merged; merged are: {there}")
     record = registry.merged[name]
-    with restoring(root, registry), undone(registry, record):
+    with quiet(root, registry), restoring(root, registry), undone(registry, record):
         if name in record.standing:
             now = registry.choice.standing
             before = [n for n in record.standing if n == name or n in now]
-            registry.choice.standing = (*before, *(n for n in now if n not in before))
+            registry.choice.publish((*before, *(n for n in now if n not in before)))
 
 
 def _mergeable(
@@ -141,24 +148,12 @@ def _mergeable(
         raise PeftliteError(
             f"{name!r} is chosen by a view, which would apply it twice: delete the view first"
         )
-    holders: dict[int, set[tuple[int, str]]] = {}
-    for _, module in walk(root):
-        for slot, tensor in module._parameters.items():
-            holders.setdefault(id(tensor), set()).add((id(module), slot))
-    for address, placed in delta.placed.items():
-        placed.check()
-        owners = {(id(module), slot) for module, slot in placed.site.owners}
-        stored = placed.site.slot in placed.site.module._parameters
-        if stored and holders.get(id(placed.site.whole)) != owners:
-            raise PeftliteError(
-                f"{address} was replaced, or tied to another, since {name!r} was attached: "
-                "pl.detach it, and attach to the model as it is now"
-            )
+    check_in_place(root, delta)
     touched = by_tensor(delta)
     for address, (site, _) in touched.items():
         if site.whole.is_meta:
             raise PeftliteError(f"{address} is on the meta device and has no values to merge into")
-        if site.slot not in site.module._parameters:
+        if not site.is_stored:
             raise PeftliteError(
                 f"{address} is computed by a parametrization, not stored: remove it first with "
                 "torch.nn.utils.parametrize.remove_parametrizations"

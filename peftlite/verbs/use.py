@@ -13,12 +13,14 @@ from peftlite.core.choice import Names, NamesByRow
 from peftlite.core.delta import Delta, Registry
 from peftlite.core.find import changeable, named, require
 from peftlite.core.tensors import is_sharded
+from peftlite.core.turns import in_turn
 from peftlite.errors import PeftliteError
 
 Choosable: TypeAlias = "str | Delta | Sequence[str | Delta] | None"
 """A delta or its name, several in the order in which they apply, or None, the base."""
 
 
+@in_turn
 def use(model: nn.Module, names: Choosable) -> None:
     """Makes a delta, or several in that order, or none (the base), the model's standing choice.
 
@@ -31,7 +33,7 @@ def use(model: nn.Module, names: Choosable) -> None:
     """
     _, registry = require(model)
     changeable(registry)
-    registry.choice.standing = _names(registry, names)
+    registry.choice.publish(_names(registry, names))
 
 
 def using(
@@ -65,6 +67,7 @@ def using(
     return registry.choice.scope(NamesByRow(tuple(_names(registry, row) for row in rows)))
 
 
+@in_turn
 def view(model: nn.Module, names: Choosable) -> Any:
     """A second face of the model: the same parameters and buffers, its choice fixed to `names`.
 

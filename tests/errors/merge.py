@@ -1,12 +1,15 @@
 """The errors of merge and unmerge."""
 
+import threading
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftlite as pl
+from peftlite.core import choice
 from tests.errors.attach import Calls, Mine, Narrow
 from tests.errors.case import Case, attached, bare, delta, linears, saving, two
 from tests.errors.use import merged
@@ -59,9 +62,34 @@ def merging(model: nn.Module, _: Path) -> None:
     pl.merge(model, "sql")
 
 
+def beside_a_call(model: nn.Module, _: Path) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stop(*_: object) -> None:
+        inside.set()
+        go_on.wait(20)
+
+    handle = model.norm.register_forward_hook(stop)
+    thread = threading.Thread(target=model, args=(torch.zeros(1, 2, dtype=torch.int64),))
+    thread.start()
+    try:
+        assert inside.wait(20)
+        with mock.patch.object(choice, "PATIENCE", 0.01):
+            pl.merge(model, "sql")
+    finally:
+        go_on.set()
+        thread.join()
+        handle.remove()
+
+
 RESIZED = (
     "blocks.0.attn.q_proj.weight is (20, 16) now, and was (12, 16) when the delta was attached: "
     "pl.detach, then resize, then attach"
+)
+
+REPLACED = (
+    "blocks.0.attn.q_proj.weight was replaced, or tied to another, since 'sql' was attached: "
+    "pl.detach it, and attach to the model as it is now"
 )
 
 Q = "blocks.0.attn.q_proj.weight"
@@ -95,8 +123,9 @@ CASES = [
     Case(merging, RESIZED, model=resized),
     Case(merging, "the value of norm.weight came out as (1,), not (16,): a patch's value keeps the "
          "shape", model=attached(bare(), Mine(patch=Narrow(), targets="norm.weight"))),
-    Case(merging, "blocks.0.attn.q_proj.weight was replaced, or tied to another, since 'sql' was "
-         "attached: pl.detach it, and attach to the model as it is now", model=replaced),
+    Case(merging, REPLACED, model=replaced),
+    Case(beside_a_call, "another thread has been in a call of the model for 0.01 s, and what that "
+         "reads can't change under it: do this when the call has ended"),
     Case(lambda *_: pl.Patch().value(torch.zeros(2)), "Patch changes calls, not tensors"),
     Case(lambda *_: pl.Patch().call(torch.relu, torch.zeros(2)),
          "Patch changes tensors, not calls"),

@@ -4,13 +4,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.io import native
 from tests.errors.case import Case, attached, delta, linears, saving, two
-from tests.errors.merge import RESIZED, Q, poisoned, resized
+from tests.errors.merge import REPLACED, RESIZED, Q, poisoned, replaced, resized
 
 
 def saved(given: Callable[[nn.Module, Path], Any], why: str) -> Case:
@@ -19,6 +21,13 @@ def saved(given: Callable[[nn.Module, Path], Any], why: str) -> Case:
 
 def loading_state(tensors: Callable[[dict[str, Tensor]], Any]) -> Callable[[Any, Path], None]:
     return lambda model, _: delta(model).load_state_dict(tensors(delta(model).state_dict()))
+
+
+@torch.no_grad()
+def written_meanwhile(model: nn.Module, path: Path) -> None:
+    parameter = next(delta(model).parameters())
+    with mock.patch.object(native, "write_tensors", lambda *_: parameter.add_(0)):
+        saving(model, path)
 
 
 A_DELTA = "save takes a delta, such as pl.deltas(model)['sql'], or its name with model=model: not "
@@ -51,6 +60,10 @@ CASES = [
     Case(saving, "0.weight:a is on the meta device and has no values to save",
          model=attached(linears(device="meta"), pl.LoRA(rank=2))),
     Case(saving, RESIZED, model=resized),
+    Case(saving, REPLACED, model=replaced),
+    Case(lambda model, path: pl.export(delta(model), path), REPLACED, model=replaced),
+    Case(written_meanwhile, "'sql' was written to while it was being saved, by another thread that "
+         "no torch.optim.Optimizer steps in: save it between two of its steps"),
     *(Case(lambda model, path, its=its: pl.save(delta(model), path, **its), says)
       for its, says in (
           ({"pack": "int4"}, "pack must be one of None, 'bf16', 'int8', 'sparse', not 'int4'"),

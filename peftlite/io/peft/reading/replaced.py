@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from peftlite.core.patch import Method
+from peftlite.core.site import keeps_statistics
 from peftlite.io.peft.folder import ALONE, LAYER
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, difference, plain
 from peftlite.io.peft.reading.copies import compared
@@ -45,11 +46,14 @@ def _replaced(adapter: Adapter, address: str) -> bool:
 
 
 def _change(adapter: Adapter, key: str, method: Method, address: str, module: str = "") -> Claim:
-    """The difference of a tensor from the base's; a buffer can have none."""
+    """The difference of a tensor from the base's; of buffers, only statistics have one."""
     path, _, name = address.rpartition(".")
-    if path in adapter.modules and (buffer := adapter.modules[path]._buffers.get(name)) is not None:
-        return compared(adapter, key, buffer, module)
     site = adapter.sites.get(address)
+    owner = adapter.modules.get(path)
+    if site is None and owner is not None and (buffer := owner._buffers.get(name)) is not None:
+        if keeps_statistics(owner):  # how many batches they are of changes no output
+            return Claim({key: key}, module=module)
+        return compared(adapter, key, buffer, module)
     if site is None:
         return Claim({key: key}, [(method, address)], module=module)
 

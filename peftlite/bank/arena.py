@@ -38,6 +38,8 @@ class Field:
 class Arena:
     """Memory for `slots` deltas and the base, for sites that each have fields on a device."""
 
+    fills: list[int]
+
     def __init__(self, sites: Iterable[tuple[torch.device, Mapping[str, Field]]], slots: int):
         self.devices: list[torch.device] = []
         ends: list[int] = []

@@ -68,6 +68,8 @@ class DeltaBank:
                 y = model(torch.randn(3, 8))
     """
 
+    model: nn.Module
+
     def __init__(
         self,
         model: nn.Module,

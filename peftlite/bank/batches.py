@@ -26,6 +26,10 @@ _KEPT = 1024  # batches whose rows are kept as tensors, for when they come again
 class Batches:
     """Gives a batch its rows, for names of deltas that the bank has."""
 
+    slots: Slots
+    arena: Arena
+    choice: Choice
+
     def __init__(self, slots: Slots, arena: Arena, choice: Choice):
         self.slots, self.arena, self.choice = slots, arena, choice
         self.closed = False

@@ -33,6 +33,11 @@ Key = tuple[str, type[Mixed]]
 class Room:
     """A patch for every site and family of what is `placed`, on an arena of `slots` deltas."""
 
+    model: nn.Module
+    slots: int
+    max_rank: int
+    router: Router
+
     def __init__(
         self,
         model: nn.Module,
@@ -46,7 +51,7 @@ class Room:
         self._training: WeakSet[Leaves] = WeakSet()
         self._sites, self._mixed = _made_by(model, placed, max_rank)
         fields = [(self._sites[key].device, mixed.fields()) for key, mixed in self._mixed.items()]
-        self.arena = Arena(fields, slots)
+        self.arena: Arena = Arena(fields, slots)
         self._settle()
 
     def grown(self, delta: Delta) -> Room:

@@ -36,7 +36,7 @@ class Router:
 
     def __init__(self) -> None:
         self._rows = Scoped[Rows | None](None)
-        self.number = next(_numbers)
+        self.number: int = next(_numbers)
         self.traced: Tensor | None = None  # of the call that is being compiled
         self.ran = False  # whether the model has run, or is about to
         _routers[self.number] = self
@@ -120,6 +120,9 @@ def _made_of_each() -> int:
 
 class Entrance(Patch):
     """At the model's own call: the batch has the rows that were named, and all sites the same."""
+
+    router: Router
+    move: Callable[[Callable[[Tensor], Tensor]], None]
 
     def __init__(self, router: Router, move: Callable[[Callable[[Tensor], Tensor]], None]):
         super().__init__()

@@ -56,6 +56,11 @@ class Rows:
         repeat: how many rows of a batch, one after another, share each of these.
     """
 
+    slots: Tensor
+    runs: tuple[Run, ...] | None
+    tables: Callable[[Any], Tables] | None
+    repeat: int
+
     def __init__(
         self,
         slots: Tensor,

@@ -21,12 +21,16 @@ from peftlite.table import listed
 class Slots:
     """Holds deltas in slots for those who use them, and brings them in."""
 
+    arena: Arena
+    count: int
+    fetch: Callable[[Entry], Row]
+
     def __init__(self, arena: Arena, count: int, fetch: Callable[[Entry], Row]):
         self.arena, self.count, self.fetch = arena, count, fetch
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self.known: dict[str, Entry] = {}
         self.resident: OrderedDict[Entry, None] = OrderedDict()  # the least recently used first
-        self.free = list(range(count, 0, -1))
+        self.free: list[int] = list(range(count, 0, -1))
 
     def hold(self, names: Iterable[str]) -> Sequence[Entry]:
         """The entries of distinct names, each in a slot that stays its own until `release`.

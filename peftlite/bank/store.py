@@ -28,6 +28,11 @@ class HostStore:
         reread: the row of an entry from its file, for one that was let go.
     """
 
+    arena: Arena
+    budget: int | None
+    reread: Callable[[Entry], Row]
+    num_bytes: int
+
     def __init__(self, arena: Arena, budget: int | None, reread: Callable[[Entry], Row]):
         self.arena, self.budget, self.reread = arena, budget, reread
         self.num_bytes = 0

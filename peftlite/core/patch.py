@@ -201,7 +201,7 @@ class WeightMethod(Method, abstract=True):
     """A method of matrices: by default every weight of a linear map but the output head's."""
 
     takes = "tensors of 2 or more dimensions"
-    patch: ClassVar[Callable[[Site, Any], Patch]]
+    patch: ClassVar[type[Any]]
     """What makes a patch for a site of a method; where a method doesn't override `build`."""
 
     def default(self, site: Site) -> bool:

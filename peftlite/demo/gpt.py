@@ -15,10 +15,10 @@ class GPT(nn.Module):
 
     def __init__(self, dim: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.embed = nn.Embedding(BYTES, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
-        self.norm = nn.RMSNorm(dim)
-        self.lm_head = nn.Linear(dim, BYTES, bias=False)
+        self.embed: nn.Embedding = nn.Embedding(BYTES, dim)
+        self.blocks: nn.ModuleList = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm: nn.RMSNorm = nn.RMSNorm(dim)
+        self.lm_head: nn.Linear = nn.Linear(dim, BYTES, bias=False)
         for weight in self.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -32,6 +32,11 @@ class GPT(nn.Module):
 
 class Block(nn.Module):
     """h + attention(norm h), then h + mlp(norm h); h (b, t, dim)."""
+
+    attention_norm: nn.RMSNorm
+    attention: Attention
+    mlp_norm: nn.RMSNorm
+    mlp: MLP
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -49,10 +54,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.q_proj: nn.Linear = nn.Linear(dim, dim, bias=False)
+        self.k_proj: nn.Linear = nn.Linear(dim, dim, bias=False)
+        self.v_proj: nn.Linear = nn.Linear(dim, dim, bias=False)
+        self.o_proj: nn.Linear = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -68,8 +73,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, 4 * dim, bias=False)
-        self.down = nn.Linear(4 * dim, dim, bias=False)
+        self.up: nn.Linear = nn.Linear(dim, 4 * dim, bias=False)
+        self.down: nn.Linear = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square())

@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
@@ -57,9 +58,14 @@ class Part(NamedTuple):
 class Group:
     """The maps that share an x, from the first one's call on; and the way back, where they meet."""
 
+    x: ReferenceType[Tensor]
+    scale: float
+    dropout: float
+    owner: ReferenceType[Any]
+
     def __init__(self, x: Tensor, scale: float, dropout: float):
         self.x, self.scale, self.dropout = weakref.ref(x), scale, dropout
-        self.seed = torch.randint(2**62, (), device=x.device) if dropout else None
+        self.seed: Tensor | None = torch.randint(2**62, (), device=x.device) if dropout else None
         self.parts: dict[int, Part] = {}  # what is left, by the id of an A
         self.brought: list[Any] = []  # x and the A's, on the way back
         self.lasting = False  # whether that way is differentiated, and may be gone again

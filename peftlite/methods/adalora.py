@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlite.core.patch import WeightMethod, trainable
 from peftlite.core.site import Site
@@ -25,7 +25,11 @@ class AdaLoRAPatch(LowRankPatch):
     (r, o + 1 + i), are Ī and Ū of the paper for every number of every triplet.
     """
 
-    unsaved = frozenset({"sensitivity", "uncertainty", "taken"})
+    method: AdaLoRA
+    scale: float
+    dropout: float
+
+    unsaved: ClassVar[frozenset[str]] = frozenset({"sensitivity", "uncertainty", "taken"})
 
     sensitivity: Tensor
     uncertainty: Tensor
@@ -35,9 +39,9 @@ class AdaLoRAPatch(LowRankPatch):
         super().__init__(site)
         self.method, self.scale, self.dropout = method, method.scale, method.dropout
         r, how = method.init_rank, {"site": site, "dtype": method.dtype}
-        self.p = trainable(*self.stack, self.o, r, **how)
-        self.lam = trainable(*self.stack, r, **how)
-        self.q = trainable(*self.stack, r, self.i, **how)
+        self.p: nn.Parameter = trainable(*self.stack, self.o, r, **how)
+        self.lam: nn.Parameter = trainable(*self.stack, r, **how)
+        self.q: nn.Parameter = trainable(*self.stack, r, self.i, **how)
         for name in ("sensitivity", "uncertainty"):
             self.register_buffer(name, self.q.data.new_zeros(*self.stack, r, self.o + 1 + self.i))
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64, device=site.device))
@@ -130,8 +134,8 @@ class AdaLoRA(WeightMethod):
     dropout: float = number(0.0, float, lambda p: 0 <= p < 1, "in [0, 1)")
 
     # * 5e-4 to 2.2e-3 for DeBERTaV3-base (×1), in thousands of steps: QingruZhang/AdaLoRA, NLU
-    rate = 3
-    patch = AdaLoRAPatch
+    rate: ClassVar[float] = 3
+    patch: ClassVar[type[AdaLoRAPatch]] = AdaLoRAPatch
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ class AddedBiasPatch(Patch):
 
     def __init__(self, site: Site, wide: Features, dtype: torch.dtype | None):
         super().__init__()
-        self.after = -1 - wide.dim  # the dimensions behind that of the features
-        self.d = trainable(wide.o, site=site, dtype=dtype)
+        self.after: int = -1 - wide.dim  # the dimensions behind that of the features
+        self.d: nn.Parameter = trainable(wide.o, site=site, dtype=dtype)
 
     def reset(self, w: Tensor | None) -> None:
         self.d.zero_()
@@ -45,7 +45,7 @@ class BitFit(Method):
     add_missing: bool = False
 
     # * 1e-3 for BERT-base (×1): benzakenelad/BitFit, README.md
-    rate = 3
+    rate: ClassVar[float] = 3
     takes = "biases, which have 1 dimension"
 
     def default(self, site: Site) -> bool:

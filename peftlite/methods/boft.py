@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlite.core.patch import trainable
 from peftlite.core.site import Site
@@ -31,8 +31,8 @@ class BOFTPatch(RotationPatch):
         self.block = block
         n = site.tensor.numel() // math.prod(self.stack) // self.size
         shape = (*self.stack, method.m, self.size // block, block * (block - 1) // 2)
-        self.q = trainable(*shape, site=site, dtype=method.dtype)
-        self.s = trainable(*self.stack, n, site=site, dtype=method.dtype)
+        self.q: nn.Parameter = trainable(*shape, site=site, dtype=method.dtype)
+        self.s: nn.Parameter = trainable(*self.stack, n, site=site, dtype=method.dtype)
 
     def reset(self, w: Tensor | None) -> None:
         self.q.zero_()

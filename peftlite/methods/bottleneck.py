@@ -26,11 +26,18 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm)
 class BottleneckPatch(CallPatch):
     """y + s·(U·f(D·z + d) + u) with `down` D (r, i) and `up` U (o, r); z is y, or the input."""
 
+    method: BottleneckAdapter
+    scale: float
+    down: nn.Parameter
+    down_bias: nn.Parameter
+    up: nn.Parameter
+    up_bias: nn.Parameter
+
     def __init__(self, site: Site, method: BottleneckAdapter, wide: Features):
         super().__init__(site, wide)
         self.method, self.act, self.scale = method, _ACTIVATIONS[method.function], method.factor
-        self.beside = method.preset == "parallel"
-        self.inside = method.preset == "pfeiffer" and isinstance(site.module, _NORMS)
+        self.beside: bool = method.preset == "parallel"
+        self.inside: bool = method.preset == "pfeiffer" and isinstance(site.module, _NORMS)
         self.i: Any = wide.i if self.beside else wide.o
         self.shape(method.size(wide.o), site)
 
@@ -119,8 +126,8 @@ class BottleneckAdapter(CallMethod):
     init: str = "zero"
 
     # * 3e-4 for RoBERTa-large, as LoRA (×0.4): microsoft/LoRA, examples/NLU
-    rate = 2
-    patch = BottleneckPatch
+    rate: ClassVar[float] = 2
+    patch: ClassVar[type[BottleneckPatch]] = BottleneckPatch
     inits: ClassVar[tuple[str, ...]] = ("zero", "normal")
     places: ClassVar[Mapping[str, Place]] = {
         "houlsby": Place("attention ffn ffn-last dense", "gelu", 1.0),

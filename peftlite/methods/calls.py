@@ -20,6 +20,10 @@ from peftlite.table import short
 class CallPatch(Patch):
     """A change of the features that a call gives."""
 
+    address: str
+    dim: int
+    o: int
+
     def __init__(self, site: Site, wide: Features):
         super().__init__()
         self.address, self.dim, self.o = site.address, wide.dim, wide.o
@@ -50,7 +54,7 @@ class CallMethod(Method, abstract=True):
 
     width: int | None = integer(None)
 
-    patch: ClassVar[Callable[[Site, Any, Features], Patch]]
+    patch: ClassVar[type[Any]]
     takes = "calls that are made and give features (nn.MultiheadAttention never calls its out_proj)"
 
     def accepts(self, site: Site) -> bool:

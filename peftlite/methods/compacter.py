@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
@@ -21,7 +21,13 @@ from peftlite.methods.features import Features
 class CompacterPatch(BottleneckPatch):
     """D and U as Σⱼ Aⱼ ⊗ uⱼᵀvⱼ: `a` (n, n, n), and `u` (n, k, o/n) and `v` (n, k, i/n) for each."""
 
-    method: Compacter
+    a: nn.Parameter
+    down_u: nn.Parameter
+    down_v: nn.Parameter
+    down_bias: nn.Parameter
+    up_u: nn.Parameter
+    up_v: nn.Parameter
+    up_bias: nn.Parameter
 
     def shape(self, r: int, site: Site) -> None:
         n, k = self.method.phm_dim, self.method.phm_rank
@@ -87,9 +93,9 @@ class Compacter(BottleneckAdapter):
     phm_rank: int = integer(1)
 
     # 3e-3 for T5-base (×3): rabeehk/compacter, seq2seq/configs/compacter.json
-    rate = 3
+    rate: ClassVar[float] = 3
     takes = "calls that are made and give features, a multiple of phm_dim of them"
-    patch = CompacterPatch
+    patch: ClassVar[type[CompacterPatch]] = CompacterPatch
     inits: ClassVar[tuple[str, ...]] = ("zero", "glorot")
     places: ClassVar[Mapping[str, Place]] = {
         "compacter": Place("attention ffn ffn-last dense", "gelu", 1.0),

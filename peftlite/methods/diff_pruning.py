@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class DiffPruningPatch(SearchPatch):
 
     In the structured form z has one more factor, from `group_alpha`, for the tensor as a whole.
     """
+
+    method: DiffPruning
 
     alpha: Any  # None in a patch from a file
     group_alpha: Any  # None unless structured
@@ -102,4 +104,4 @@ class DiffPruning(SearchMethod):
     alpha_init: float = number(5.0, float, math.isfinite, "finite")
     l0_penalty: float = number(1.25e-7, float, lambda p: 0 <= p < math.inf, "finite, from 0 up")
 
-    patch = DiffPruningPatch
+    patch: ClassVar[type[DiffPruningPatch]] = DiffPruningPatch

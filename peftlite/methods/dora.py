@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlite.core.maps import Embedding, Map, unwrap
 from peftlite.core.patch import apply, trainable
@@ -26,7 +27,7 @@ class DoRAPatch(LoRAPatch):
 
     def __init__(self, site: Site, method: DoRA):
         super().__init__(site, method)
-        self.m = trainable(*self.layout.vector(), site=site, dtype=method.dtype)
+        self.m: nn.Parameter = trainable(*self.layout.vector(), site=site, dtype=method.dtype)
         if site.cuts_inputs:
             self.has_call = False  # what some of the inputs add to an output is not seen apart
 
@@ -99,4 +100,4 @@ class DoRA(LoRA):
     wherever m/‖V‖ differs from 1.
     """
 
-    patch = DoRAPatch
+    patch: ClassVar[type[DoRAPatch]] = DoRAPatch

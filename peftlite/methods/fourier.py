@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from peftlite.core.layout import Layout
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
@@ -27,6 +28,13 @@ class FourierFTPatch(Patch):
     transform needs but the half of C with u ≤ o/2: all of it, where −u is u, and else one of both.
     """
 
+    layout: Layout
+    alpha: float
+    i: int
+    o: int
+    normal: bool
+    seed: int
+
     places: Tensor
     rounds: list[int]
 
@@ -38,8 +46,8 @@ class FourierFTPatch(Patch):
         self.layout, self.alpha = site.layout, method.alpha
         self.i, self.o = self.layout.i, self.layout.o
         self.normal, self.seed = method.init == "normal", method.seed
-        self.n = min(method.n, self.o * self.i)
-        self.c = trainable(*self.layout.stack, self.n, site=site, dtype=method.dtype)
+        self.n: int = min(method.n, self.o * self.i)
+        self.c: nn.Parameter = trainable(*self.layout.stack, self.n, site=site, dtype=method.dtype)
         self._place()
         if not site.rides or self.n * self.sparse > self.o * self.i:
             self.has_call = False
@@ -152,6 +160,6 @@ class FourierFT(WeightMethod):
     seed: int = number(2024, int, lambda seed: 0 <= seed < 2**32, "in [0, 2**32)")
 
     # 0.05 for Llama-2-7B, 0.05 to 0.12 for RoBERTa-base: Chaos96/fourierft, experiments
-    rate = 0.03
+    rate: ClassVar[float] = 0.03
     rate_by_width = False
-    patch = FourierFTPatch
+    patch: ClassVar[type[FourierFTPatch]] = FourierFTPatch

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site
@@ -60,7 +61,7 @@ class FullTuning(Method):
 
     top_layers: int | None = integer(None)
 
-    rate = 0.1
+    rate: ClassVar[float] = 0.1
     takes = "tensors"
 
     def accepts(self, site: Site) -> bool:

@@ -31,6 +31,9 @@ class GatedPatch(CallPatch):
     A tensor is read as W + σ(c)·(V(W) − W), which can be merged.
     """
 
+    has_value: bool
+    has_call: bool
+
     patch: Any
     weight: nn.Parameter | None
 
@@ -40,7 +43,7 @@ class GatedPatch(CallPatch):
         self.patch, self.per, i = patch, method.per, widths and widths.i
         weight = trainable(1, i, site=site, dtype=method.dtype) if i else None
         self.register_parameter("weight", weight)
-        self.bias = trainable(1, site=site, dtype=method.dtype)
+        self.bias: nn.Parameter = trainable(1, site=site, dtype=method.dtype)
         self.has_value, self.has_call = patch.has_value, site.is_call
 
     def reset(self, w: Tensor | None) -> None:

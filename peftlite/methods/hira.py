@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.layout import Layout
 from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
@@ -18,14 +20,17 @@ from peftlite.methods.low_rank import dropped
 class HiRAPatch(Patch):
     """`a` (*stack, r, i) and `b` (*stack, o, r); W is the tensor as the patches below leave it."""
 
-    later = frozenset({"b"})
+    layout: Layout
+    dropout: float
+
+    later: ClassVar[frozenset[str]] = frozenset({"b"})
 
     def __init__(self, site: Site, method: HiRA):
         super().__init__()
         self.layout, self.dropout = site.layout, method.dropout
         layout, r = self.layout, method.rank
-        self.a = trainable(*layout.stack, r, layout.i, site=site, dtype=method.dtype)
-        self.b = trainable(*layout.stack, layout.o, r, site=site, dtype=method.dtype)
+        self.a: nn.Parameter = trainable(*layout.stack, r, layout.i, site=site, dtype=method.dtype)
+        self.b: nn.Parameter = trainable(*layout.stack, layout.o, r, site=site, dtype=method.dtype)
 
     def reset(self, w: Tensor | None) -> None:
         # an embedding's rows are looked up, not multiplied: there the other factor starts at zero
@@ -65,5 +70,5 @@ class HiRA(WeightMethod):
     dropout: float = number(0.0, float, lambda p: 0 <= p < 1, "in [0, 1)")
 
     # 4.5e-3 for Llama-3.2-3B (×13): peft, method_comparison/MetaMathQA
-    rate = 12
-    patch = HiRAPatch
+    rate: ClassVar[float] = 12
+    patch: ClassVar[type[HiRAPatch]] = HiRAPatch

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import vecdot, vector_norm
 
 from peftlite.core.patch import trainable
@@ -21,7 +22,9 @@ class HRAPatch(RotationPatch):
 
     def __init__(self, site: Site, method: HRA):
         super().__init__(site)
-        self.u = trainable(*self.stack, method.rank, self.size, site=site, dtype=method.dtype)
+        self.u: nn.Parameter = trainable(
+            *self.stack, method.rank, self.size, site=site, dtype=method.dtype
+        )
 
     def reset(self, w: Tensor | None) -> None:
         first, second = self.u.unflatten(-2, (-1, 2)).unbind(-2)
@@ -80,5 +83,5 @@ class HRA(RotationMethod):
     rank: int = number(8, int, lambda r: r >= 2 and r % 2 == 0, "an even number from 2 up")
 
     # 8e-4 to 3e-3 for DeBERTaV3-base (×1 to 3): DaShenZi721/HRA, nlu/experiments/glue
-    rate = 2
-    patch = HRAPatch
+    rate: ClassVar[float] = 2
+    patch: ClassVar[type[HRAPatch]] = HRAPatch

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from peftlite.core import maps
+from peftlite.core.layout import Layout
 from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site
 from peftlite.kernels.rescale import rescale
@@ -22,14 +23,16 @@ class ScalePatch(Patch):
 
     def __init__(self, site: Site, method: IA3):
         super().__init__()
-        self.inputs = method.feedforward
+        self.inputs: bool = method.feedforward
         # one output of a Bilinear has a matrix of weights
         joined = isinstance(site.module, nn.Bilinear) or site.layout.joined
-        self.layout = replace(site.layout, joined=joined)
-        self.l = trainable(*self.layout.vector(self.inputs), site=site, dtype=method.dtype)
+        self.layout: Layout = replace(site.layout, joined=joined)
+        self.l: nn.Parameter = trainable(
+            *self.layout.vector(self.inputs), site=site, dtype=method.dtype
+        )
         if not _rides_beside(site):
             self.has_call = False
-        self.behind = len(site.shape[2:])  # a convolution's dimensions of space
+        self.behind: int = len(site.shape[2:])  # a convolution's dimensions of space
 
     def reset(self, w: Tensor | None) -> None:
         self.l.fill_(1.0)
@@ -76,7 +79,7 @@ class IA3(Method):
 
     # 3e-3 for T0-3B (×6): r-three/t-few, configs/ia3.json; 5e-3 for Llama-3.2-3B (×14): peft,
     # method_comparison/MetaMathQA
-    rate = 10
+    rate: ClassVar[float] = 10
     takes = "tensors of 2 or more dimensions, and the biases of linear maps"
 
     def default(self, site: Site) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from peftlite.core.layout import Layout
 from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
@@ -16,14 +18,17 @@ from peftlite.methods.low_rank import RankMethod
 class LoHaPatch(Patch):
     """`w1a`, `w2a` (o, r) and `w1b`, `w2b` (r, i); stacks of matrices keep their stack."""
 
+    scale: float
+    layout: Layout
+
     def __init__(self, site: Site, method: LoHa):
         super().__init__()
         self.scale, self.layout = method.scale, site.layout
         stack, i, o = self.layout.stack, self.layout.i, self.layout.o
-        self.w1a = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
-        self.w1b = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
-        self.w2a = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
-        self.w2b = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
+        self.w1a: nn.Parameter = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
+        self.w1b: nn.Parameter = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
+        self.w2a: nn.Parameter = trainable(*stack, o, method.rank, site=site, dtype=method.dtype)
+        self.w2b: nn.Parameter = trainable(*stack, method.rank, i, site=site, dtype=method.dtype)
 
     def reset(self, w: Tensor | None) -> None:
         for factor in (self.w1a, self.w1b, self.w2a):
@@ -52,5 +57,5 @@ class LoHa(RankMethod):
     """
 
     # * of three small models
-    rate = 4
-    patch = LoHaPatch
+    rate: ClassVar[float] = 4
+    patch: ClassVar[type[LoHaPatch]] = LoHaPatch

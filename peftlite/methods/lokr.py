@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.core.layout import Layout
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
@@ -24,6 +25,9 @@ class LoKrPatch(Patch):
     o and i are the first two dimensions of the weight as it is stored, whatever they mean (the
     transpose of a Kronecker product is one too), and k the taps of a convolution's kernel.
     """
+
+    scale: float
+    layout: Layout
 
     def __init__(self, site: Site, method: LoKr):
         super().__init__()
@@ -99,5 +103,5 @@ class LoKr(RankMethod):
     decompose_both: bool = False
 
     # 3e-3 for Llama-3.2-3B (×8): peft, method_comparison/MetaMathQA
-    rate = 8
-    patch = LoKrPatch
+    rate: ClassVar[float] = 8
+    patch: ClassVar[type[LoKrPatch]] = LoKrPatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,11 @@ class LoRAPatch(LowRankPatch):
     fixed, so that a fresh delta changes nothing and the base is never rewritten.
     """
 
-    later = frozenset({"b"})
+    method: LoRA
+    scale: float
+    dropout: float
+
+    later: ClassVar[frozenset[str]] = frozenset({"b"})
 
     a0: Any  # None where there is no such start, like the next
     b0: Any
@@ -38,10 +42,14 @@ class LoRAPatch(LowRankPatch):
     def __init__(self, site: Site, method: LoRA):
         super().__init__(site)
         self.method, self.scale, self.dropout = method, method.scale, method.dropout
-        self.a_is_zero = self.layout.embeds and not method.freeze_a
-        self.a = trainable(*self.stack, method.rank, self.i, site=site, dtype=method.dtype)
-        self.b = trainable(*self.stack, self.o, method.rank, site=site, dtype=method.dtype)
-        self.fixed = method.init in ("pissa", "olora", "lora_ga", "corda")
+        self.a_is_zero: bool = self.layout.embeds and not method.freeze_a
+        self.a: nn.Parameter = trainable(
+            *self.stack, method.rank, self.i, site=site, dtype=method.dtype
+        )
+        self.b: nn.Parameter = trainable(
+            *self.stack, self.o, method.rank, site=site, dtype=method.dtype
+        )
+        self.fixed: bool = method.init in ("pissa", "olora", "lora_ga", "corda")
         for name, like in (("a0", self.a), ("b0", self.b)):
             self.register_buffer(name, torch.empty_like(like.data) if self.fixed else None)
         if method.freeze_a:
@@ -131,7 +139,7 @@ class LoRA(RankMethod):
     init: Init = one_of("kaiming", Init)
     freeze_a: bool = False
 
-    patch = LoRAPatch
+    patch: ClassVar[type[LoRAPatch]] = LoRAPatch
 
     @property
     def scale(self) -> float:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from peftlite.core.layout import Layout
 from peftlite.core.maps import Linear, Map
 from peftlite.core.patch import Patch, WeightMethod
 from peftlite.core.site import Site
@@ -31,6 +32,10 @@ class LowRankPatch(Patch):
     A method says what the factors are, and may set s and the probability of dropping an input of A.
     """
 
+    stack: tuple[int, ...]
+    i: int
+    o: int
+
     scale: float = 1.0
     dropout: float = 0.0
     group: tuple[LowRankPatch, ...] = ()
@@ -38,7 +43,7 @@ class LowRankPatch(Patch):
 
     def __init__(self, site: Site):
         super().__init__()
-        self.layout = site.layout
+        self.layout: Layout = site.layout
         self.stack, self.i, self.o = self.layout.stack, self.layout.i, self.layout.o
 
     def factors(self) -> tuple[Tensor, Tensor]:

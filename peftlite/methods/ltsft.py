@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -40,4 +41,4 @@ class LTSFT(SearchMethod):
 
     fraction: float = number(0.01, float, lambda f: 0 < f <= 1, "above 0 and at most 1")
 
-    patch = LTSFTPatch
+    patch: ClassVar[type[LTSFTPatch]] = LTSFTPatch

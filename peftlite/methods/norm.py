@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -25,7 +26,7 @@ class NormTuning(Method):
     """
 
     # * of three small models
-    rate = 4
+    rate: ClassVar[float] = 4
     takes = "the scales and shifts of normalisation layers"
 
     def accepts(self, site: Site) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from peftlite.core.layout import Layout
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch, WeightMethod, trainable
 from peftlite.core.site import Site
@@ -23,9 +25,12 @@ class RotationPatch(Patch):
     embedding, one vector. On linear maps the inputs are turned in its place: y = W(Px).
     """
 
+    stack: tuple[int, ...]
+    size: int
+
     def __init__(self, site: Site):
         super().__init__()
-        self.layout = site.layout
+        self.layout: Layout = site.layout
         self.stack, self.size = self.layout.stack, self.layout.neuron
         if not site.rides:
             self.has_call = False  # a kernel's inputs overlap; a part's are other parts' as well
@@ -98,12 +103,15 @@ def block_near(size: int, wanted: int, step: int = 1) -> int | None:
 class OFTPatch(RotationPatch):
     """P = Rᵀ; `q` (*stack, blocks, k(k−1)/2) holds each block's Q above its diagonal."""
 
+    terms: int | None
+    eps: float | None
+
     def __init__(self, site: Site, method: OFT):
         super().__init__(site)
         self.terms, self.eps = method.neumann_terms, method.eps
-        self.block = block_near(self.size, method.block_size) or self.size
+        self.block: int = block_near(self.size, method.block_size) or self.size
         shape = (*self.stack, self.size // self.block, self.block * (self.block - 1) // 2)
-        self.q = trainable(*shape, site=site, dtype=method.dtype)
+        self.q: nn.Parameter = trainable(*shape, site=site, dtype=method.dtype)
 
     def reset(self, w: Tensor | None) -> None:
         self.q.zero_()
@@ -141,5 +149,5 @@ class OFT(RotationMethod):
     eps: float | None = positive(None)
 
     # 6e-5 for Stable Diffusion, 0.6 of LoRA's there: Zeju1997/oft, oft-db/train_dreambooth_*.sh
-    rate = 0.5
-    patch = OFTPatch
+    rate: ClassVar[float] = 0.5
+    patch: ClassVar[type[OFTPatch]] = OFTPatch

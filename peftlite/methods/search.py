@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ class SearchPatch(SparsePatch):
     file then holds the others alone, and the patch that is loaded from it is sparse in memory, too.
     """
 
-    unsaved = frozenset({"pruned", "taken"})
+    steps: int
+
+    unsaved: ClassVar[frozenset[str]] = frozenset({"pruned", "taken"})
 
     indices: Any  # in a patch from a file
     pruned: Any  # in one that is trained, like the next
@@ -33,9 +35,9 @@ class SearchPatch(SparsePatch):
         super().__init__(site, 0, method.dtype)
         self.has_call = False
         self.indices, self.steps = None, method.steps
-        self.count = method.count(self.size)
+        self.count: int = method.count(self.size)
         """Its share of the entries that are kept."""
-        self.values = self.dense(site, method.dtype)
+        self.values: nn.Parameter = self.dense(site, method.dtype)
         pruned = torch.zeros((), dtype=torch.bool, device=site.device).expand(site.shape)
         self.register_buffer("pruned", pruned)
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64, device=site.device))

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlite.core.maps import Map, maps_vectors, unwrap
 from peftlite.core.patch import Patch, WeightMethod, apply, trainable
@@ -26,14 +26,18 @@ Select = Literal["magnitude", "random", "fish", "given"]
 class SparsePatch(Patch):
     """W' = W with `values` (n) added at the entries `indices` (n): flat, each once, in order."""
 
+    address: str
+    shape: torch.Size
+    size: int
+
     indices: Tensor
 
     def __init__(self, site: Site, n: int, dtype: torch.dtype | None):
         super().__init__()
         self.address, self.shape, self.size = site.address, site.whole.shape, site.tensor.numel()
-        self.values = trainable(n, site=site, dtype=dtype)
+        self.values: nn.Parameter = trainable(n, site=site, dtype=dtype)
         narrow = self.size <= torch.iinfo(torch.int32).max
-        self.kind = torch.int32 if narrow else torch.int64
+        self.kind: torch.dtype = torch.int32 if narrow else torch.int64
         self.register_buffer("indices", torch.empty(n, dtype=self.kind, device=site.device))
         if site.index is not None or not all(maps_vectors(*owner) for owner in site.owners):
             self.has_call = False
@@ -103,7 +107,7 @@ class SparseMask(EntryMethod):
     scores: InitVar[Mapping[str, Tensor] | None] = None
 
     # * of three small models
-    rate = 2
+    rate: ClassVar[float] = 2
 
     def __post_init__(self, scores: Mapping[str, Tensor] | None) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class Bank(nn.Module):
     def __init__(self, site: Site, method: VBLoRA):
         super().__init__()
         shape = method.num_vectors, method.vector_length
-        self.vectors = trainable(*shape, site=site, dtype=method.dtype)
+        self.vectors: nn.Parameter = trainable(*shape, site=site, dtype=method.dtype)
 
 
 class VBLoRAPatch(LowRankPatch):
@@ -32,6 +32,9 @@ class VBLoRAPatch(LowRankPatch):
     In its compact form the choice is made: of the k logits there are the k − 1 differences from the
     largest, which is all that softmax goes by, and `indices_a`, `indices_b` (…, k) tell whose.
     """
+
+    method: VBLoRA
+    bank: Bank
 
     logits_a: nn.Parameter
     logits_b: nn.Parameter
@@ -122,7 +125,7 @@ class VBLoRA(WeightMethod):
     save_only_topk_weights: bool = False
 
     # * 1e-3 for vectors, 1e-2 for logits of RoBERTa-base (×1, ×9): leo-yangli/VB-LoRA, NLU/NLU
-    rate = 4
+    rate: ClassVar[float] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,16 @@ class Projection(nn.Module):
     They are what the seed gives, so no part of a file: they are moved, but never cast.
     """
 
+    seed: int
+    dtype: torch.dtype
+
     a: Tensor
     b: Tensor
 
     def __init__(self, method: VeRA, i: int, o: int, device: torch.device):
         super().__init__()
         self.seed, self.dtype = method.seed, method.dtype or torch.float32
-        self.shapes = ((method.rank, i), (o, method.rank))
+        self.shapes: tuple[tuple[int, int], tuple[int, int]] = ((method.rank, i), (o, method.rank))
         self._place(device)
 
     def _place(self, device: torch.device) -> None:
@@ -49,11 +52,14 @@ class Projection(nn.Module):
 class VeRAPatch(LowRankPatch):
     """The vectors of one site: `d` (r) scales A's rows, `b` (o) scales B's."""
 
+    d_initial: float
+    projection: Projection
+
     def __init__(self, site: Site, method: VeRA, projection: Projection):
         super().__init__(site)
         self.d_initial, self.projection = method.d_initial, projection
-        self.d = trainable(*self.stack, method.rank, site=site, dtype=method.dtype)
-        self.b = trainable(*self.stack, self.o, site=site, dtype=method.dtype)
+        self.d: nn.Parameter = trainable(*self.stack, method.rank, site=site, dtype=method.dtype)
+        self.b: nn.Parameter = trainable(*self.stack, self.o, site=site, dtype=method.dtype)
 
     def reset(self, w: Tensor | None) -> None:
         self.d.fill_(self.d_initial)
@@ -86,7 +92,7 @@ class VeRA(WeightMethod):
 
     # 1e-3 for Llama-3.2-3B (×3), 2e-2 for RoBERTa-base (×19): huggingface/peft,
     # method_comparison/MetaMathQA and examples/sequence_classification
-    rate = 15
+    rate: ClassVar[float] = 15
 
     def build_all(self, sites: Sequence[Site]) -> list[Patch]:
         self.check(*sites)

@@ -45,6 +45,11 @@ class Checkpoints:
     and the first alone writes.
     """
 
+    folder: Path
+    keep: int
+    every: int | None
+    bases: Bases | dict[str, Any]
+
     def __init__(
         self, folder: Path, keep: int, every: int | None = None, bases: Bases | None = None
     ) -> None:

@@ -43,6 +43,10 @@ class Log:
     Values may be tensors, and metrics by prefix: they are fetched when the log is flushed.
     """
 
+    history: History
+    path: Path | None
+    callbacks: Sequence[Callback]
+
     def __init__(
         self, path: Path | None, callbacks: Sequence[Callback], device: torch.device
     ) -> None:
@@ -178,6 +182,8 @@ class WandB(Callback):
     Args:
         options: of `wandb.init`.
     """
+
+    run: Any
 
     def __init__(self, **options: Any) -> None:
         self.options = options

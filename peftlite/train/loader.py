@@ -43,7 +43,7 @@ class Loader:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = math.ceil(len(self.dataset) / self.batch_size)
+        self.steps_per_epoch: int = math.ceil(len(self.dataset) / self.batch_size)
         self._epoch, self._order = -1, range(0)
 
     def micro_batches(self, step: int, accumulate: int = 1) -> Iterator[tuple[Any, int]]:

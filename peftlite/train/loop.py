@@ -19,6 +19,7 @@ from peftlite.table import listed
 from peftlite.train import measure, state
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Log
+from peftlite.train.history import History
 from peftlite.train.loader import Loader, write_batch
 from peftlite.train.measure import Loss, Metrics, Validator
 from peftlite.train.parallel import Processes
@@ -55,16 +56,18 @@ class Run:
     stop_asked: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.history = self.log.history
-        self.parameters = [p for d in self.deltas for p in d.parameters() if p.requires_grad]
-        self.device = self.loader.device
+        self.history: History = self.log.history
+        self.parameters: list[nn.Parameter] = [
+            p for d in self.deltas for p in d.parameters() if p.requires_grad
+        ]
+        self.device: torch.device = self.loader.device
         named = {f"{d.name}:{key}": p for d in self.deltas for key, p in d.named_parameters()}
         self.unreached = {name: p for name, p in named.items() if p.requires_grad}
         self.looks = min(LOOKS, self.loader.steps_per_epoch)  # for those that no gradient reaches
-        self.regularized = [delta for delta in self.deltas if _has_regularizer(delta)]
-        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.regularized: list[Delta] = [delta for delta in self.deltas if _has_regularizer(delta)]
+        self.peak_lrs: list[float] = [group["lr"] for group in self.optimizer.param_groups]
         fp16 = self.settings.autocast == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.step, self.saved_step = 0, -1
         self.best: dict[str, Any] = {"value": None, "epoch": 0, "name": ""}
         self.unchecked: list[Tensor] = []  # whether the steps since the last check were finite

@@ -94,6 +94,10 @@ class Processes:
         hosts: the group by which the CPUs exchange objects and numbers.
     """
 
+    rank: int
+    size: int
+    hosts: Any
+
     def __init__(self, rank: int, size: int, hosts: Any = None) -> None:
         self.rank, self.size, self.hosts = rank, size, hosts
 

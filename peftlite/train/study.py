@@ -25,8 +25,8 @@ class Study:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, about: dict[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.about = {"format": FORMAT, **about}
+        self.path: Path | None = None if path is None else Path(path)
+        self.about: dict[str, Any] = {"format": FORMAT, **about}
         self._file: Any = None
 
     @contextmanager

@@ -154,7 +154,7 @@ class Trainer:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.stopping = False
+        self.stopping: bool = False
         check_fields(self)
         check_dataset("train", self.train)
         if self.val is not None:
@@ -239,7 +239,7 @@ class Trainer:
             PeftliteError: no delta is there to train, the loss isn't finite, or memory doesn't
                 suffice. The deltas are then as after the last good step.
         """
-        self.stopping = False
+        self.stopping: bool = False
         with parallel.process_group(self.parallel) as processes:
             return processes.broadcast(self._fit(resume, processes))
 

@@ -177,7 +177,7 @@ class Directions:
     """The first right singular vectors of rows that come batch by batch, in bounded memory."""
 
     def __init__(self, rank: int):
-        self.kept = 4 * rank
+        self.kept: int = 4 * rank
         self.rows: Any = None
 
     def add(self, x: Tensor) -> None:  # (tokens, i)

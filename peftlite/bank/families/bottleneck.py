@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import fold, per_row
 from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
+from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.methods.bottleneck import BottleneckPatch
 from peftlite.methods.compacter import CompacterPatch, kronecker
@@ -24,8 +25,12 @@ _FUNCTIONS = (F.relu, F.gelu, F.silu, torch.tanh)
 class MixedBottleneck(Mixed):
     """An adapter behind a call: z is y. A slot has its width r ≤ R, its f and its s."""
 
-    learned = ("down", "down_bias", "up", "up_bias")
-    trained = (BottleneckPatch,)
+    r: int
+    i: Any
+    o: Any
+
+    learned: ClassVar[tuple[str, ...]] = ("down", "down_bias", "up", "up_bias")
+    trained: ClassVar[tuple[type[Patch], ...]] = (BottleneckPatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)

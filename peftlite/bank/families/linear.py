@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from peftlite.bank.families.gather import fold, per_row
 from peftlite.bank.families.mixed import Contents, Mixed, is_expert
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.host import ATTRIBUTE
+from peftlite.core.layout import Layout
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
@@ -36,11 +37,16 @@ def called_as_map(site: Site) -> None:
 class MixedLinear(Mixed):
     """A subclass says what to add to the outputs (`add`)."""
 
-    suits = staticmethod(called_as_map)
+    i: int
+    o: int
+
+    @staticmethod
+    def suits(site: Site) -> None:
+        called_as_map(site)
 
     def __init__(self, site: Site, patch: Patch, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.layout = site.layout
+        self.layout: Layout = site.layout
         self.i, self.o = self.layout.i, self.layout.o
 
     def mix(
@@ -65,8 +71,8 @@ class MixedDense(MixedLinear):
     weight.
     """
 
-    learned = ("d",)
-    trained = (AddPatch,)
+    learned: ClassVar[tuple[str, ...]] = ("d",)
+    trained: ClassVar[tuple[type[Patch], ...]] = (AddPatch,)
 
     def fields(self) -> dict[str, Field]:
         return {"d": Field(tuple(self.site.shape), self.dtype)}

@@ -25,6 +25,10 @@ class MixedLoReFT(Mixed):
     others, such as "f1", takes every kind, at calls that give (b, t, d).
     """
 
+    r: Any
+    d: Any
+    everywhere: Any
+
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
         self.r, self.d, self.everywhere = *patch.w.shape, patch.everywhere

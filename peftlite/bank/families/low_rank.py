@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ FEW = 8
 class MixedLowRank(MixedLinear):
     """`a` (R, i) and `b` (o, R) in each slot, with the rank r ≤ R that is used of them, and s."""
 
-    learned = ("a", "b")
+    learned: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def __init__(self, site: Site, patch: LowRankPatch, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -127,7 +127,7 @@ class MixedDoRA(MixedLowRank):
     Beside LoRA's factors, `change` (o): every output's ratio less 1, found as a delta is loaded.
     """
 
-    learned = ()
+    learned: ClassVar[tuple[str, ...]] = ()
 
     def fields(self) -> dict[str, Field]:
         return {**super().fields(), "change": Field((self.o,), wide(self.site.whole))}

@@ -31,6 +31,10 @@ class Mixed(Patch):
         max_rank: the bank's.
     """
 
+    site: Site
+    address: str
+    number: int
+
     at_call: ClassVar[bool] = False
     """Whether it sits at the call of the module whose tensor it changes."""
     learned: ClassVar[tuple[str, ...]] = ()
@@ -44,9 +48,9 @@ class Mixed(Patch):
         super().__init__()
         self.suits(site)
         self.site, self.address = site, site.address
-        self.slot = CALL if self.at_call else site.slot
+        self.slot: str = CALL if self.at_call else site.slot
         self.__dict__["template"] = patch  # no part of the model
-        self.dtype = dtype_of(site, patch)
+        self.dtype: torch.dtype = dtype_of(site, patch)
         self.router: Router
         self.arena: Arena
         self.number = -1  # among the sites of the arena

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import per_row
 from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
+from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.methods.attention import Prepend
 from peftlite.methods.prefix import PrefixPatch, unreached
@@ -20,12 +21,12 @@ from peftlite.methods.prefix import PrefixPatch, unreached
 class MixedPrefix(Mixed):
     """`prefix` (2, h, n, d), of which `used` virtual tokens are there; the others are masked."""
 
-    learned = ("prefix",)
-    trained = (PrefixPatch,)
+    learned: ClassVar[tuple[str, ...]] = ("prefix",)
+    trained: ClassVar[tuple[type[Patch], ...]] = (PrefixPatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.shape = tuple(patch.prefix.shape)
+        self.shape: tuple[Any, ...] = tuple(patch.prefix.shape)
 
     def fields(self) -> dict[str, Field]:
         return {"prefix": Field(self.shape, self.dtype), "used": Field((), torch.int64)}

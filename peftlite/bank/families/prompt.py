@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ from peftlite.methods.virtual import cut, cut_encoder
 class MixedPrompt(Mixed):
     """At the embedding's call: `rows` (n, d) of each slot for the last n of the N codes."""
 
-    learned = ("rows",)
-    trained = (PromptPatch,)
+    n: Any
+    d: Any
+    first: Any
+
+    learned: ClassVar[tuple[str, ...]] = ("rows",)
+    trained: ClassVar[tuple[type[Patch], ...]] = (PromptPatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -63,11 +67,13 @@ class MixedPrompt(Mixed):
 class MixedStack(Mixed):
     """At the call that takes the ids: puts N codes before them, masked where a row has fewer."""
 
+    n: Any
+
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
         self.n, taken = patch.n, patch.names
         relative = hasattr(getattr(site.module, "config", None), "relative_attention_num_buckets")
-        self.placed = "position_ids" in taken
+        self.placed: bool = "position_ids" in taken
         if MASK not in taken or not (self.placed or relative):
             raise TargetError(
                 f"{site.address} takes no attention_mask and position_ids, so rows can't have "
@@ -144,7 +150,7 @@ class MixedAround(MixedStack):
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         Mixed.__init__(self, site, patch, max_rank)
-        self.n = patch.n
+        self.n: Any = patch.n
 
     def mix(self, rows: Rows, tables: Tables, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(self.template.names, args, kwargs)

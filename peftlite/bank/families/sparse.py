@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,14 +25,17 @@ from peftlite.methods.sparse import SparsePatch
 class MixedSparse(MixedLinear):
     """`values` (n) and their flat `indices` (n) in W; what a delta has fewer is 0 at entry 0."""
 
-    learned = ("values",)
-    trained = (SparsePatch,)
+    index_dtype: Any
+    dtype: Any
+
+    learned: ClassVar[tuple[str, ...]] = ("values",)
+    trained: ClassVar[tuple[type[Patch], ...]] = (SparsePatch,)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.shape = site.shape
+        self.shape: torch.Size = site.shape
         self.index_dtype, self.dtype = patch.kind, patch.values.dtype
-        self.n = patch.count if isinstance(patch, SearchPatch) else len(patch.values)
+        self.n: int = patch.count if isinstance(patch, SearchPatch) else len(patch.values)
 
     def fields(self) -> dict[str, Field]:
         return {

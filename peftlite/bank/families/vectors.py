@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from peftlite.bank.families.mixed import Contents, Mixed, is_expert, is_whole
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core import maps
 from peftlite.core.maps import Map
+from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.core.values import change_of
 from peftlite.errors import TargetError
@@ -28,12 +29,18 @@ from peftlite.methods.ia3 import ScalePatch
 class MixedOutputs(Mixed):
     """y' = y + (l_k − 1) ⊙ (y − b): (IA)³ behind a map, whose bias has a vector of its own."""
 
-    learned = ("l",)
-    suits = staticmethod(called_as_map)
+    width: int
+    dtype: torch.dtype
+
+    learned: ClassVar[tuple[str, ...]] = ("l",)
+
+    @staticmethod
+    def suits(site: Site) -> None:
+        called_as_map(site)
 
     def __init__(self, site: Site, patch: ScalePatch, max_rank: int):
         super().__init__(site, patch, max_rank)
-        self.dim = site.layout.dim(patch.inputs)  # of W, along which l lies
+        self.dim: int = site.layout.dim(patch.inputs)  # of W, along which l lies
         self.width, self.dtype = site.shape[self.dim], patch.l.dtype
 
     def fields(self) -> dict[str, Field]:
@@ -71,9 +78,13 @@ class MixedInputs(MixedOutputs):
 class MixedVector(Mixed):
     """y' = y + d_k ⊙ n(x): of a bias, where n is 1, or of a norm's scale, with n what it scales."""
 
+    width: int
+    dim: int
+    unit: Any
+
     at_call = True
-    learned = ("d",)
-    trained = (AddPatch, AddedBiasPatch)
+    learned: ClassVar[tuple[str, ...]] = ("d",)
+    trained: ClassVar[tuple[type[Patch], ...]] = (AddPatch, AddedBiasPatch)
 
     def __init__(self, site: Site, patch: Any, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -82,7 +93,7 @@ class MixedVector(Mixed):
             self.width, self.dim = len(patch.d), -1 - patch.after
         else:
             self.width, self.dim, self.unit = len(site.whole), *_affine(site)
-        self.dtype = next((p.dtype for p in patch.parameters()), site.parameter_dtype)
+        self.dtype: torch.dtype = next((p.dtype for p in patch.parameters()), site.parameter_dtype)
 
     @staticmethod
     def suits(site: Site) -> None:

@@ -27,6 +27,8 @@ PLAIN = (str, bytes, int, float, tuple, type(None))  # types with the same repr 
 class Cache(dict[int, Any]):
     """Examples that are kept once they are made, as long as there is room."""
 
+    room: int
+
     room = 2**30  # bytes of tensors
 
     def keep(self, i: int, example: Any) -> Any:

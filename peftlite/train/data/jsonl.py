@@ -162,6 +162,9 @@ class Lines(Sequence[Row]):
     Raises FileError if a line is no example, or, later, if the file has changed.
     """
 
+    path: Path
+    offsets: array[int]
+
     def __init__(self, path: Path, kind: Kind) -> None:
         self.path, self.offsets = path, array("Q")
         self._kind, self._stamp = kind, _stamp(path)

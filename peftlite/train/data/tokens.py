@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
@@ -103,10 +103,15 @@ def _is_learned(message: Message) -> bool:
 class ByteTokenizer(Tokenizer):
     """A byte is an id; roles and ends have ids above, which no text can spell."""
 
-    specials = ("<pad>", "<end>", "<name>", *(f"<{role}>" for role in ROLES))
+    specials: ClassVar[tuple[str, ...]] = (
+        "<pad>",
+        "<end>",
+        "<name>",
+        *(f"<{role}>" for role in ROLES),
+    )
     vocab_size = 264  # of which the last one is free: a multiple of 8
     pad = pad_token_id = 256
-    end = (257,)
+    end: Sequence[int] = (257,)
     eos_token_id = 257
 
     def encode(self, text: str | bytes) -> list[int]:

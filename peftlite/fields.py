@@ -51,7 +51,7 @@ def positive(default: Any) -> Any:
 
 
 def one_of(default: Any, literal: Any) -> Any:
-    """One of the strings of a `Literal`.
+    """One of the strings of a `Literal`. Raises PeftliteError when a method has another.
 
     Example:
         from typing import Literal

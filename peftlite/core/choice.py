@@ -245,12 +245,13 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         "it inside the compiled function, or choose with pl.use or pl.view"
     )
 
-    disabled: list[Callable[..., Any]] = []
+    disabled: Callable[..., Any] | None = None
 
     def eager(*args: Any) -> Any:
-        if not disabled:
-            disabled.append(torch.compiler.disable(fn))
-        return disabled[0](*args)
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(fn)
+        return disabled(*args)
 
     # the marks that torch.compiler.disable leaves; calling it here would import the compiler, 1 s
     vars(eager).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=why)

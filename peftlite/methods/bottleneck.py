@@ -116,6 +116,9 @@ class BottleneckAdapter(CallMethod):
             ±1/√i; "normal": both normal with σ = 0.01, cut off at 2σ, as in Houlsby: nearly nothing
             changes at first.
         width: o, where it can't be told from a module's layers.
+
+    Raises:
+        PeftliteError: a setting is none of those allowed.
     """
 
     preset: str = "houlsby"

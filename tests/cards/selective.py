@@ -128,7 +128,7 @@ CARDS = (
             ),
         ),
         golden=pl.FullTuning(targets="q_proj"),
-        bank="dense vectors",
+        bank="linear vectors",
         peft="LN_TUNING",  # whole tensors
         rate=0.1,
     ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.core.patch import Method, Patch, trainable
 from peftlite.core.site import Site

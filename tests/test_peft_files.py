@@ -17,6 +17,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from peft.tuners.lora.config import BdLoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -92,11 +93,15 @@ ROWS = (
     Row("hira_convs", peft.HiraConfig, dict(r=3), ("conv1d", "conv2d", "conv3d"), ["0", "2"]),
     Row("loha", peft.LoHaConfig, dict(r=3, alpha=5)),
     Row("loha_convs", peft.LoHaConfig, dict(r=3, alpha=5), ("conv2d", "conv1d"), ["0", "2"]),
+    Row("loha_tucker", peft.LoHaConfig, dict(r=2, alpha=5, use_effective_conv2d=True),
+        ("conv2d", "conv1d"), ["0", "2"], same=False),
     Row("lokr", peft.LoKrConfig, dict(r=1, alpha=3, init_weights="lycoris")),
     Row("lokr_both", peft.LoKrConfig, dict(
         r=1, alpha=3, decompose_both=True, init_weights="lycoris", decompose_factor=2,
     ), ("hf_bert",)),
     Row("lokr_convs", peft.LoKrConfig, dict(r=9, alpha=3), ("conv2d",), ["0", "2"]),
+    Row("lokr_tucker", peft.LoKrConfig, dict(r=1, alpha=3, use_effective_conv2d=True),
+        ("conv2d",), ["0", "2"], same=False),
     Row("oft", peft.OFTConfig, dict(oft_block_size=4, use_cayley_neumann=False)),
     Row("oft_neumann", peft.OFTConfig, dict(oft_block_size=4), ("hf_llama",)),
     Row("oft_embedding", peft.OFTConfig, dict(oft_block_size=4, use_cayley_neumann=False),
@@ -105,6 +110,8 @@ ROWS = (
         ("embedding",), ["embed"]),
     Row("oft_coft", peft.OFTConfig,
         dict(oft_block_size=4, use_cayley_neumann=False, coft=True, eps=0.5), ("hf_bert",)),
+    Row("oft_shared", peft.OFTConfig, dict(oft_block_size=4, block_share=True), ("hf_bert",),
+        same=False),
     Row("boft", peft.BOFTConfig, dict(boft_block_size=4), same=False),
     Row("butterflies", peft.BOFTConfig,
         dict(boft_block_size=2, boft_n_butterfly_factor=2), ("hf_bert",), same=False),
@@ -123,6 +130,9 @@ ROWS = (
     Row("fourierft_patterns", peft.FourierFTConfig,
         dict(n_frequency=40, scaling=4.0, n_frequency_pattern={"query": 7}), ("hf_bert",)),
     Row("adalora", peft.AdaLoraConfig, dict(init_r=3, target_r=2, total_step=9), conv1d=True),
+    Row("adalora_passes_over", peft.AdaLoraConfig, dict(
+        init_r=3, target_r=2, total_step=9, use_rslora=True, alpha_pattern={"query": 7},
+    ), ("hf_bert",)),
     Row("adalora_convs", peft.AdaLoraConfig, dict(init_r=3, target_r=2, total_step=9),
         ("conv2d",), ["0", "2"]),
     Row("shira", peft.ShiraConfig, dict(r=2)),
@@ -131,6 +141,14 @@ ROWS = (
     Row("velora", peft.LoraConfig,
         dict(LORA, velora_config=peft.VeloraConfig(num_groups=2, init_type="random")),
         ("hf_llama",), same=False),
+    Row("monteclora", peft.LoraConfig,
+        dict(LORA, monteclora_config=peft.MontecloraConfig(num_samples=2)), ("hf_bert",),
+        same=False),
+    Row("mica", peft.LoraConfig, dict(LORA, init_lora_weights="mica"), ("hf_bert",), dtype=FLOAT),
+    Row("bdlora", peft.LoraConfig, dict(LORA, r=4, use_bdlora=BdLoraConfig(
+        nblocks=2, target_modules_bd_a=["query"], target_modules_bd_b=["value"],
+        match_strict=False,
+    )), ("hf_bert",), same=False),
     Row("bias_all_whole", peft.LoraConfig, dict(LORA, bias="all", modules_to_save=["classifier"]),
         ("hf_bert",), same=False),
 )  # fmt: skip

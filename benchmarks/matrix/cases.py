@@ -79,6 +79,7 @@ SMALL: dict[str, Settings] = {
     "DEFT": {"r": 2},
     "DELORA": {"r": 2},
     "FOURIERFT": {"n_frequency": 10, "scaling": 4.0},
+    "FROD": {"progressbar": False},
     "GLORA": {"r": 2},
     "GRALORA": {"r": 4},
     "HIRA": {"r": 3},
@@ -164,6 +165,7 @@ UNVARIED = {
     "megatron_config": "needs Megatron",
     "megatron_core": "needs Megatron",
     "runtime_config": "isn't saved",
+    "mask_type": "has one value",
     "token_dim": "the model's", "num_attention_heads": "the model's", "num_layers": "the model's",
     "tokenizer_name_or_path": "needs a tokenizer", "tokenizer_kwargs": "needs a tokenizer",
     "prompt_tuning_init_text": "needs a tokenizer",
@@ -276,15 +278,19 @@ def _case(kind: str, model: Model, more: Settings) -> Case:
 
 def _suits(kind: str, model: Model) -> bool:
     """Whether peft has such an adapter on such a model at all."""
-    if kind in PROMPTED or kind in ("ADAPTION_PROMPT", "SHADOW"):
+    if kind in PROMPTED or kind in ("ADAPTION_PROMPT", "SHADOW", "XLORA"):
         return model.task is not None
     if kind == "TRAINABLE_TOKENS":
         return model.embedding is not None
-    return kind != "XLORA"
+    return True
 
 
-def cases() -> Iterator[Case]:
-    """All of them, the same and in the same order on every call."""
+def cases() -> list[Case]:
+    """All of them, each once, the same and in the same order on every call."""
+    return [*{str(case): case for case in _all()}.values()]
+
+
+def _all() -> Iterator[Case]:
     for kind in CONFIGS:
         models = [model for model in MODELS.values() if _suits(kind, model)]
         if kind in KNOWN:
@@ -305,7 +311,7 @@ def _varied(kind: str, models: list[Model]) -> Iterator[Case]:
     """Each value of each setting, on some of the models that have it, in turns."""
     turn = 0
     for field in fields(kind):
-        each = 12 if field.name == "target_modules" else 3
+        each = 6 if field.name == "target_modules" else 3 if kind == "LORA" else 2
         its = [(model, values(field, kind, model)) for model in models]
         its = [(model, more) for model, more in its if more]
         for i in range(max((len(more) for _, more in its), default=0)):
@@ -317,10 +323,10 @@ def _varied(kind: str, models: list[Model]) -> Iterator[Case]:
 
 
 def _paired(kind: str, models: list[Model]) -> Iterator[Case]:
-    """Two settings together, on a model in turns: each two of LoRA's, some of the others'."""
+    """Two settings together, on a model in turns: half of LoRA's, some of the others'."""
     turn = 0
     names = [field for field in fields(kind) if field.name not in TRAINED]
-    step = 1 if kind == "LORA" else 4 if kind == "ADALORA" else 2
+    step = {"LORA": 2, "ADALORA": 12}.get(kind, 4)
     for one, other in itertools.islice(itertools.combinations(names, 2), None, None, step):
         for k in range(len(models)):
             model = models[(turn + k) % len(models)]

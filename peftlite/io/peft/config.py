@@ -78,6 +78,10 @@ class Config:
         parts = self.take("peft_version", "", str).split(".")
         return tuple(int(part) if part.isdigit() else 0 for part in parts[:2]) < release
 
+    def leave(self, *names: str) -> None:
+        """Passes over settings that peft's method of this kind doesn't look at."""
+        self._taken.update(names)
+
     def finish(self) -> None:
         """Raises FileError if there are settings that may change the model in an unknown way."""
         unknown = {k: v for k, v in self.data.items() if k not in self._taken and v}

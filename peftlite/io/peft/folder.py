@@ -73,7 +73,8 @@ def open_folder(path: Path) -> tuple[Config, Tensors]:
 def _check_gathered(config: Config, file: Tensors) -> None:
     """Raises FileError if the tensors were elsewhere when they were saved."""
     kind, shapes = config.data["peft_type"], {key: its.shape for key, its in file.entries.items()}
-    cut = [key for key, shape in shapes.items() if kind == "ADALORA" and shape[1:]]  # to no rank
+    none = kind in ("ADALORA", "OFT")  # a rank that was cut to none, a block of one
+    cut = [key for key, shape in shapes.items() if none and shape[1:]]
     empty = [key for key, shape in shapes.items() if 0 in shape and key not in cut]
     flat = [k for k, shape in shapes.items() if len(shape) == 1 and k.endswith(FACTORS)]
     if empty or flat or not shapes:

@@ -39,6 +39,7 @@ class Layer:
         by_name: whether `target_parameters` names it, in a file that is read.
         inner: whether it's the last map of an attention, which peft changes with the first.
         old: whether a stack's factors are as they were before peft 0.19.
+        blocks: of how many blocks a factor may be that is saved as those alone (BD-LoRA).
     """
 
     path: str
@@ -46,6 +47,7 @@ class Layer:
     by_name: bool = False
     inner: bool = False
     old: bool = False
+    blocks: int = 1
 
     @property
     def stacked(self) -> bool:
@@ -150,9 +152,7 @@ class Form:
         for name in first:
             own = {path: its[name] for path, its in settings.items() if its[name] != first[name]}
             if own and name in _PATTERNS:
-                # FourierFT alone knows a path as it is, and takes no anchor
-                key = str if name == "n_frequency" else lambda path: f"^{re.escape(path)}"
-                found[_PATTERNS[name]] = {key(path): x for path, x in own.items()}
+                found[_PATTERNS[name]] = {f"^{re.escape(path)}": x for path, x in own.items()}
             elif own and name != "lora_dropout":  # which is for training
                 raise PeftliteError(
                     f"peft has one {name} for all modules, and this delta has {short(first[name])} "

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftlite.core import maps
 from peftlite.core.site import Site
@@ -30,6 +30,19 @@ from peftlite.methods.adalora import AdaLoRA
 from peftlite.methods.dora import DoRA, DoRAPatch
 from peftlite.methods.lora import LoRA
 
+# what training alone uses, of VeLoRA and MonteCLoRA
+UNUSED = ("lora_velora_embed", *(f"lora_monteclora_sampler.{name}" for name in (
+    "expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior",
+)))  # fmt: skip
+PLAIN = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "mica",
+)  # starts that leave the base as it is
+
 
 class LoRAForm(Form):
     type = "LORA"
@@ -37,7 +50,7 @@ class LoRAForm(Form):
     names = (
         ("lora_A.weight", "a"), ("lora_embedding_A", "a"), ("lora_B.weight", "b"),
         ("lora_embedding_B", "b"), ("lora_magnitude_vector", "m"), ("lora_B.bias", ""),
-        ("lora_velora_embed", ""),
+        *((name, "") for name in UNUSED),
     )  # fmt: skip
     layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
     convs = (1, 2, 3)
@@ -48,11 +61,13 @@ class LoRAForm(Form):
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoRA:
         a = t["lora_embedding_A" if "lora_embedding_A" in t else "lora_A.weight"]
         init = config.take("init_lora_weights", True, bool, str)
-        if init not in (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"):
+        if init not in (*PLAIN, "pissa", "olora"):
             raise FileError(
                 f"{config.path!r} has 'init_lora_weights' as {init!r}, whose base isn't the "
                 "model's own: save it with path_initial_model_for_weight_conversion= in peft"
             )
+        # peft has QALoRA on packed weights alone
+        config.leave("use_qalora", "monteclora_config")
         stacked = layer.stacked and layer.site.whole.dim() == 3
         flagged(config, layer, "lora_bias", "lora_B.bias", t)
         dora = flagged(config, layer, "use_dora", "lora_magnitude_vector", t)
@@ -95,6 +110,8 @@ class LoRAForm(Form):
                 a, b = b.mT, a.mT
         elif layer.by_name and layout.transposed:
             a, b = b.mT, a.mT
+        elif layer.blocks > 1:
+            a, b = _whole(a, whole.shape[1], layer.blocks), _whole(b, len(a), layer.blocks)
         # peft runs an attention with this change twice in its last map, and merges it so
         found = {"a": a, "b": 2 * b if layer.inner else b}
         if "lora_magnitude_vector" in t:
@@ -104,7 +121,8 @@ class LoRAForm(Form):
 
     def parts(self, method: LoRA, t: Tensors, layer: Layer) -> Parts:
         bias = t.pop("lora_B.bias", None)
-        t.pop("lora_velora_embed", None)  # which the backward pass alone uses
+        for name in UNUSED:
+            t.pop(name, None)
         on_meta = all(x.is_meta for x in t.values())
         found = super().parts(method, t, layer)
         if method.init != "kaiming":
@@ -147,6 +165,11 @@ class LoRAForm(Form):
         return super().taken(site) or (site.tensor.dim() in (2, 3) and not turned)
 
 
+def _whole(x: Tensor, columns: int, blocks: int) -> Tensor:
+    """A factor, which may be saved as the blocks of its diagonal, one above the other."""
+    return torch.block_diag(*x.chunk(blocks)) if x.shape[1] * blocks == columns else x
+
+
 class AdaLoRAForm(Form):
     type = "ADALORA"
     kinds = (AdaLoRA,)
@@ -156,6 +179,9 @@ class AdaLoRAForm(Form):
     bias = "lora_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> AdaLoRA | None:
+        config.leave(
+            "alpha_pattern", "use_rslora", "use_qalora", "kasa_config", "monteclora_config"
+        )
         rank, first = len(t["lora_A"]), config.number("init_r", 12)
         config.number("lora_alpha", 8)
         kept = config.take("rank_pattern", {}, dict).get(f"{layer.path}.lora_E")

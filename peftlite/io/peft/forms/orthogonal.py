@@ -25,7 +25,7 @@ class OFTForm(Form):
     names = (("oft_R.weight", "q"), ("oft_embedding_R.weight", "q"))
     layers = (maps.Linear, maps.Embedding)
     convs = (2,)
-    forgets = ("kernel_size",)  # it folds turned patches back into an image
+    forgets = ("groups", "kernel_size")  # it folds turned patches back into an image
     bias = "oft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> OFT:
@@ -41,10 +41,13 @@ class OFTForm(Form):
         eps = config.number("eps", 6e-5)
         q = t["oft_embedding_R.weight" if "oft_embedding_R.weight" in t else "oft_R.weight"]
         block = (1 + math.isqrt(1 + 8 * q.shape[-1])) // 2
+        site, shares = layer.site, config.flag("block_share")
+        shared = site.layout.neuron // block if shares and site else 1
         return OFT(
             block_size=_block(config, layer, block),
             neumann_terms=max(int(terms), 4) - 2 if neumann else None,
-            eps=eps if config.flag("coft") else None,
+            # peft bounds all of a layer's blocks together, and one that is shared by itself
+            eps=eps * math.sqrt(shared) if config.flag("coft") else None,
         )
 
     def settings(self, method: OFT, patch: Any) -> dict[str, Any]:
@@ -60,6 +63,8 @@ class OFTForm(Form):
     def parts(self, method: OFT, t: Tensors, layer: Layer) -> Parts:
         name, turned = self._turned(method.neumann_terms, layer)
         q = t.pop(name)
+        if len(q) == 1:  # for all blocks
+            q = q.expand(layer.site.layout.neuron // method.block_size, -1)
         return [(method, {"weight:q": -q if turned else q})]
 
     def theirs(self, patch: Any, layer: Layer) -> Tensors:

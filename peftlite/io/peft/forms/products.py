@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from peftlite.core import maps
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
@@ -18,7 +20,10 @@ from peftlite.methods.lokr import LoKr
 class LoHaForm(Form):
     type = "LOHA"
     kinds = (LoHa,)
-    names = tuple((f"hada_w{k}_{x}", f"w{k}{x}") for k in (1, 2) for x in "ab")
+    names = (
+        *((f"hada_w{k}_{x}", f"w{k}{x}") for k in (1, 2) for x in "ab"),
+        ("hada_t1", "core1"), ("hada_t2", "core2"),
+    )  # fmt: skip
     convs = (1, 2)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoHa:
@@ -27,6 +32,21 @@ class LoHaForm(Form):
 
     def settings(self, method: LoHa, patch: Any) -> dict[str, Any]:
         return {"r": method.rank, "alpha": method.scale * method.rank}
+
+    def ours(self, t: Tensors, layer: Layer) -> Tensors:
+        return flat(flat(super().ours(t, layer), "core1", "w1"), "core2", "w2")
+
+
+def flat(found: Tensors, core: str, name: str) -> Tensors:
+    """A Tucker product of a kernel, core (r, r, k…) with a (r, o) and b (r, i), as one of a matrix.
+
+    It has a (o, r) as it is, and with b (r, i·k…) the core is multiplied.
+    """
+    if core not in found:
+        return found
+    a, b, core_ = found[f"{name}a"], found[f"{name}b"], found[core]
+    merged = torch.einsum("pq...,qi->pi...", core_, b).flatten(1)
+    return {k: x for k, x in found.items() if k != core} | {f"{name}a": a.mT, f"{name}b": merged}
 
 
 class HiRAForm(Form):
@@ -82,7 +102,10 @@ _MIXED_UP = "{} is a Conv1d, the taps of whose lokr_w2 peft mixes up, unless it'
 class LoKrForm(Form):
     type = "LOKR"
     kinds = (LoKr,)
-    names = tuple((f"lokr_w{k}{x}", f"w{k}{x[1:]}") for k in (1, 2) for x in ("", "_a", "_b"))
+    names = (
+        *((f"lokr_w{k}{x}", f"w{k}{x[1:]}") for k in (1, 2) for x in ("", "_a", "_b")),
+        ("lokr_t2", "core"),
+    )
     convs = (1, 2)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoKr:
@@ -105,7 +128,7 @@ class LoKrForm(Form):
         }  # fmt: skip
 
     def ours(self, t: Tensors, layer: Layer) -> Tensors:
-        found = super().ours(t, layer)
+        found = flat(super().ours(t, layer), "core", "w2")
         if layer.taps and "w2" in found:
             if len(layer.taps) == 1:
                 raise ValueError(_MIXED_UP.format(layer.path))

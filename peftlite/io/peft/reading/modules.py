@@ -40,19 +40,18 @@ def _by_module(form: Form, left: Left) -> dict[str, dict[str, str]]:
 
 def _module(adapter: Adapter, form: Form, path: str, keys: Mapping[str, str]) -> Claim:
     layer, t = _layer(adapter, path), adapter.meta(keys)
+    if layer.site is not None and (what := form.forgotten(layer.site)):
+        raise FileError(
+            f"{adapter.file.path!r} changes {layer.path}, which peft's {adapter.kind} runs without "
+            f"its {what}, as no change of a weight does; what peft merges, if it can, is another "
+            "change, which pl.extract takes from the merged model"
+        )
     method = form.method(adapter.config, layer, t)
     if method is None or (never_run(adapter, layer.path) and not layer.inner):
         return Claim(keys, module=plain(path))
     if layer.site is None:
         address = path if adapter.model is None else f"{path}.weight"
         return Claim(keys, [(method, address)], module=plain(path))
-
-    if what := form.forgotten(layer.site):
-        raise FileError(
-            f"{adapter.file.path!r} changes {layer.path}, which peft's {adapter.kind} runs without "
-            f"its {what}, as no change of a weight does; what peft merges, if it can, is another "
-            "change, which pl.extract takes from the merged model"
-        )
 
     def address_of(slot: str) -> str:
         return f"{layer.path}{slot}" if slot.startswith(CALL) else f"{layer.path}.{slot}"
@@ -73,7 +72,7 @@ def _shared(
     """The tensors that are for all modules, which the first of them has here."""
     method = placed[0][0]
     addresses = [*dict.fromkeys(address for how, address in placed if how == method)]
-    sites = [replace(adapter.sites[a], on="cpu") for a in addresses if a in adapter.sites]
+    sites = [replace(adapter.seen(a), on="cpu") for a in addresses if a in adapter.sites]
     if len(sites) < len(addresses):
         return
 
@@ -101,7 +100,8 @@ def _layer(adapter: Adapter, path: str) -> Layer:
     path = inner + ".base_layer" * depth
     slots = (f"{path}.in_proj_weight", f"{path}.weight")
     site = next((adapter.seen(address) for address in slots if address in adapter.sites), None)
-    return Layer(path, site, inner=last and never_run(adapter, path))
+    blocks = adapter.config.take("use_bdlora", {}, dict).get("nblocks", 1)
+    return Layer(path, site, inner=last and never_run(adapter, path), blocks=blocks)
 
 
 def _parameters(adapter: Adapter, path: str) -> list[Site]:

@@ -27,7 +27,8 @@ def join_ties(adapter: Adapter, claims: Sequence[Claim]) -> list[Claim]:
     for claim in claims:
         for method, address in claim.placed:
             site = adapter.sites.get(address)
-            if site is not None and len(site.names) > 1 and adapter.kind not in PROMPTS:
+            prompted = site is not None and site.is_call and adapter.kind in PROMPTS
+            if site is not None and len(site.names) > 1 and not prompted:
                 tied.setdefault(site, {})[address] = method, claim
     joined: set[str] = set()
     for site, own in tied.items():

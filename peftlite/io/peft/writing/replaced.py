@@ -54,9 +54,9 @@ def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
 
 
 def _head(path: str, task: Any) -> str | None:
-    """The head that a module is, or is in, which peft saves whole for a task."""
+    """The head that a module is, or is in, which peft saves whole for a task, by a name's end."""
     steps = path.split(".")
-    ends = (n for n, step in enumerate(steps, 1) if step in HEADS.get(task, ()))
+    ends = (n for n, step in enumerate(steps, 1) if step.endswith(HEADS.get(task, ())))
     return next((".".join(steps[:n]) for n in ends), None)
 
 

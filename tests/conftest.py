@@ -2,8 +2,9 @@
 
 import os
 import random
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the hub is first imported
@@ -11,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the hub is first
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 # each pytest worker has a core to itself, and one thread sums in one order
 torch.set_num_threads(1)
@@ -19,6 +21,9 @@ torch.set_num_threads(1)
 # GPU's kernels that are not deterministic would be refused as well
 UNWRITTEN = "default" if torch.cuda.is_available() else "error"
 torch.set_deterministic_debug_mode(UNWRITTEN)
+
+
+Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
@@ -59,3 +64,22 @@ def alone() -> Iterator[None]:
     left = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
     torch.set_grad_enabled(True)
     assert left == (True, 1, torch.float32), "a test left torch otherwise than it found it"
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A folder by its name, filled once: a fixture of a module is made by each worker anew."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        path, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)  # what failed half-way in another worker
+                path.mkdir()
+                fill(path)
+                done.touch()
+        return path
+
+    return folder

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import peftlite as pl
 from peftlite.cli import main
+from tests.conftest import Once
 from tests.train import together
 from tests.train.chats import hf_tokenizer, llama, rows, write
 from tests.train.test_trainer import same
@@ -26,25 +27,29 @@ KINDS = ("ddp", "fsdp")
 
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+    "--max-restarts=1",
 ]  # fmt: skip
+ENVIRONMENT = {
+    "PYTHONPATH": str(Path(pl.__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # whose processes are started anew
+}
 
 
-def launched(command: list[str], by: list[str] = TORCHRUN) -> str:
-    """What processes print, all of which come to a good end."""
-    path = {"PYTHONPATH": str(Path(pl.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*by, *command], capture_output=True, text=True, env={**os.environ, **path}
-    )
+def launch(folder: Path) -> None:
+    """Has two processes do everything in `together`, all of which comes to a good end."""
+    llama().save_pretrained(folder / "model")
+    hf_tokenizer(pl.data.CHATML).save_pretrained(folder / "model")
+    write(folder / "chats.jsonl", rows()[:24])
+    command = [*TORCHRUN, together.__file__, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ran(once: Once) -> Path:
     """Where two processes left what came of everything in `together`."""
-    folder = tmp_path_factory.mktemp("together")
-    launched([together.__file__, str(folder)])
-    return folder
+    return once("together", launch)
 
 
 def found(ran: Path, name: str) -> list[Any]:
@@ -141,13 +146,10 @@ def test_a_spread_model_goes_on(ran: Path) -> None:
         assert not torch.allclose(each["on"], each["off"])
 
 
-def test_restarted_by_torchrun_it_goes_on_to_the_bit(
-    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    launched([together.__file__, str(tmp_path), "restarted"], [*TORCHRUN, "--max-restarts=1"])
+def test_restarted_by_torchrun_it_goes_on_to_the_bit(ran: Path) -> None:
     whole = found(ran, "resumed-ddp")[0]["whole"]
-    for each in found(tmp_path, "restarted"):
+    for each in found(ran, "restarted"):
+        assert each["restarts"] == "1"
         assert same(each["values"], whole["values"]) and each["events"] == whole["events"]
 
 
@@ -200,25 +202,19 @@ def test_a_checkpoint_of_two_is_not_gone_on_with_by_one(ran: Path, tmp_path: Pat
 
 
 def test_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One file, one report, and what one process leaves."""
-    monkeypatch.chdir(tmp_path)
-    llama().save_pretrained("model")
-    hf_tokenizer(pl.data.CHATML).save_pretrained("model")
-    write(Path("chats.jsonl"), rows()[:24])
-    command = [
-        "train", "--model", "model", "--data", "chats.jsonl", "--max-length",
-        "64", "--epochs", "1", "--batch-size", "8", "--set", "dropout=0", "--json", "--out",
-    ]  # fmt: skip
-    assert main([*command, "one"]) == 0
+    monkeypatch.chdir(ran)
+    one = tmp_path / "one"
+    assert main([*together.TRAIN, str(one)]) == 0
     alone = json.loads(capsys.readouterr().out)
     for kind in KINDS:
-        module = ["-m", "peftlite", *command, kind, "--parallel", kind, "--name", "one"]
-        assert json.loads(launched(module))["settings"] == {**alone["settings"], "processes": 2}
-        found, expected = (load_file(f"{folder}/one.safetensors") for folder in (kind, "one"))
-        assert {path.name for path in Path(kind).iterdir()} == {
-            path.name for path in Path("one").iterdir()
-        }
+        (code, told), silent = found(ran, f"command-{kind}")
+        assert code == 0 and silent == (0, "")
+        assert json.loads(told)["settings"] == {**alone["settings"], "processes": 2}
+        folder = ran / f"command-{kind}"
+        assert {path.name for path in folder.iterdir()} == {path.name for path in one.iterdir()}
         # AdamW makes much of the least gradients: in fp32 their last bits show
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        values = (load_file(each / "one.safetensors") for each in (folder, one))
+        torch.testing.assert_close(*values, rtol=0, atol=1e-3)

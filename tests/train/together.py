@@ -1,9 +1,11 @@
 """What each of two processes does, started by torchrun.
 
-`together.py FOLDER` leaves there what came of it all, a file for each process.
-`together.py FOLDER restarted` has one process killed, for torchrun to start them again.
+`together.py FOLDER` leaves there what came of it all, a file for each process. It begins with what
+has one process killed, for torchrun to start them both again.
 """
 
+import contextlib
+import io
 import os
 import random
 import signal
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.cli import main as command_line
 from peftlite.demo.gpt import GPT
 from peftlite.train import losses
 from tests.train.tiny import LORA, gpt, texts, timeless, trainer, values
@@ -24,6 +27,11 @@ from tests.train.tiny import LORA, gpt, texts, timeless, trainer, values
 DRY = pl.LoRA(rank=2, targets=["q_proj", "v_proj"])
 EVEN = {"train": texts(11), "val": texts(5, seed=1), "batch_size": 5, "valid_every": 2}
 """Of 5, 5 and 1 examples: the last leaves nothing for the second process."""
+
+TRAIN = [
+    "train", "--model", "model", "--data", "chats.jsonl", "--max-length", "64", "--epochs", "1",
+    "--batch-size", "8", "--set", "dropout=0", "--json", "--out",
+]  # fmt: skip
 
 NEVER = ("forked", "fsdp")
 """FSDP gathers a block's weights for all processes at once: all have to go one way."""
@@ -138,7 +146,16 @@ def restarted(rank: int, folder: Path) -> Any:
         return losses.causal_lm(model, batch)
 
     run = trainer(model := gpt(LORA), folder / "run", loss=loss, save_every=2, **EVEN)
-    return {"events": timeless(run.fit(resume=True)), "values": values(model)}
+    events = timeless(run.fit(resume=True))
+    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return {"events": events, "values": values(model), "restarts": restarts}
+
+
+def command(rank: int, folder: Path, parallel: str) -> Any:
+    """What is printed; the model and the data lie beside the folder."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        options = [*TRAIN, folder.name, "--parallel", parallel, "--name", "one"]
+        return command_line(options), printed.getvalue()
 
 
 def unseeded(rank: int, folder: Path) -> Any:
@@ -260,8 +277,10 @@ def not_finite(rank: int, folder: Path) -> Any:
 
 
 ALL: dict[str, Scenario] = {
+    "restarted": restarted,
     **{f"{name}-{kind}": partial(equal, name=name, parallel=kind) for name, kind in CASES},
     **{f"resumed-{kind}": partial(resumed, parallel=kind) for kind in ("ddp", "fsdp")},
+    **{f"command-{kind}": partial(command, parallel=kind) for kind in ("ddp", "fsdp")},
     **{
         each.__name__: each
         for each in (
@@ -272,16 +291,17 @@ ALL: dict[str, Scenario] = {
 }  # fmt: skip
 
 
-def main(folder: Path, *names: str) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    for name in names or ALL:
+    for name, scenario in ALL.items():
         try:
-            found = ALL.get(name, restarted)(rank, folder / name)
+            found = scenario(rank, folder / name)
         except pl.PeftliteError as error:
             found = f"{type(error).__name__}: {error}"
         torch.save(found, folder / f"{name}.{rank}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    os.chdir(sys.argv[1])
+    main(Path(sys.argv[1]))

@@ -72,6 +72,7 @@ def process_group(parallel: Parallel) -> Iterator[Processes]:
         dist.init_process_group()
         atexit.register(_leave)
     hosts = dist.new_group(backend="gloo")  # objects and numbers don't wait for a device
+    dist.barrier(hosts)  # one that leaves at once, by an error, cuts off none that still joins
     processes = Processes(dist.get_rank(), dist.get_world_size(), hosts)
     try:
         yield processes

@@ -75,7 +75,7 @@ SIGNS: dict[str, Callable[[Sequence[Placed]], bool]] = {
 """By what a way is known in a delta."""
 
 
-ONE_CELL_EACH = {cell.values[0].name: cell for cell in CELLS}
+ONE_CELL_EACH = {cell.values[0].name: cell for cell in CELLS if not cell.marks}
 
 
 @pytest.mark.parametrize(("row", "kind"), ONE_CELL_EACH.values())
@@ -100,7 +100,8 @@ def families(card: Card) -> set[str]:
 
 
 def cells_of(card: Card) -> Iterator[tuple[Row, Kind]]:
-    return (cell.values for cell in CELLS if cell.values[0] in card.rows)
+    plain = (cell.values for cell in CELLS if not cell.marks)
+    return ((row, kind) for row, kind in plain if row in card.rows)
 
 
 def family(placed: Placed) -> str:

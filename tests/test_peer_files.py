@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from lycoris import create_lycoris, create_lycoris_from_weights
+from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -23,7 +23,7 @@ from peftlite.io.convert import convert
 from tests.digest import assert_same, digest
 from tests.test_against_lycoris import KIND as LAYERS
 from tests.test_against_lycoris import PADDED
-from tests.zoo import KINDS, Kind, seeded
+from tests.zoo import KINDS, Kind, floats, seeded
 
 ZOO = {kind.name: kind for kind in KINDS}
 TOLERANCE = 1e-5
@@ -75,6 +75,13 @@ LYCORIS = {
     "lokr_both": dict(algo="lokr", decompose_both=True),
     "lokr_factor": dict(algo="lokr", factor=2),
     "lokr_whole": dict(algo="lokr", full_matrix=True),
+    "loha_dora": dict(algo="loha", dora_wd=True),
+    "lokr_dora": dict(algo="lokr", dora_wd=True),
+    "lokr_whole_dora": dict(algo="lokr", dora_wd=True, full_matrix=True),
+    "lora_tucker": dict(algo="lora", use_tucker=True),
+    "dora_tucker": dict(algo="lora", use_tucker=True, dora_wd=True),
+    "loha_tucker": dict(algo="loha", use_tucker=True),
+    "lokr_tucker": dict(algo="lokr", use_tucker=True, decompose_both=True),
 }
 
 
@@ -93,6 +100,73 @@ def test_lycoris_and_back(how: dict[str, Any], kind: Kind, path: Path) -> None:
     network.apply_to()
     network.eval()
     assert_equal(kind, again, theirs)
+
+
+@pytest.mark.parametrize(
+    ("o", "i", "how"),
+    [
+        (48, 16, dict(factor=16)),
+        (4, 12, dict(factor=4)),
+        (12, 8, dict(unbalanced_factorization=True)),
+        (24, 8, dict(unbalanced_factorization=True, linear_dim=1, decompose_both=True)),
+    ],
+)
+def test_lokr_of_any_sizes(o: int, i: int, how: dict[str, Any], path: Path) -> None:
+    """w1 may have the larger part of a dimension; the factors' shapes tell."""
+    kind = Kind("one", lambda: nn.Sequential(nn.Linear(i, o)), floats(input=(i,)))
+    theirs, ours = kind.model(), kind.model()
+    network = create_lycoris(theirs, **dict(linear_dim=99, linear_alpha=1, algo="lokr") | how)
+    network.apply_to()
+    drawn(*network.eval().parameters())
+    network.save_weights(path, None, {})
+    delta = pl.load(ours, path)
+    assert_equal(kind, ours, theirs)
+    pl.save(delta, path)
+    again = kind.model()
+    pl.load(again, path)
+    assert_equal(kind, again, theirs)
+
+
+class Normed(nn.Module):
+    """A norm between two linear maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.norm, self.out = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.q(x)))
+
+
+@pytest.mark.parametrize("one_full", [True, False])
+@pytest.mark.parametrize("algo", ["lora", "loha", "full"])
+def test_lycoris_differences_of_whole_tensors(algo: str, one_full: bool, path: Path) -> None:
+    """`train_norm=True`, and `full` for every layer or for one."""
+    kind = Kind("normed", Normed, floats(x=(4,)))
+    theirs, ours = kind.model(), kind.model()
+    LycorisNetwork.apply_preset({"name_algo_map": {"q": {"algo": "full"}} if one_full else {}})
+    network = create_lycoris(theirs, linear_dim=2, linear_alpha=1, algo=algo, train_norm=True)
+    LycorisNetwork.apply_preset({"name_algo_map": {}})
+    network.apply_to()
+    drawn(*network.eval().parameters())
+    network.save_weights(path, None, {})
+    delta = pl.load(ours, path)
+    assert_equal(kind, ours, theirs)
+    assert ("q.bias" in delta.placed) is (one_full or algo == "full")
+    assert {"norm.weight", "norm.bias"} < {*delta.placed}
+    assert pl.NormTuning() in dict(pl.inspect(path).methods)
+
+
+def test_lora_with_the_difference_of_a_bias(path: Path) -> None:
+    """As ComfyUI reads and writes it."""
+    model = Pipeline().unet
+    start, d = "lora_unet_to_q", randn(4)
+    write(
+        path, {f"{start}.lora_down.weight": A, f"{start}.lora_up.weight": B, f"{start}.diff_b": d}
+    )
+    pl.load(model, path)
+    assert torch.allclose(changed(model, "to_q.weight"), B @ A, atol=1e-6)
+    assert torch.allclose(changed(model, "to_q.bias"), d, atol=1e-6)
 
 
 class Pipeline(nn.Module):
@@ -401,10 +475,6 @@ BAD = {
     "norms of inputs": {**GOOD, "lycoris_conv_in.dora_scale": torch.rand(1, 6, 1, 1)},
     "transposed": {**GOOD, "lycoris_to_q.lora_down.weight": B, "lycoris_to_q.lora_up.weight": A},
     "tucker": {**GOOD, "lycoris_conv_in.lora_mid.weight": randn(2, 2, 3, 3)},
-    "loha and dora": {
-        "lycoris_to_q.dora_scale": torch.rand(4, 1),
-        **{f"lycoris_to_q.hada_w{n}_{x}": t for n in "12" for x, t in (("a", B), ("b", A))},
-    },
     "lokr, half of it": {"lycoris_to_q.lokr_w1_a": torch.rand(2, 1)},
 }
 

@@ -99,6 +99,7 @@ ROWS = (
     Row("lokr_both", peft.LoKrConfig, dict(
         r=1, alpha=3, decompose_both=True, init_weights="lycoris", decompose_factor=2,
     ), ("hf_bert",)),
+    Row("lokr_factor", peft.LoKrConfig, dict(r=2, alpha=3, decompose_factor=8), ("hf_bert",)),
     Row("lokr_convs", peft.LoKrConfig, dict(r=9, alpha=3), ("conv2d",), ["0", "2"]),
     Row("lokr_tucker", peft.LoKrConfig, dict(r=1, alpha=3, use_effective_conv2d=True),
         ("conv2d",), ["0", "2"], same=False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from peftlite.core.maps import Map
 from peftlite.core.patch import Patch, trainable
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
-from peftlite.fields import integer
+from peftlite.fields import set_number
 from peftlite.methods.low_rank import RankMethod
 
 
@@ -33,8 +33,7 @@ class LoKrPatch(Patch):
         super().__init__()
         self.scale, self.layout = method.scale, site.layout
         taps = self.layout.taps
-        sizes = self.layout.rows, self.layout.columns // taps
-        (o1, o2), (i1, i2) = (split(n, method.factor) for n in sizes)
+        (o1, o2), (i1, i2) = method.sizes(site)
         for name, rows, columns, low in (
             ("w1", o1, i1, method.decompose_both and 2 * method.rank < max(o1, i1)),
             ("w2", o2, i2 * taps, 2 * method.rank < max(o2, i2)),
@@ -82,6 +81,17 @@ def split(n: int, most: int | None) -> tuple[int, int]:
     return u, n // u
 
 
+def _check_factor(method: Any, name: str) -> None:
+    """Makes a factor one plain number or two. Raises PeftliteError."""
+    given = getattr(method, name)
+    if isinstance(given, list | tuple) and len(given) == 2:
+        if all(type(n) is int and n > 0 for n in given):
+            object.__setattr__(method, name, tuple(given))
+            return
+    what = "a whole number from 1 up, or two of them, the rows and columns of w1"
+    set_number(method, name, int, lambda n: n >= 1, what)
+
+
 @dataclass(frozen=True)
 class LoKr(RankMethod):
     """W' = W + s·w1 ⊗ w2, w2 = w2a w2b. Yeh et al. (LyCORIS), arXiv:2309.14859.
@@ -95,13 +105,26 @@ class LoKr(RankMethod):
     Args:
         rank: r.
         alpha: the numerator of the scaling. Default: equal to `rank`.
-        factor: the most that u may be. Default: the u nearest to √n.
+        factor: the most that u may be; or both u themselves, as the rows and columns of w1, which
+            may then be above v. Default: the u nearest to √n.
         decompose_both: whether w1 is of rank r too, by the same rule.
     """
 
-    factor: int | None = integer(None)
+    factor: int | tuple[int, int] | None = field(default=None, metadata={"check": _check_factor})
     decompose_both: bool = False
 
     # 3e-3 for Llama-3.2-3B (×8): peft, method_comparison/MetaMathQA
     rate: ClassVar[float] = 8
+    takes: ClassVar[str] = "tensors of 2 or more dimensions, that a factor of two numbers divides"
     patch: ClassVar[type[LoKrPatch]] = LoKrPatch
+
+    def accepts(self, site: Site) -> bool:
+        return super().accepts(site) and all(u * v for u, v in self.sizes(site))
+
+    def sizes(self, site: Site) -> list[tuple[int, int]]:
+        """(o₁, o₂) and (i₁, i₂); 0 for what two given numbers don't divide."""
+        rows, columns = site.layout.rows, site.layout.columns // site.layout.taps
+        if isinstance(self.factor, tuple):
+            own = zip((rows, columns), self.factor, strict=True)
+            return [(u, 0 if n % u else n // u) for n, u in own]
+        return [split(n, self.factor) for n in (rows, columns)]

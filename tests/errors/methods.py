@@ -36,6 +36,7 @@ def narrow() -> nn.Module:
 
 
 METHODS = [
+    refusing(pl.LoKr, "lm_head.weight", "a tensor of shape (29, 16)", factor=(5, 4)),
     *(refusing(method, "norm.weight", "a tensor of shape (16,)")
       for method in (pl.VBLoRA, pl.FourierFT, pl.LoHa, pl.LoKr, pl.VeRA, pl.OFT, pl.BOFT, pl.HRA,
                      pl.SHiRA)),

@@ -64,6 +64,8 @@ FUSED = {"0.lora_A": torch.ones(2, 4), "0.lora_B": torch.ones(4, 1)}
 SETTINGS_OF = "lora_adapter_metadata"
 WHOLE = "there it has whole weights of linear layers and convolutions"
 
+MERGE = "merge it there, and pl.extract makes a delta of the model before and after"
+
 CASES = [
     peer_file(pair() | {"lycoris_0.scalar": torch.ones(1)}, "kohya", "has lycoris_0.scalar, which "
               "can't be read"),
@@ -73,6 +75,13 @@ CASES = [
               "lora_up.weight"),
     peer_file(pair() | {"lycoris_0.hada_w1_a": torch.ones(4, 2)}, "kohya", "lycoris_0 has "
               "hada_w1_a, lora_down.weight, lora_up.weight: together these are no method here"),
+    peer_file({"lycoris_0.oft_blocks": torch.zeros(2, 2, 2)}, "kohya", "lycoris_0 is by Diag-OFT "
+              "or BOFT of LyCORIS, of a layer's outputs, which no method here is: " + MERGE),
+    peer_file(pair() | {"lycoris_0.dora_scale": torch.ones(1, 4)}, "kohya", "lycoris_0 is by DoRA "
+              "with a norm for every input (wd_on_output=False), and here DoRA has one for every "
+              "output: " + MERGE),
+    Case(pl.load, "'…' is of kohya, and has lycoris_1.diff_b, and 1.weight has no bias beside it",
+         pl.FileError, lambda: linears(bias=False), peers({"lycoris_1.diff_b": torch.ones(4)})),
     peer_file(pair() | {"lycoris_0.alpha": torch.tensor(-1.0)}, "kohya", "lycoris_0 can't be: "
               "alpha must be finite and above 0, not -1.0"),
     peer_file(pair("a.lora_A.weight a.lora_B.weight") | pair("1.lora_A.weight 1.lora_B.weight"),

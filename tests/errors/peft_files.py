@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftlite as pl
 from peftlite.io.peft import config
 from peftlite.io.peft.regex import Regexes
-from tests.errors.case import SMALL, Case, attached, bare, delta, on
+from tests.errors.case import SMALL, Case, attached, bare, delta, linears, on
 from tests.errors.load import bad_file
 from tests.errors.merge import poisoned
 
@@ -331,6 +331,9 @@ CASES = [
     exporting([pl.AdaLoRA(targets="q_proj", total_steps=9),
                pl.AdaLoRA(targets="k_proj", total_steps=9, alpha=3)],
               "peft has one lora_alpha for all modules of an AdaLoRA"),
+    exporting(pl.LoKr(factor=(2, 4), targets="0"), "peft has one factor for both dimensions of a "
+              "weight, and none makes a w1 of (2, 4) at one of (4, 4): keep the delta with pl.save",
+              linears),
     exporting(pl.LoKr(rank=9, targets="0"), "0 is a Conv1d, the taps of whose lokr_w2 peft mixes "
               "up, unless it's of a low rank: attach with a smaller rank", conv),
     Case(lambda model, path: pl.export(delta(model), path), f"{P}.{A} has values that aren't "

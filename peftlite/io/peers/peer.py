@@ -16,10 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from peftlite.core.patch import Method
 from peftlite.methods.dora import DoRA
+from peftlite.methods.full import FullTuning
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.methods.lora import LoRA
+from peftlite.methods.norm import NormTuning
 
 Kind: TypeAlias = type[LoRA] | type[LoHa] | type[LoKr]
 
@@ -38,6 +41,9 @@ class Peer:
         name: the library's.
         methods: what it calls our parameters, by method.
         older: what it called them once, with the name of now.
+        dense: what it calls the difference of a whole tensor of a module: the tensor, our method.
+        cores: what it calls the core of a kernel's factors, and which of ours takes it in.
+        lacks: what it calls a parameter of a method that isn't here, and that method's name.
         starts: what its modules' names may begin with, and what may stand there in a model: on
             reading the first that does, on writing the longest.
         joint: what is between the steps of a path.
@@ -53,6 +59,9 @@ class Peer:
     name: str
     methods: Mapping[Kind, Mapping[str, str]]
     older: Mapping[str, str] = field(default_factory=dict)
+    dense: Mapping[str, tuple[str, type[Method]]] = field(default_factory=dict)
+    cores: Mapping[str, str] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
     starts: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": [""]})
     joint: str = "."
     alpha: Literal["key", "rank"] | None = None
@@ -64,7 +73,8 @@ class Peer:
     def split(self, key: str) -> tuple[str, str] | None:
         """A key as the names of a module and of a parameter; None if it isn't the peer's."""
         known = [name for names in self.methods.values() for name in names.values()]
-        for name in (*known, *self.older, *([ALPHA] if self.alpha else [])):
+        more = *self.dense, *self.cores, *self.lacks, *([ALPHA] if self.alpha else [])
+        for name in (*known, *self.older, *more):
             if key.endswith(f".{name}"):
                 return key.removesuffix(f".{name}"), self.older.get(name, name)
         return None
@@ -100,6 +110,7 @@ def _factors(*names: str, like: str) -> dict[str, str]:
 
 _TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _KOHYA = _lora("lora_down.weight", "lora_up.weight")
+_NORMS = {"m": "dora_scale"}
 _DIFFUSERS = _lora("lora_A.weight", "lora_B.weight")
 _TORCHTUNE = _lora("lora_a.weight", "lora_b.weight")
 
@@ -108,9 +119,22 @@ PEERS = (
         "kohya",
         {
             LoRA: _KOHYA,
-            DoRA: {**_KOHYA, "m": "dora_scale"},
-            LoHa: _factors("w1a", "w1b", "w2a", "w2b", like="hada_"),
-            LoKr: _factors("w1", "w1a", "w1b", "w2", "w2a", "w2b", like="lokr_"),
+            DoRA: {**_KOHYA, **_NORMS},
+            LoHa: {**_factors("w1a", "w1b", "w2a", "w2b", like="hada_"), **_NORMS},
+            LoKr: {**_factors("w1", "w1a", "w1b", "w2", "w2a", "w2b", like="lokr_"), **_NORMS},
+        },
+        dense={
+            "diff": ("weight", FullTuning),
+            "diff_b": ("bias", FullTuning),
+            "w_norm": ("weight", NormTuning),
+            "b_norm": ("bias", NormTuning),
+        },
+        cores={"lora_mid.weight": "a", "hada_t1": "w1b", "hada_t2": "w2b", "lokr_t2": "w2b"},
+        lacks={
+            "oft_blocks": "Diag-OFT or BOFT of LyCORIS, of a layer's outputs",
+            "on_input": "(IA)³ of LyCORIS",
+            "lambda_layer": "T-LoRA",
+            **{f"{factor}.weight": "GLoRA" for factor in ("a1", "a2", "b1", "b2")},
         },
         starts={
             "lycoris_": [""],

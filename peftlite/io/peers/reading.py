@@ -15,9 +15,12 @@ from peftlite.core.site import Site, slice_of
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Kind, Peer
+from peftlite.io.peers.products import Recipe, decomposed, tucker
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Layer
 from peftlite.io.peft.forms import FORMS
+from peftlite.methods.dora import DoRA
+from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.table import listed
 
@@ -34,7 +37,8 @@ class Reading:
         self.peer, self.file = peer, file
         self.methods: dict[Method, list[str]] = {}
         self.entries: dict[str, Entry] = {}
-        self._sources: dict[str, tuple[str, View]] = {}
+        self._recipes: dict[str, Recipe] = {}
+        self._there = {name: site for site in sites or () for name in site.names}
         modules = self._modules()
         found = self._locate(sites, modules) if sites is not None else {}
         for name, keys in modules.items():
@@ -43,8 +47,10 @@ class Reading:
 
     def get(self, key: str) -> Tensor:
         """A tensor's values."""
-        source, view = self._sources[key]
-        return view(self.file.get(source))
+        return self._recipes[key](self.file.get)
+
+    def _lying(self, key: str) -> Tensor:
+        return self.file.entries[key].meta
 
     def _refuse(self, what: str) -> FileError:
         return FileError(f"{self.file.path!r} is of {self.peer.name}, and {what}")
@@ -66,6 +72,11 @@ class Reading:
             found = self.peer.split(key)
             if found is None:
                 raise self._refuse(f"has {key}, which can't be read")
+            if found[1] in self.peer.lacks:
+                raise self._refuse(
+                    f"{found[0]} is by {self.peer.lacks[found[1]]}, which no method here is: merge "
+                    "it there, and pl.extract makes a delta of the model before and after"
+                )
             keys = modules.setdefault(found[0], {})
             if found[1] in keys:
                 raise self._refuse(f"has {key} beside {keys[found[1]]}")
@@ -126,33 +137,77 @@ class Reading:
 
     def _read(self, name: str, keys: dict[str, str], site: Site | None) -> None:
         """Adds what the file has of one module."""
+        for theirs in self.peer.dense.keys() & keys.keys():
+            self._read_dense(name, theirs, keys.pop(theirs), site)
+        if not keys.keys() - {ALPHA}:
+            return
         kind, own = self._kind(name, keys)
-        lie = {p: self.file.entries[key].meta for p, key in own.items()}
-        turned = self.peer.turns and (site.layout.transposed if site else _as_weight(**lie))
-        views = {p: self._view(p, turned) for p in own}
-        t = {p: views[p](x) for p, x in lie.items()}
+        recipes = self._made(name, own, keys, site)
+        t = {p: recipe(self._lying) for p, recipe in recipes.items()}
         method = self._method(kind, name, keys, t)
+        if "m" in own and kind in (LoHa, LoKr):
+            recipes = decomposed(recipes, kind)
+            t = {p: recipe(self._lying) for p, recipe in recipes.items()}
+            method = DoRA(rank=len(t["a"]), alpha=method.scale * len(t["a"]))
         if site is None:
             self.methods.setdefault(method, []).append(name)
             return
         for address, cut in self._parts(name, site, t):
             self.methods.setdefault(method, []).append(address)
-            for p, key in own.items():
-                view, part = views[p], cut.get(p, _same)
-                made = part(t[p])
-                self.entries[f"{address}:{p}"] = Entry.of(made)
-                self._sources[f"{address}:{p}"] = key, lambda x, v=view, c=part: c(v(x))
+            for p, recipe in recipes.items():
+                part = cut.get(p, _same)
+                self._add(f"{address}:{p}", lambda get, r=recipe, c=part: c(r(get)))
+
+    def _add(self, parameter: str, recipe: Recipe) -> None:
+        self.entries[parameter] = Entry.of(recipe(self._lying))
+        self._recipes[parameter] = recipe
+
+    def _read_dense(self, name: str, theirs: str, key: str, site: Site | None) -> None:
+        """Adds the difference of a whole tensor of a module: its weight or its bias."""
+        slot, kind = self.peer.dense[theirs]
+        sites = self.methods.setdefault(kind(), [])
+        if site is None:
+            if name not in sites[-1:]:
+                sites.append(name)
+            return
+        paths = (path.removesuffix("weight") for path in site.names if path.endswith(".weight"))
+        own = next((self._there[p + slot] for p in paths if p + slot in self._there), None)
+        if own is None:
+            raise self._refuse(f"has {key}, and {site.address} has no {slot} beside it")
+        sites.append(own.address)
+        self._add(f"{own.address}:difference", lambda get: get(key))
 
     def _kind(self, name: str, keys: Mapping[str, str]) -> tuple[Kind, dict[str, str]]:
         """A module's method, and its keys by our names of parameters."""
         for kind, names in self.peer.methods.items():
             own = {p: keys[theirs] for p, theirs in names.items() if theirs in keys}
-            if len(own) < len(keys.keys() - {ALPHA}):
+            if len(own) < len(keys.keys() - {ALPHA, *self.peer.cores}):
                 continue
-            if kind is not LoKr and (lost := [n for n in names.values() if n not in keys]):
+            lost = [theirs for p, theirs in names.items() if p != "m" and p not in own]
+            if kind is not LoKr and lost:
                 raise self._refuse(f"{name} has no {lost[0]}")
             return kind, own
         raise self._refuse(f"{name} has {', '.join(keys)}: together these are no method here")
+
+    def _made(
+        self, name: str, own: Mapping[str, str], keys: Mapping[str, str], site: Site | None
+    ) -> dict[str, Recipe]:
+        """What makes our parameters, each in our shape."""
+        lie = {p: self._lying(key) for p, key in own.items()}
+        if "m" in lie and self.peer.norms == 0 and len(lie["m"]) < lie["m"].numel():
+            raise self._refuse(
+                f"{name} is by DoRA with a norm for every input (wd_on_output=False), and here "
+                "DoRA has one for every output: merge it there, and pl.extract makes a delta of "
+                "the model before and after"
+            )
+        turned = self.peer.turns and (site.layout.transposed if site else _as_weight(**lie))
+        views = {p: self._view(p, turned) for p in own}
+        made: dict[str, Recipe] = {
+            p: lambda get, key=key, view=views[p]: view(get(key)) for p, key in own.items()
+        }
+        for core in self.peer.cores.keys() & keys.keys():
+            made |= tucker(made, self.peer.cores[core], keys[core])
+        return made
 
     def _view(self, parameter: str, turned: bool) -> View:
         """What makes a parameter of ours of the peer's tensor."""
@@ -175,7 +230,7 @@ class Reading:
         settings: dict[str, Any] = {}
         if kind is LoKr:
             first = t["w1"].shape if "w1" in t else (len(t["w1a"]), t["w1b"].shape[1])
-            settings = {"factor": max(first), "decompose_both": "w1a" in t}
+            settings = {"factor": tuple(first), "decompose_both": "w1a" in t}
         if rank is None:  # both factors are whole, and α says nothing
             rank = max(n for x in t.values() for n in x.shape)
         elif ALPHA in keys:

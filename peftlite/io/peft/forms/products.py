@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from peftlite.core import maps
+from peftlite.core.layout import Layout
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Form, Layer, Tensors, agreed, fit, rank_of
 from peftlite.methods.hira import HiRA
 from peftlite.methods.loha import LoHa
-from peftlite.methods.lokr import LoKr
+from peftlite.methods.lokr import LoKr, split
 
 
 class LoHaForm(Form):
@@ -99,6 +100,30 @@ class HiRAForm(Form):
 _MIXED_UP = "{} is a Conv1d, the taps of whose lokr_w2 peft mixes up, unless it's of a low rank"
 
 
+def _both(layout: Layout) -> tuple[int, int]:
+    """The dimensions that the factors are of."""
+    return layout.rows, layout.columns // layout.taps
+
+
+def _first(n: int, factor: int) -> int:
+    """The part of n that goes to w1, which is the larger one if the factor is."""
+    return factor if n % factor == 0 < factor else split(n, None if factor == -1 else factor)[0]
+
+
+def _factor(method: LoKr, patch: Any) -> int:
+    """The factor by which peft has a patch's sizes. Raises PeftliteError."""
+    if not isinstance(method.factor, tuple):
+        return method.factor or -1
+    both = _both(patch.layout)
+    for factor in (-1, *method.factor):
+        if method.factor == tuple(_first(n, factor) for n in both):
+            return factor
+    raise PeftliteError(
+        f"peft has one factor for both dimensions of a weight, and none makes a w1 of "
+        f"{method.factor} at one of {both}: keep the delta with pl.save"
+    )
+
+
 class LoKrForm(Form):
     type = "LOKR"
     kinds = (LoKr,)
@@ -109,22 +134,25 @@ class LoKrForm(Form):
     convs = (1, 2)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoKr:
-        factor = config.number("decompose_factor", -1)
+        factor = int(config.number("decompose_factor", -1))
         rank = config.patterned("rank_pattern", layer.name, config.number("r", 8))
         for name in ("lokr_w1_b", "lokr_w2_b"):
             if name in t:
                 agreed(config, layer, "r", rank, len(t[name]))
+        w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+        for n, first in zip(_both(layer.site.layout) if layer.site else (), w1.shape, strict=False):
+            agreed(config, layer, "decompose_factor", _first(n, factor), first)
         return LoKr(
             rank=int(rank),
             alpha=config.patterned("alpha_pattern", layer.name, config.number("alpha", 8)),
-            factor=None if factor == -1 else int(factor),
+            factor=None if factor == -1 else tuple(w1.shape),
             decompose_both=config.flag("decompose_both"),
         )
 
     def settings(self, method: LoKr, patch: Any) -> dict[str, Any]:
         return {
             "r": method.rank, "alpha": method.scale * method.rank,
-            "decompose_factor": method.factor or -1, "decompose_both": method.decompose_both,
+            "decompose_factor": _factor(method, patch), "decompose_both": method.decompose_both,
         }  # fmt: skip
 
     def ours(self, t: Tensors, layer: Layer) -> Tensors:

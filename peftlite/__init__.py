@@ -30,13 +30,13 @@ else:
             for room in _rooms():
                 if name in room.__all__:
                     return globals().setdefault(name, getattr(room, name))
-        raise _unknown(name)
+        raise AttributeError(_unknown(name))
 
-    def _unknown(name: str) -> AttributeError:
+    def _unknown(name: str) -> str:
         from peftlite.spelling import hint
 
         known = [] if name.startswith("_") else __getattr__("__all__")
-        return AttributeError(f"module {__name__!r} has no attribute {name!r}{hint(name, known)}")
+        return f"module {__name__!r} has no attribute {name!r}{hint(name, known)}"
 
     def __dir__() -> list[str]:
         return [*__getattr__("__all__"), "__version__"]

@@ -4,6 +4,12 @@
 class PeftliteError(Exception):
     """Something asked of peftlite can't be done. Nothing was changed."""
 
+    def __init__(self, message: str = ""):
+        # a name in a stranger's file may be of any length: its beginning and its end are enough
+        most = 2000
+        short = len(message) <= most
+        super().__init__(message if short else f"{message[: most - 503]} … {message[-500:]}")
+
 
 class TargetError(PeftliteError):
     """A target names no site, or a site the method can't take."""

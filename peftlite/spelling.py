@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 from peftlite.errors import PeftliteError
@@ -87,6 +88,9 @@ def check_arguments(kind: type, given: Mapping[str, Any]) -> None:
     """Raises PeftliteError, with what to type, if a dataclass is given what it doesn't take."""
     taken = [field.name for field in fields(kind) if field.init]
     unknown = {name: given[name] for name in given if name not in taken}
+    if unknown:  # what is taken and not kept is among no fields
+        kept = signature(kind.__init__).parameters
+        unknown = {name: given[name] for name in unknown if name not in kept}
     if not unknown:
         return
     here = {name: _here(name, taken) for name in unknown}

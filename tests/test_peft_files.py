@@ -553,10 +553,24 @@ def test_what_vllm_serves(saved: Path, tmp_path: Path) -> None:
     assert "bias='lora_only'" in problems([pl.LoRA(), pl.BitFit(targets=["q_proj", "up_proj"])])[0]
     assert "lora_embedding_A" in problems(pl.LoRA(targets="embed_tokens"))[0]
     ranks = [pl.LoRA(rank=2, targets="q_proj"), pl.LoRA(rank=4, targets="k_proj")]
-    assert [line.split(",")[0] for line in problems(ranks)] == [
-        "it has rank_pattern", "it has alpha_pattern"
-    ]  # fmt: skip
-    assert pl.check_vllm(saved)[0] == "it has modules_to_save, which vLLM doesn't"
+    assert problems(ranks) == []
+    assert problems(ranks, 3)[0].startswith("its rank is 4, and the server takes 3")
+    assert "it has lm_head in modules_to_save" in pl.check_vllm(saved)[0]
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    for settings, says in (
+        ({"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights='pissa_niter_4', which chan"]),
+        ({"init_lora_weights": "LoftQ"}, ["init_lora_weights='LoftQ', which changes the base"]),
+        ({"init_lora_weights": "eva"}, []),
+        ({"layer_replication": [[0, 2]]}, ["it has layer_replication, which vLLM doesn't"]),
+        ({"alora_invocation_tokens": [1], "use_qalora": True}, ["it has alora", "it has use_qa"]),
+        ({"target_parameters": ["experts.gate_up_proj"]}, []),
+        ({"target_parameters": ["mlp.router"]}, ["mlp.router by itself"]),
+        ({"modules_to_save": ["score"]}, []),
+    ):
+        (tmp_path / "out/adapter_config.json").write_text(json.dumps({**config, **settings}))
+        found = pl.check_vllm(tmp_path / "out")
+        assert len(found) == len(says), found
+        assert all(part in line for part, line in zip(says, found, strict=True)), found
 
 
 def test_a_tied_weight_is_changed_for_both_or_not_at_all(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from peftlite.errors import FileError
-from peftlite.io.files import Tensors, as_path, data_of, reason, replacing
+from peftlite.io.files import Tensors, as_path, data_of, read_json, reason, replacing
 from peftlite.io.folders import replacing_folder
 from peftlite.table import listed, short
 
@@ -107,7 +107,7 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / files[0]]
     index = str(folder / indices[0])
     try:
-        names = {*json.loads(Path(index).read_bytes())["weight_map"].values()}
+        names = {*read_json(Path(index))["weight_map"].values()}
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise FileError(f"{index!r} is no index of a checkpoint: {reason(error)}") from error
     for name in names:

@@ -16,7 +16,15 @@ from peftlite.core.attach import deltas, detach
 from peftlite.errors import FileError, PeftliteError
 from peftlite.fields import check_given
 from peftlite.io.export import export
-from peftlite.io.files import DTYPES, Entry, Tensors, as_path, replacing, write_tensors
+from peftlite.io.files import (
+    DTYPES,
+    Entry,
+    Tensors,
+    as_path,
+    check_regular,
+    replacing,
+    write_tensors,
+)
 from peftlite.io.load import load
 from peftlite.io.native import save
 from peftlite.io.peers import FORMATS
@@ -107,6 +115,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def _is_pickle(path: Path) -> bool:
     """Whether a file is one of torch.save, now or long ago; safetensors' begin with a length."""
+    check_regular(str(path))
     try:
         with open(path, "rb") as file:
             return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")

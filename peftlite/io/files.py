@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
+import stat
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
-from peftlite.table import short
+from peftlite.table import short, size
 
 try:
     import fcntl
@@ -35,6 +37,18 @@ DTYPES = {
     "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_PICKLE = (
+    "a pickle, which may run code as it is read: pl.convert(path, 'new.safetensors') makes a "
+    "safetensors file of its tensors"
+)
+BEGINNINGS = (
+    (b"PK\x03\x04", _PICKLE),
+    (b"\x80\x02\x8a\x0a", _PICKLE),
+    (b"GGUF", "a file of llama.cpp's: give what it was made from"),
+    (b"<", "a page of the web, no safetensors file: download it again"),
+)
+"""How files of other kinds begin, and what they are."""
+POINTER = b"version https://git-lfs"
 T = TypeVar("T")
 R = TypeVar("R")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -65,6 +79,12 @@ def as_path(given: Any) -> Path:
     """A path that a user gave. Raises PeftliteError."""
     if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes):
         raise PeftliteError(f"a path is a str or an os.PathLike: not {short(given)}")
+    try:
+        os.stat(given)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError):
+        pass  # which is said where it's opened
+    except OSError as error:
+        raise FileError(f"{os.fspath(given)!r} can't be a path: {reason(error)}") from error
     return Path(given)
 
 
@@ -241,6 +261,31 @@ def sha256(tensor: Tensor) -> str:
 # -- reading
 
 
+def check_regular(path: str, most: float = math.inf) -> None:
+    """Raises FileError if what is at a path, if anything, is none to be read: a pipe, a pointer."""
+    with contextlib.suppress(OSError, ValueError):
+        its = os.stat(path)
+        if not stat.S_ISREG(its.st_mode):
+            kind = "a folder" if stat.S_ISDIR(its.st_mode) else "a pipe, a socket or a device"
+            raise FileError(f"{path!r} is {kind}, no file")
+        if its.st_size > most:
+            raise FileError(
+                f"{path!r} has {size(its.st_size)}, where {size(int(most))} is the most"
+            )
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise FileError(
+                    f"{path!r} is git-lfs's pointer to a file that wasn't fetched: type git lfs "
+                    "pull in its folder"
+                )
+
+
+def read_json(path: Path, **options: Any) -> Any:
+    """What a small file of JSON says. Raises FileError, OSError, ValueError, RecursionError."""
+    check_regular(str(path), 2**26)
+    return json.loads(path.read_bytes(), **options)
+
+
 class Tensors:
     """A safetensors file: its metadata and entries at once, its values as they're asked for.
 
@@ -249,6 +294,7 @@ class Tensors:
 
     def __init__(self, path: Path):
         self.path = str(path)
+        check_regular(self.path)
         with self._failing():
             self._file = safetensors.safe_open(self.path, framework="pt")
             self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -278,9 +324,11 @@ class Tensors:
         except FileNotFoundError as error:
             raise FileError(f"there is no file {self.path!r}") from error
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise FileError(
-                f"{self.path!r} is no safetensors file, or is damaged: {reason(error)}"
-            ) from error
+            what = f"no safetensors file, or is damaged: {reason(error)}"
+            with contextlib.suppress(OSError, ValueError), open(self.path, "rb") as file:
+                start = file.read(16)
+                what = next((its for known, its in BEGINNINGS if start.startswith(known)), what)
+            raise FileError(f"{self.path!r} is {what}") from error
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -6,7 +6,6 @@ embedding is the weight of the output head, too, and in an encoder-decoder that 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -14,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from peftlite.errors import FileError
 from peftlite.io.checkpoint import Checkpoint
+from peftlite.io.files import read_json
 from peftlite.io.standin import embeds
 
 _HEADED = re.compile(r".*(CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq).*")
@@ -69,8 +70,8 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is in the config.json beside the tensors; nothing if there is none that can be read."""
     folder = checkpoint.folder or checkpoint.path.parent
     try:
-        data = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_json(folder / "config.json")
+    except (FileError, OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 

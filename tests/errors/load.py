@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import struct
 import tempfile
 from collections.abc import Callable
@@ -161,6 +162,10 @@ def nest(head: dict[str, Any], _: Any) -> None:
 
 
 DAMAGED = "'…' is no safetensors file, or is damaged: …"
+PICKLE = (
+    "a pickle, which may run code as it is read: pl.convert(path, 'new.safetensors') makes a "
+    "safetensors file of its tensors"
+)
 BROKEN = "'…' has a broken header: its "
 FOREIGN = "'…' is no delta of a known format; it holds "
 
@@ -169,10 +174,18 @@ UNREADABLE = [
     (None, "there is no file '…'"),
     (Path.mkdir, "'…' is a folder: name the file in it"),
     *((raw(data), DAMAGED) for data in (
-        b"", b"\x80\x04K\x01.", b"PK\x03\x04" * 9, b"text" * 9, good()[:7], good()[:200],
+        b"", b"\x80\x04K\x01.", b"text" * 9, good()[:7], good()[:200],
         good()[:-1], good() + b"\0", good()[:8] + b"}" + good()[9:],
         struct.pack("<Q", 2**63) + good()[8:], struct.pack("<Q", 0) + good()[8:],
     )),
+    *((raw(start * 9), f"'…' is {what}") for start, what in (
+        (b"PK\x03\x04", PICKLE), (b"\x80\x02\x8a\x0a", PICKLE),
+        (b"GGUF", "a file of llama.cpp's: give what it was made from"),
+        (b"<html>", "a page of the web, no safetensors file: download it again"),
+        (b"version https://git-lfs.github.com/spec/v1", "git-lfs's pointer to a file that wasn't "
+         "fetched: type git lfs pull in its folder"),
+    )),
+    (os.mkfifo, "'…' is a pipe, a socket or a device, no file"),
     (metadata(None), FOREIGN + "layer.frob"),
     (metadata({"format": "pt"}), FOREIGN + "format; layer.frob"),
     (raw(safetensors.torch.save({})), FOREIGN + "nothing"),

@@ -233,4 +233,8 @@ INITIALIZE = [
          pl.TargetError),
 ]  # fmt: skip
 
-CASES = METHODS + PREFIXES + PROMPTS + INITIALIZE
+SPELLING = [
+    Case(lambda model, path: pl.IA3(r=8), "IA3 takes no r=; it takes …"),
+]
+
+CASES = SPELLING + METHODS + PREFIXES + PROMPTS + INITIALIZE

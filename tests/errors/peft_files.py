@@ -121,6 +121,9 @@ def followed_for_a_moment(model: nn.Module, path: Path) -> None:
 CASES = [
     # what is no adapter
     bad_file(adapter("{"), AT + "is no JSON: …"),
+    bad_file(adapter(" " * 65 * 2**20), AT + "has 65.0 MiB, where 64.0 MiB is the most"),
+    bad_file(adapter({"x" * 9000: True}), AT + "is a LORA with 'xxx…xxx … …xxx' as True, which may "
+             "change the model in a way that peftlite doesn't have"),
     bad_file(adapter('{"peft_type": "LORA", "lora_alpha": NaN}'), AT + "is no JSON: NaN is no "
              "number"),
     *(bad_file(adapter(text), AT + f"has the peft_type {kind}, which can't be read; these can: …")

@@ -20,8 +20,8 @@ __all__ = ["inspect", "read", "recognises", "write"]
 def recognises(path: Path, file: Tensors | None) -> bool:
     """Whether a folder (or the file in it) is of this format, or has folders that are."""
     if file is not None:
-        return path.name == MODEL and (path.parent / CONFIG).is_file()
-    return (path / CONFIG).is_file() or bool(folders(path))
+        return path.name == MODEL and (path.parent / CONFIG).exists()
+    return (path / CONFIG).exists() or bool(folders(path))
 
 
 def inspect(path: Path) -> Info:

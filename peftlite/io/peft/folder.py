@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 from peftlite.errors import FileError
-from peftlite.io.files import Tensors, reason
+from peftlite.io.files import Tensors, read_json, reason
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.forms import FORMS
 from peftlite.table import listed, short
@@ -37,7 +36,7 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{number} is no number")
 
     try:
-        data = json.loads((folder / CONFIG).read_bytes(), parse_constant=refuse)
+        data = read_json(folder / CONFIG, parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path!r} is no JSON: {reason(error)}") from error
     kind = data.get("peft_type") if isinstance(data, dict) else None
@@ -52,7 +51,7 @@ def read_config(folder: Path) -> Config:
 def open_folder(path: Path) -> tuple[Config, Tensors]:
     """The settings and the tensors in a folder, which may be named by its file of tensors."""
     folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         names = folders(folder)
         raise FileError(
             f"{str(folder)!r} has its adapters in folders of their own: {listed(names)}; load one: "

@@ -82,7 +82,7 @@ class Room:
         # of those at one call the first is innermost, where what changes a tensor belongs
         inside = sorted(self._mixed.items(), key=lambda item: not item[1].at_call)
         placed = [(_site_of(mixed, self._sites[key]), mixed) for key, mixed in inside]
-        root = next(s for s in sites(self.model) if s.is_call and s.module is self.model)
+        root = next(s for s in sites(self.model) if s.address == CALL)
         entrance = Entrance(self.router, self.move)
         entrance.slot = CALL
         placed.append((root, entrance))  # the last at the model's call is the outermost

@@ -136,11 +136,27 @@ class Site:
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the base under every name it has; deltas and TorchScript left out."""
+    """Every module of the base under every name it has; deltas and TorchScript left out.
+
+    What torch's wrappers are around is there in their place.
+    """
+    if (inner := _wrapped(model)) is not None:
+        yield from walk(inner, prefix)
+        return
     yield prefix, model
     for name, child in model._modules.items():
         if child is not None and not isinstance(child, torch.jit.ScriptModule):
             yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a wrapper of torch's is around: torch.compile's, FSDP's, a checkpoint's, DDP's."""
+    names = ("module",) if isinstance(module, _PARALLEL) else _WRAPPERS
+    return next((module._modules[name] for name in names if name in module._modules), None)
 
 
 def sites(model: nn.Module) -> list[Site]:

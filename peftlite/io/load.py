@@ -16,6 +16,7 @@ from peftlite.io.content import Info
 from peftlite.io.files import as_path
 from peftlite.io.fitting import CheckBase, check_mode, fitted
 from peftlite.io.formats import format_of
+from peftlite.io.names import as_here
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
@@ -63,7 +64,7 @@ def load(
         raise PeftliteError("load takes the model first, then the path")
     with turn(model):
         path, everything = as_path(path), [*sites(model), *statistics(model)]
-        content = format_of(path).read(path, model, everything)
+        content = as_here(format_of(path).read(path, model, everything), model, everything)
         if name is not None:
             content = replace(content, name=name)
         delta = fitted(content, path, everything, check_base, model)
@@ -75,5 +76,5 @@ def read(model: nn.Module, path: str | os.PathLike[str], check_base: CheckBase) 
     """The delta in a file, checked as `load` checks it, attached to nothing."""
     check_mode(check_base)
     path, everything = as_path(path), [*sites(model), *statistics(model)]
-    content = format_of(path).read(path, model, everything)
+    content = as_here(format_of(path).read(path, model, everything), model, everything)
     return fitted(content, path, everything, check_base)

@@ -83,6 +83,18 @@ def aliased() -> nn.Module:
     return nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(4, 4)})
 
 
+def experts() -> nn.Module:
+    """Two experts in one parameter."""
+    model = nn.ModuleDict({"experts": nn.Module()})
+    model["experts"].down_proj = nn.Parameter(torch.ones(2, 4, 3))
+    return model
+
+
+def expert(n: int) -> dict[str, Tensor]:
+    at = f"base_model.model.experts.{n}.w2"
+    return {f"{at}.{A}": torch.ones(2, 3), f"{at}.{B}": torch.ones(4, 2)}
+
+
 FOURTH_TOKEN = pl.SparseMask(
     select="given", fraction=1 / 29, targets="embed",
     scores={"embed.weight": torch.eye(29)[3][:, None].expand(29, 16)},
@@ -260,6 +272,11 @@ CASES = [
                 **factors(), "base_model.model.head.token_adapter.trainable_tokens_delta":
                 torch.ones(1, 16),
             }, lambda: nn.ModuleDict({"head": nn.Linear(16, 29)})),
+    reading(IN + "has 2 tensors of experts for the 4 that this model has; it lacks experts.1.w2",
+            {"target_modules": ["w2"]}, expert(0), experts),
+    reading(IN + "has odd tensors: experts.0.w2 begins as a part of a weight that this model has "
+            "whole", {"target_modules": ["w2"], "init_lora_weights": "olora"},
+            {**expert(0), **expert(1)}, experts),
     # writing
     Case(lambda model, path: pl.export(model, path), "export takes a delta, such as "
          "pl.deltas(model)['sql'], or its name with model=model: not a GPT"),

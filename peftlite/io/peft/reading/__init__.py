@@ -16,6 +16,7 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left
 from peftlite.io.peft.reading.copies import read_copies
+from peftlite.io.peft.reading.experts import read_experts
 from peftlite.io.peft.reading.modules import read_modules
 from peftlite.io.peft.reading.named import check_named
 from peftlite.io.peft.reading.prompts import read_prompts
@@ -26,7 +27,7 @@ from peftlite.io.peft.reading.tokens import read_tokens
 __all__ = ["Reading"]
 
 STEPS: tuple[Callable[[Adapter, Left], Iterator[Claim]], ...] = (
-    read_prompts, read_modules, read_replaced, read_tokens, read_copies,
+    read_prompts, read_experts, read_modules, read_replaced, read_tokens, read_copies,
 )  # fmt: skip
 
 
@@ -39,28 +40,41 @@ class Reading:
             claims: list[Claim] = []
             for step in STEPS:
                 claims += step(adapter, adapter.left(claims))
-            check_named(adapter, claims)
+            if not _left_over(adapter, claims):  # which the loader refuses by name
+                check_named(adapter, claims)
             claims = join_ties(adapter, claims)
         adapter.config.finish()
-        self._claims = {key: claim for claim in claims for key in claim.entries}
+        self._claims = {self._own(k): (claim, k) for claim in claims for k in claim.entries}
         self._last: tuple[Claim, Mapping[str, Tensor]] | None = None
-        self.methods = _by_method(claims)
+        self.methods = _by_method(claims, adapter.own)
         left = adapter.left(claims).values()
-        self.entries = {key: claim.entries[key] for key, claim in self._claims.items()}
+        self.entries = {own: claim.entries[key] for own, (claim, key) in self._claims.items()}
         self.entries |= {key: adapter.file.entries[key] for key in left}
+
+    def _own(self, key: str) -> str:
+        """A tensor's key by the model's name for its site."""
+        address, _, name = key.rpartition(":")
+        return f"{self.adapter.own.get(address, address)}:{name}"
 
     def get(self, key: str) -> Tensor:
         """A tensor's values; what is made from the same of the file's tensors is made once."""
-        claim, last = self._claims[key], self._last
+        (claim, theirs), last = self._claims[key], self._last
         if last is None or last[0] is not claim:
             last = claim, self.adapter.made(claim)
             self._last = last  # at once: the loader asks from several threads
-        return last[1][key]
+        return last[1][theirs]
 
 
-def _by_method(claims: Sequence[Claim]) -> list[tuple[Method, list[str]]]:
-    """The methods of claims, each with its addresses."""
+def _left_over(adapter: Adapter, claims: Sequence[Claim]) -> bool:
+    """Whether the file has something that this model hasn't."""
+    addresses = (address for claim in claims for _, address in claim.placed)
+    lost = adapter.model is not None and any(a not in adapter.sites for a in addresses)
+    return lost or bool(adapter.left(claims))
+
+
+def _by_method(claims: Sequence[Claim], own: Mapping[str, str]) -> list[tuple[Method, list[str]]]:
+    """The methods of claims, each with its addresses, as the model has them."""
     found: dict[Method, dict[str, None]] = {}
     for method, address in (pair for claim in claims for pair in claim.placed):
-        found.setdefault(method, {})[address] = None
+        found.setdefault(method, {})[own.get(address, address)] = None
     return [(method, [*addresses]) for method, addresses in found.items()]

@@ -19,6 +19,7 @@ from peftlite.core.site import Site, walk
 from peftlite.core.tensors import wide
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, reason
+from peftlite.io.names import Names, Spelling
 from peftlite.io.peft.folder import PROMPTS, START, WRAPPED, open_folder
 
 Make = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -65,10 +66,17 @@ class Adapter:
         name = Path(self.config.path).resolve().parent.name
         self.name = name if _NAME.fullmatch(name) else "default"
         self.model, self.everything = model, sites
-        self.sites = {name: site for site in sites for name in site.names}
-        self.modules = {} if model is None else dict(walk(model))
         start = WRAPPED if self.kind in PROMPTS else START
         self.keys: Left = {key.removeprefix(start): key for key in self.file.entries}
+        modules = {} if model is None else dict(walk(model))
+        own = {*modules, *(name for site in sites for name in site.names)}
+        lists = [its for its in self.config.data.values() if isinstance(its, list)]
+        said = [name for its in lists for name in its if isinstance(name, str)]
+        spelling = Spelling(Names(model, own), [*said, *map(plain, self.keys)])
+        # as the settings and the keys name them, and what the model calls them
+        self.sites = {name: its for its in map(spelling.site, sites) for name in its.names}
+        self.modules = {spelling.of(path): module for path, module in modules.items()}
+        self.own = {spelling.of(name): name for name in own}
 
     def seen(self, address: str) -> Site:
         """The site at an address, the owner of that name first: each may lie it another way."""

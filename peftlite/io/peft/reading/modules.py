@@ -39,7 +39,8 @@ def _by_module(form: Form, left: Left) -> dict[str, dict[str, str]]:
 
 
 def _module(adapter: Adapter, form: Form, path: str, keys: Mapping[str, str]) -> Claim:
-    layer, t = _layer(adapter, path), adapter.meta(keys)
+    t = adapter.meta(keys)
+    layer = _layer(adapter, path, t)
     if layer.site is not None and (what := form.forgotten(layer.site)):
         raise FileError(
             f"{adapter.file.path!r} changes {layer.path}, which peft's {adapter.kind} runs without "
@@ -85,7 +86,19 @@ def _shared(
     make(adapter.values(keys))  # looks at them
 
 
-def _layer(adapter: Adapter, path: str) -> Layer:
+def _is_old(adapter: Adapter, site: Site, t: Mapping[str, Tensor]) -> bool:
+    """Whether a stack's factors are as before peft 0.19; what peft converted keeps its version."""
+    a, shape = t.get("lora_A.weight"), site.whole.shape
+    if not adapter.config.before(0, 19) or a is None or len(shape) != 3:
+        return False
+    if shape[1] != shape[2]:
+        return a.shape[-1] == shape[1]
+    # which peft writes for what was two maps and is one
+    patterns = adapter.config.take("rank_pattern", {}, dict)
+    return not any(key.startswith(r".*\.") for key in patterns)
+
+
+def _layer(adapter: Adapter, path: str, t: Mapping[str, Tensor]) -> Layer:
     """The module at a path, and the site that is changed there."""
     inner = path
     while inner.endswith(".base_layer"):
@@ -95,8 +108,8 @@ def _layer(adapter: Adapter, path: str) -> Layer:
     inner = plain(inner)
     chosen = _parameters(adapter, inner)
     if depth < len(chosen):  # the last of a module's parameters is outermost
-        old = adapter.config.before(0, 19)
-        return Layer(inner, chosen[-1 - depth], by_name=True, old=old)
+        site = chosen[-1 - depth]
+        return Layer(inner, site, by_name=True, old=_is_old(adapter, site, t))
     path = inner + ".base_layer" * depth
     slots = (f"{path}.in_proj_weight", f"{path}.weight")
     site = next((adapter.seen(address) for address in slots if address in adapter.sites), None)

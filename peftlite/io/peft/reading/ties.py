@@ -63,7 +63,9 @@ def _check(adapter: Adapter, site: Site, own: Own) -> None:
     modules = {id(adapter.seen(name).module) for name in (first, apart[0])}
     raise FileError(
         f"{adapter.file.path!r} changes {first} apart from {listed(apart)}, "
-        + (_UNTIE if len(modules) > 1 else _COPY).format(_path(first), _path(apart[0]))
+        + (_UNTIE if len(modules) > 1 else _COPY).format(
+            *(_path(adapter.own[name]) for name in (first, apart[0]))
+        )
     )
 
 

@@ -1,0 +1,159 @@
+"""Names: a model's modules by the names that a file has for them, where those are others.
+
+torch's wrappers put their own word into a path (`_orig_mod.layers.0.q`), and releases of
+transformers rename modules: a model's class says how, in a table that transformers keeps for it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from peftlite.core.site import CALL, Site, split_index
+from peftlite.io.content import Content
+
+_WRAPPED = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)(\.|(?=\(\)$)|$)"
+)
+
+
+def unwrapped(name: str) -> str:
+    """A name without the words that torch's wrappers put into it."""
+    return _WRAPPED.sub("", name)
+
+
+class Names:
+    """What a model has, and how a file's names for it are understood.
+
+    Args:
+        known: the names of all that can be meant.
+    """
+
+    def __init__(self, model: nn.Module | None, known: Collection[str]):
+        self._known = known
+        self._unwrapped = {unwrapped(name): name for name in reversed([*known])}
+        self._renamings = [] if model is None else [*_renamings(model)]
+
+    def own(self, name: str) -> str | None:
+        """The model's name for a file's; None if it has none."""
+        if name in self._known:
+            return name
+        for other in (name, *self._newer(unwrapped(name))):
+            if (own := self._unwrapped.get(unwrapped(other))) is not None:
+                return own
+        return None
+
+    def _newer(self, name: str) -> Iterator[str]:
+        """What transformers calls a name of an older release."""
+        for rename in self._renamings:
+            yield rename(name)
+
+
+def _renamings(model: nn.Module) -> Iterator[Any]:
+    """How a model's class renames what older checkpoints have, one release's way after another."""
+    table: Any = getattr(model, "_checkpoint_conversion_mapping", None)
+    if isinstance(table, Mapping) and table:  # transformers 4
+        yield lambda name: _first(table, name)
+    mapping: Any = sys.modules.get("transformers.conversion_mapping")
+    if mapping is not None and hasattr(mapping, "get_model_conversion_mapping"):  # transformers 5
+        steps = [s for s in mapping.get_model_conversion_mapping(model) if not _converts(s)]
+        yield lambda name: _all(steps, name)
+
+
+def _converts(step: Any) -> bool:
+    return bool(getattr(step, "operations", None))
+
+
+def _first(table: Mapping[str, str], name: str) -> str:
+    for pattern, replacement in table.items():
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def _all(steps: Sequence[Any], name: str) -> str:
+    for step in steps:
+        name, _ = step.rename_source_key(name)
+    return name
+
+
+class Spelling:
+    """The names that a file has for all of a model, from those that it has for some of it.
+
+    Args:
+        keys: what is in the file, each the name of a module or a tensor with more behind it.
+    """
+
+    def __init__(self, names: Names, keys: Iterable[str]):
+        self._starts: dict[str, str] = {}
+        own: dict[str, str] = {}
+        for key in keys:
+            steps = key.split(".")
+            paths = (".".join(steps[:n]) for n in range(len(steps), 0, -1))
+            found = ((mine, path) for path in paths if (mine := names.own(path)) is not None)
+            own.update(item for item in [next(found, None)] if item is not None)
+        for mine, theirs in own.items():
+            if mine != theirs:
+                self._learn(mine, theirs)
+        if self._starts:
+            self._starts |= own
+
+    def _learn(self, own: str, theirs: str) -> None:
+        """Of two names of one thing, how they begin differently."""
+        mine, other = own.split("."), theirs.split(".")
+        while len(mine) > 1 and len(other) > 1 and mine[-1] == other[-1]:
+            mine, other = mine[:-1], other[:-1]
+        if mine[-1] == other[-1] and not unwrapped(".".join([*mine[:-1], *other[:-1]])):
+            mine, other = mine[:-1], other[:-1]  # a wrapper's word before all
+        self._starts[".".join(mine)] = ".".join(other)
+
+    def of(self, name: str) -> str:
+        """The file's name for something of the model."""
+        path = name.removesuffix(CALL)
+        steps = path.split(".") if path else []
+        for n in range(len(steps), -1, -1) if self._starts else ():
+            start = self._starts.get(".".join(steps[:n]))
+            if start is not None:
+                return ".".join([start] * bool(start) + steps[n:]) + name[len(path) :]
+        return name
+
+    def site(self, site: Site) -> Site:
+        return replace(site, address=self.of(site.address), names=tuple(map(self.of, site.names)))
+
+
+def as_here(content: Content, model: nn.Module, sites: Sequence[Site]) -> Content:
+    """A file's content by the names that the model has."""
+    known = {name for site in sites for name in site.names}
+    addresses = [address for _, own in content.methods for address in own]
+    if all(split_index(address)[0] in known for address in addresses):
+        return content
+    names = Names(model, known)
+
+    def own(address: str) -> str:
+        text, part = split_index(address)
+        found = names.own(text) or text
+        return found if part is None else f"{found}[{part}]"
+
+    def key(key: str) -> str:
+        address, _, name = key.rpartition(":")
+        return f"{own(address)}:{name}"
+
+    theirs = {key(old): old for old in content.entries}
+    modules = {
+        own(address): {**its, "names": [*map(own, its["names"])]} if "names" in its else its
+        for address, its in content.modules.items()
+    }
+    return replace(
+        content,
+        methods=[(method, [*map(own, addresses)]) for method, addresses in content.methods],
+        entries={new: content.entries[old] for new, old in theirs.items()},
+        get=lambda new: content.get(theirs[new]),
+        base=content.base and {own(address): its for address, its in content.base.items()},
+        modules=modules,
+    )

@@ -93,6 +93,21 @@ def test_a_prompt_that_a_classifier_reads_goes_back(tmp_path: Path) -> None:
         close(model(IDS[:1]).logits, theirs.eval()(input_ids=IDS[:1]).logits)
 
 
+@pytest.mark.parametrize("name", ["Bert", "GPT2"])
+@torch.no_grad()
+def test_prompts_before_a_classifier_of_tokens(name: str, tmp_path: Path) -> None:
+    """It calls its model with ids and with inputs_embeds=None."""
+    config = GPT2 if name == "GPT2" else SIZES
+    model, base = (made(f"{name}ForTokenClassification", **config) for _ in range(2))
+    how = peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=N)
+    theirs = adapted(base, how, tmp_path / "sql")
+    pl.load(model, tmp_path / "sql")
+    close(
+        model(IDS, attention_mask=MASK).logits,
+        theirs(input_ids=IDS, attention_mask=MASK).logits[:, N:],
+    )
+
+
 # -- prefixes: in the cache of whatever model, with its own positions, biases and windows
 
 GPTJ = {**GPT2, "rotary_dim": 4, "bos_token_id": 2, "eos_token_id": None}

@@ -45,6 +45,7 @@ class StackPatch(Patch):
         tokens, past = given.pop(name), of_tokens(given, self.address)
         if self.embeds and name == "input_ids":
             name, tokens = "inputs_embeds", self.prompt.embedding.module(tokens)
+            given.pop(name, None)
         rest = beside(given, tokens, past)
         if past:  # the prompt is in the cache
             return inner(**{name: tokens}, **rest)

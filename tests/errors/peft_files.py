@@ -199,6 +199,11 @@ CASES = [
         **factors(),
         "base_model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(1, 16),
     }),
+    reading(AT + "has 'num_transformer_submodules' as 2 and 'task_type' as 'CAUSAL_LM', for which "
+            "peft runs all copies of its prompt with a mask for one", {
+                "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1,
+                "token_dim": 16, "num_transformer_submodules": 2,
+            }, {"base_model.prompt_embeddings": torch.ones(2, 16)}),
     # tensors
     reading(IN + f"has a module without its '{B}'", {}, {f"{P}.{A}": torch.ones(2, 16)}),
     reading(IN + "lacks the tensors of 1 modules that adapter_config.json names: "

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from peftlite.core.patch import Method
 from peftlite.core.targets import select
+from peftlite.errors import FileError
 from peftlite.io.peft.folder import CLASSIFIES, GENERATES, PREFIX, PROMPTS
 from peftlite.io.peft.form import fit
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left
 from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.prompt import PromptTuning, encoder, takers
+from peftlite.table import short
 
 
 def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
@@ -21,6 +23,12 @@ def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
     if adapter.kind not in PROMPTS:
         return
     n, copies, width, heads, count = _sizes(adapter)
+    task = adapter.config.data.get("task_type")
+    if copies > 1 and adapter.kind != PREFIX and task != GENERATES[1]:
+        raise FileError(
+            f"{adapter.config.path!r} has 'num_transformer_submodules' as {copies} and 'task_type' "
+            f"as {short(task)}, for which peft runs all copies of its prompt with a mask for one"
+        )
     method = _method(adapter, n, width, heads)
     if adapter.model is None:
         yield Claim({}, [(method, "")])

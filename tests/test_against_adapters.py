@@ -6,7 +6,7 @@ output added, and its parallel the residual stream before the norm. A prefix tak
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPTJConfig,
+    GPTJForCausalLM,
+)
 
 import peftlite as pl
 from peftlite.methods.compacter import Compacter
@@ -68,7 +73,13 @@ def distilbert() -> nn.Module:
     )
 
 
+def gptj() -> nn.Module:
+    sizes = {"n_positions": TOKENS, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+    return GPTJForCausalLM(GPTJConfig(vocab_size=VOCAB, **sizes))
+
+
 KIND = {kind.name: kind for kind in KINDS}
+KIND["hf_gptj"] = replace(KIND["hf_gpt2"], name="hf_gptj", make=gptj)
 KIND["hf_distilbert"] = Kind("hf_distilbert", distilbert, bert_inputs, logits)
 
 # where adapters keeps the bottleneck at a call
@@ -228,7 +239,7 @@ ROWS = (
         PrefixTuning(3),
         PrefixTuningConfig(prefix_length=3, flat=True),
         prefixes,
-        ("hf_bert", "hf_gpt2", "hf_llama", "hf_vit"),
+        ("hf_bert", "hf_gpt2", "hf_llama", "hf_vit", "hf_gptj"),  # the last attends by hand
     ),
     Row(
         "prefix_reparametrized",

@@ -63,12 +63,12 @@ class Prepend(TorchFunctionMode):
             attn_mask, is_causal = self._hide(query, key, attn_mask, is_causal), False
         elif attn_mask is not None:
             attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
-            attn_mask = F.pad(attn_mask, (n, 0), value=attn_mask.dtype == torch.bool)
+            attn_mask = self.widen(attn_mask, len(key))
         if is_causal:
             # with n queries more in front, a query at i sees the prefix and the tokens up to i: no
             # mask is needed, which the fastest kernels don't take
             query = F.pad(query, (0, 0, n, 0))
-        key, value = self._prepend(key, value)
+        key, value = self.prepend(key, value)
         y = SDPA(query, key, value, attn_mask, dropout_p, is_causal, **options)
         return y[..., n:, :].clone() if is_causal else y  # code may want to view it
 
@@ -77,9 +77,15 @@ class Prepend(TorchFunctionMode):
         if mask is None:
             mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
             mask = mask.tril() if is_causal else mask
-        front = self._front(len(key), mask.dtype)[:, None, None]
+        return self.widen(mask.expand(*mask.shape[:-1], key.shape[-2]), len(key))
+
+    def widen(self, mask: Tensor, b: int) -> Tensor:
+        """A mask (…, q, t), or what is added to scores, as one of (…, q, n + t) for b rows."""
+        if self.hidden is None:
+            return F.pad(mask, (self.n, 0), value=mask.dtype == torch.bool)
+        front = self._front(b, mask.dtype)[:, None, None]
         lead = torch.broadcast_shapes(mask.shape[:-1], front.shape[:-1])
-        return torch.cat([front.expand(*lead, -1), mask.expand(*lead, key.shape[-2])], -1)
+        return torch.cat([front.expand(*lead, -1), mask.expand(*lead, -1)], -1)
 
     def _front(self, b: int, dtype: torch.dtype) -> Tensor:
         """What a mask has for the prefixes of b rows (b, n): true, or 0, where one is there."""
@@ -116,7 +122,7 @@ class Prepend(TorchFunctionMode):
             y = y if last is None else torch.cat([y, last.expand(-1, y.shape[1], -1)])
             return y.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)
 
-        keys, values = self._prepend(
+        keys, values = self.prepend(
             project(key, w_k, b_k, bias_k, options.get("static_k")),
             project(value, w_v, b_v, bias_v, options.get("static_v")),
         )
@@ -153,7 +159,7 @@ class Prepend(TorchFunctionMode):
             front = ~front  # there true is what is masked
         return torch.cat([front, key_padding_mask[:, n:]], -1)
 
-    def _prepend(self, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+    def prepend(self, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         """Keys and values (…, h, t, d), or (…, t, d) of one head, with the prefix in front."""
         self.reached = True
         *_, h, _, d = self.prefix.shape

@@ -16,6 +16,7 @@ from peftlite.core.site import Site, walk
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import integer, one_of
 from peftlite.methods.attention import Prepend, is_attention, key_heads
+from peftlite.methods.by_hand import ByHand, is_by_hand
 from peftlite.methods.features import arguments, by_name
 from peftlite.methods.past import (
     PastPatch,
@@ -61,6 +62,7 @@ class PrefixPatch(Patch):
     def __init__(self, site: Site, method: PrefixTuning, h: int, d: int, trunk: Trunk | None):
         super().__init__()
         self.address, self.trunk = site.address, trunk
+        self.by_hand = ByHand(site) if is_by_hand(site.module) else None
         make = functools.partial(trainable, site=site, dtype=method.dtype)
         prefix = make(2, h, method.prefix_length, d)
         if trunk is None:
@@ -97,11 +99,21 @@ class PrefixPatch(Patch):
         super()._save_to_state_dict(*args, **kwargs)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        mode = Prepend(self.current(), self.address)
-        with mode:
-            output = inner(*args, **kwargs)
+        return self.attend(Prepend(self.current(), self.address), inner, *args, **kwargs)
+
+    def attend(self, mode: Prepend, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call, with a prefix of its own or of a `mode`'s."""
+        if self.by_hand is not None:
+            output = self.by_hand.call(mode, inner, *args, **kwargs)
+        else:
+            with mode:
+                output = inner(*args, **kwargs)
         if not mode.reached:
-            raise unreached(self.address)
+            raise PeftliteError(
+                f"{self.address} came to no F.scaled_dot_product_attention in this call, so its "
+                "prefix had no effect: for transformers, type "
+                'model.set_attn_implementation("sdpa"), and ask for no output_attentions'
+            )
         return output
 
 
@@ -126,15 +138,6 @@ class CachedPrefixPatch(PrefixPatch):
         return inner(**given)
 
 
-def unreached(address: str) -> PeftliteError:
-    """The error to raise for a call in which no attention was met."""
-    return PeftliteError(
-        f"{address} came to no F.scaled_dot_product_attention in this call, so its prefix had no "
-        'effect: for transformers, type model.set_attn_implementation("sdpa"), and ask for no '
-        "output_attentions"
-    )
-
-
 @dataclass(frozen=True)
 class PrefixTuning(Method):
     """softmax(q[P_k; K]ᵀ/√d)·[P_v; V]: n learned keys and values before those of an attention.
@@ -145,9 +148,9 @@ class PrefixTuning(Method):
     With `positions="kept"` every query sees the prefix, whatever its masks, and it takes no
     positions: those of the tokens, and what a cache holds of them, stay as they are. By default it
     takes every attention that comes to torch's scaled_dot_product_attention: modules that call it,
-    nn.MultiheadAttention, and transformers with attn_implementation="sdpa". Others can't be
-    reached, such as T5's in transformers 4, which adds position biases by itself, nor can
-    attention whose values are narrower than its keys.
+    nn.MultiheadAttention, and transformers with attn_implementation="sdpa"; and T5's and GPT-J's,
+    which are known. Others can't be reached, nor can attention whose values are narrower than its
+    keys.
 
     With `positions="shifted"`, which is peft's, the prefix stands in the cache of a model of
     transformers as n tokens that went before: the tokens' positions begin at n, masks, position
@@ -188,10 +191,10 @@ class PrefixTuning(Method):
         if self.shifted:
             return has_place(site)
         # of two, one in the other, the inner one
-        return self.accepts(site) and sum(is_attention(m) for _, m in walk(site.module)) == 1
+        return self.accepts(site) and sum(_attends(m) for _, m in walk(site.module)) == 1
 
     def accepts(self, site: Site) -> bool:
-        return has_place(site) if self.shifted else site.is_call and is_attention(site.module)
+        return has_place(site) if self.shifted else site.is_call and _attends(site.module)
 
     def choose(self, picked: Sequence[Site], everything: Sequence[Site]) -> Sequence[Site]:
         if not self.shifted:
@@ -234,6 +237,11 @@ class PrefixTuning(Method):
                 "told from its attributes: say num_heads= and head_dim="
             )
         return h, d
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module's own attention can be given a prefix."""
+    return is_attention(module) or is_by_hand(module)
 
 
 def _fill(weight: Tensor, bias: Tensor) -> None:

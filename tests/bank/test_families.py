@@ -91,7 +91,7 @@ FAMILIES = [
     Family("prefix", pl.PrefixTuning(prefix_length=5), [
         *(pl.PrefixTuning(prefix_length=n) for n in (5, 2, 1)),
         pl.PrefixTuning(prefix_length=3, reparametrize=True, hidden_size=4)],
-        "gpt hf_llama hf_bert hf_vit mha_encoder mha_decoder", exact=False),
+        "gpt hf_llama hf_bert hf_vit hf_t5 mha_encoder mha_decoder", exact=False),
     Family("prompt", pl.PromptTuning(prompt_length=4), PROMPTS,
            "hf_llama hf_bert hf_gpt2 hf_t5", exact=False),
     Family("mam", [*MAM, pl.LoRA(), pl.BitFit(add_missing=True)], [

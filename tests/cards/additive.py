@@ -1,7 +1,5 @@
 """Additive: modules, tokens and states that the base doesn't have."""
 
-from importlib.metadata import version
-
 import peftlite as pl
 from tests.cards.card import Card, Row, called, layers
 
@@ -19,7 +17,6 @@ NO_ATTENTION = {
     for kind in (
         "mlp shared experts raw bilinear conv1d conv2d_grouped conv2d_same conv3d conv_transpose "
         "embedding embedding_bag lstm gru weight_norm conv1d_hf norms".split()
-        + ["hf_t5"] * version("transformers").startswith("4.")  # whose attention calls no SDPA
     )
 }
 

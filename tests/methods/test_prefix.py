@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
-from transformers import PreTrainedModel
+from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel
 
 import peftlite as pl
 from peftlite.methods.features import arguments
@@ -269,6 +269,63 @@ def test_logits_from_a_cache_are_logits_without(make: Callable[[], Any]) -> None
         close(begun.logits[:, 0], whole[:, t])
 
 
+# -- attention by hand: GPT-J's, and T5's before transformers 5
+
+
+def t5() -> Any:
+    with seeded():
+        return perturb(hf_t5()).eval()
+
+
+def gptj() -> Any:
+    sizes = {"vocab_size": 29, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    with seeded():
+        return perturb(GPTJForCausalLM(GPTJConfig(**sizes, rotary_dim=4))).eval()
+
+
+@torch.no_grad()
+def test_prefixes_of_t5_have_no_position_bias() -> None:
+    model = t5()
+    x, states = torch.randn(2, B, T, model.config.d_model)
+    delta = attached(model)
+    assert len(delta.placed) == 3 * model.config.num_layers or is_attention(model.encoder)
+    for path, more in (
+        ("encoder", {}),
+        ("decoder", {}),
+        ("cross", {"key_value_states": states, "query_length": T}),
+    ):
+        block = (model.encoder if path == "encoder" else model.decoder).block[0]
+        layer = block.layer[path == "cross"]
+        m = layer.EncDecAttention if path == "cross" else layer.SelfAttention
+        (address,) = (a for a in delta.placed if model.get_submodule(a.removesuffix("()")) is m)
+        own = pl.Delta("own", [], [delta.placed[address]])
+        q, k, v = (
+            f(z) for f, z in ((m.q, x), *((f, more.get("key_value_states", x)) for f in (m.k, m.v)))
+        )
+        q, k, v = (y.unflatten(-1, (m.n_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        bias = m.compute_bias(T, T) if path != "cross" else torch.zeros(1, 1, T, T)
+        k, v = prefixed(own, k, v)
+        weights = torch.softmax(q @ k.mT + F.pad(bias, (N, 0)), -1)
+        expected = m.o((weights @ v).transpose(1, 2).flatten(2))
+        seen = torch.zeros(B, 1, T, T)
+        output = m(x, mask=seen, cache_position=torch.arange(T), **more)
+        close(output[0], expected)
+        assert output[1].shape[-1] == T  # the next layer has a prefix of its own
+
+
+@torch.no_grad()
+def test_generation_by_hand_is_that_without_a_cache() -> None:
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    how |= {"pad_token_id": 0, "attention_mask": MASK, "decoder_start_token_id": 0}
+    for model in (t5(), gptj()):
+        model.config.max_position_embeddings = 32
+        base = model.generate(PROMPTS, **how)
+        attached(model)
+        cached = model.generate(PROMPTS, **how)
+        assert torch.equal(cached, model.generate(PROMPTS, use_cache=False, **how))
+        assert not torch.equal(cached, base)
+
+
 @torch.no_grad()
 def test_padding_on_the_right_in_bert() -> None:
     kind = ZOO["hf_bert"]
@@ -289,7 +346,7 @@ def eager(make: Callable[[], Any]) -> PreTrainedModel:
 SAYS = r"takes calls of attention that .* type model.set_attn_implementation\(\"sdpa\"\) first\)"
 
 
-@pytest.mark.parametrize("make", [hf_llama, hf_gpt2, hf_vit, hf_t5])
+@pytest.mark.parametrize("make", [hf_llama, hf_gpt2, hf_vit])
 def test_attention_that_isnt_torchs_is_refused(make: Callable[[], Any]) -> None:
     """However it is asked for, and before anything has changed."""
     model = eager(make)

@@ -15,7 +15,7 @@ from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.methods.attention import Prepend
-from peftlite.methods.prefix import PrefixPatch, unreached
+from peftlite.methods.prefix import PrefixPatch
 
 
 class MixedPrefix(Mixed):
@@ -49,8 +49,4 @@ class MixedPrefix(Mixed):
         prefix, used = per_row(tables["prefix"], rows), per_row(tables["used"], rows)
         hidden = torch.arange(self.shape[2], device=used.device) >= used[:, None]
         mode = Prepend(prefix.transpose(0, 1), self.address, hidden)
-        with mode:
-            output = inner(*args, **kwargs)
-        if not mode.reached:
-            raise unreached(self.address)
-        return output
+        return self.template.attend(mode, inner, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What must survive: malformed files, flipped bits, faults, kill -9, merging, threads."""
+"""What must survive: malformed files, flipped bits, faults, kills, resumes, merging, threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the trials are the tests'
 from benchmarks.common import HERE, machine
 from peftlite.table import table
 from tests import golden
-from tests.trust import bases, faults, kills, malformed, merging, names, threads
+from tests.trust import bases, faults, kills, malformed, merging, names, resumes, threads
 from tests.trust.tally import Tally
 
 
@@ -41,6 +41,7 @@ GOALS = (
     Goal("R4", "faults in verbs", faults.r4, (20,), (150,), (10_000,)),
     Goal("R5", "kill -9 in saves", kills.r5, (15,), (300,), (1000,)),
     Goal("R5", "failing disks", kills.r5_disk),
+    Goal("R6", "resumes with all that may differ", resumes.r6, (6,), (36,), (36,)),
     Goal("R7", "merge and unmerge", merging.r7, (5,), (50,), (1000,)),
     Goal("R8", "merges that aren't finite", merging.r8),
     Goal("R9", "threads that change", threads.r9, (60,), (600,), (20_000,)),

@@ -163,6 +163,27 @@ def _collect(path: Path) -> None:
             os.unlink(file.name)
 
 
+@contextlib.contextmanager
+def locking(folder: Path) -> Iterator[bool]:
+    """A folder that is locked for as long as this lasts; False where it is locked already."""
+    if fcntl is None:
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = True
+    except OSError as error:
+        ours = not isinstance(error, BlockingIOError)  # some file systems have no locks
+    try:
+        yield ours
+    finally:
+        if ours:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that have the handle
+        os.close(handle)
+
+
 def flush_folder(folder: Path) -> None:
     """Makes the names in a folder last."""
     if os.name == "posix":

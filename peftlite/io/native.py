@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _write(
         "format": FORMAT,
         "library": __version__,
         "name": delta.name,
-        "methods": _methods(delta),
+        "methods": methods_of(delta),
         "base": base if isinstance(base, dict) else base_of(delta, base),
         "modules": {
             whole_address(address): standin.describe(placed.site)
@@ -148,15 +148,20 @@ def _write(
         unchanged()
 
 
-def _methods(delta: Delta) -> list[dict[str, Any]]:
+def methods_of(delta: Delta) -> list[dict[str, Any]]:
+    """A delta's methods, as a file of it has them."""
     groups: dict[int, list[str]] = {id(method): [] for method in delta.methods}
     for address, placed in delta.placed.items():
         placed.check()
         groups[id(placed.method)].append(address)
+    return described((m, groups[id(m)]) for m in delta.methods if groups[id(m)])
+
+
+def described(methods: Iterable[tuple[Method, list[str]]]) -> list[dict[str, Any]]:
+    """Methods and the addresses of their sites, as JSON."""
     return [
-        {"method": type(m).__name__, "config": _config(m), "sites": groups[id(m)]}
-        for m in delta.methods
-        if groups[id(m)]
+        {"method": type(method).__name__, "config": _config(method), "sites": sites}
+        for method, sites in methods
     ]
 
 

@@ -16,7 +16,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,17 @@ from torch import Tensor, nn
 from peftlite.core.delta import Delta
 from peftlite.errors import BaseMismatchError, FileError
 from peftlite.io import native
-from peftlite.io.files import Tensors, as_path, flush_folder, reason, replacing, write_file
+from peftlite.io.content import Content
+from peftlite.io.files import (
+    Tensors,
+    as_path,
+    flush_folder,
+    locking,
+    reason,
+    replacing,
+    write_file,
+    writing_to,
+)
 from peftlite.table import listed
 from peftlite.train.state import Tree, pack, unpack
 
@@ -55,6 +66,24 @@ class Checkpoints:
     ) -> None:
         self.folder, self.keep, self.every, self.bases = folder, keep, every, bases or {}
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder, made if need be, is no other Trainer's while this lasts. Raises FileError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = locking(self.folder)
+        except OSError as error:
+            raise FileError(
+                f"{str(self.folder)!r} can't hold checkpoints: {reason(error)}"
+            ) from error
+        with lock as ours:
+            if not ours:
+                raise FileError(
+                    f"another Trainer is at work in {str(self.folder)!r}: wait for it, or give "
+                    "another folder"
+                )
+            yield
+
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written within an epoch, after a step."""
         return step > 0 and self.every is not None and step % self.every == 0
@@ -72,8 +101,9 @@ class Checkpoints:
     def write(self, name: str, deltas: Sequence[Delta], state: dict[str, Tree], best: str) -> None:
         """Writes a checkpoint, then deletes those that needn't be kept: not the `best`."""
         path = self.folder / name
-        _delete(path)  # of a run that went on from an earlier checkpoint
-        path.mkdir(parents=True)
+        with writing_to(path):
+            _delete(path)  # of a run that went on from an earlier checkpoint
+            path.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         unsaved = {}
         place = {key: state["place"][key] for key in ("step", "epoch")}
@@ -102,12 +132,6 @@ class Checkpoints:
         self, given: Any, model: nn.Module, deltas: Sequence[Delta], settings: dict[str, Any]
     ) -> dict[str, Tree] | None:
         """The state to go on from, as `fit(resume=given)` says; None to begin. Raises FileError."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(
-                f"{str(self.folder)!r} can't hold checkpoints: {reason(error)}"
-            ) from error
         if not given:
             if self.finished():
                 raise FileError(
@@ -119,8 +143,8 @@ class Checkpoints:
         if path is None:
             return None
         state = read(path, deltas, self.bases)
-        if others := [k for k, v in settings.items() if state["settings"].get(k) != v]:
-            theirs = state["settings"]
+        theirs = {**settings, **state["settings"]}
+        if others := [k for k, v in settings.items() if theirs[k] != v]:
             differences = listed(f"{k}={theirs.get(k)!r}, not {settings[k]!r}" for k in others)
             raise FileError(
                 f"checkpoint {str(path)!r} is of a run with other settings, {differences}: go on "
@@ -161,8 +185,13 @@ def read(path: Path, deltas: Iterable[Delta], bases: Bases) -> dict[str, Tree]:
             f"checkpoint {str(path)!r} is of {listed(map(repr, state['deltas']))}; in training "
             f"here is {listed(map(repr, names))}: attach what was attached then"
         )
-    for name in names:
+    for name, delta in names.items():
         content = native.read(path / f"{name}.safetensors")
+        if others := [*_other_settings(content, delta)]:
+            raise FileError(
+                f"checkpoint {str(path)!r} is of a run with other methods, {listed(others)}: go on "
+                "with those, or begin anew in another folder"
+            )
         if content.base != bases[name]:
             raise BaseMismatchError(
                 f"checkpoint {str(path)!r} was made on other base weights: go on with the model "
@@ -170,6 +199,22 @@ def read(path: Path, deltas: Iterable[Delta], bases: Bases) -> dict[str, Tree]:
             )
         state["deltas"][name] |= {key: content.get(key).clone() for key in content.entries}
     return state
+
+
+def _other_settings(content: Content, delta: Delta) -> Iterator[str]:
+    """How the methods of a delta are other than those in a file, in words."""
+    both = native.described(content.methods), native.methods_of(delta)
+    theirs, ours = json.loads(json.dumps(both))
+    kinds = [[each["method"] for each in methods] for methods in (theirs, ours)]
+    if kinds[0] != kinds[1]:
+        yield f"{listed(kinds[0])}, not {listed(kinds[1])}"
+        return
+    for a, b in zip(theirs, ours, strict=True):
+        for key, value in a["config"].items():
+            if value != b["config"][key]:
+                yield f"{key}={value!r}, not {b['config'][key]!r}"
+        if a["sites"] != b["sites"]:
+            yield f"{a['method']} at other sites"
 
 
 def _damage(path: Path) -> str | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from peftlite.io.files import replacing
+from peftlite.io.files import replacing, writing_to
 from peftlite.train.history import FIELDS, Event, History
 from peftlite.train.measure import Metrics
 from peftlite.train.settings import Training
@@ -70,7 +70,8 @@ class Log:
             for callback in started:
                 callback.end(self.history)
             if self._file is not None:
-                self._file.close()
+                with suppress(OSError):  # what isn't there by now was told of
+                    self._file.close()
 
     def _open(self, step: int) -> None:
         """Opens the file to go on after a step: its events up to there stay, later ones go."""
@@ -81,7 +82,8 @@ class Log:
         self.history.events = [e for e in map(_event, lines) if e.get("step", math.inf) <= step]
         with replacing(self.path) as file:
             file.writelines(_line(event).encode() for event in self.history.events)
-        self._file = self.path.open("a")
+        with writing_to(self.path):
+            self._file = self.path.open("a")
 
     def add(self, event: Event, metrics: dict[str, Metrics]) -> None:
         """Takes up an event, to be fetched and passed on when the log is flushed."""
@@ -101,19 +103,22 @@ class Log:
             event = {**dict.fromkeys(FIELDS), **values, **means, **more}
             event = {key: _plain(value) for key, value in event.items()}
             self.history.events.append(event)
-            if self._file is not None:
-                self._file.write(_line(event))
+            self._to_file(lambda file, event=event: file.write(_line(event)))
             if self.callbacks:
                 with fork_rng(self.device):
                     for callback in self.callbacks:
                         callback.event(event)
-        if self._file is not None:
-            self._file.flush()
+        self._to_file(lambda file: file.flush())
 
     def sync(self) -> None:
         """Makes flushed events outlast a power cut."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        self._to_file(lambda file: os.fsync(file.fileno()))
+
+    def _to_file(self, act: Callable[[IO[str]], Any]) -> None:
+        """Does something to the file, if there is one. Raises FileError."""
+        if self._file is not None and self.path is not None:
+            with writing_to(self.path):
+                act(self._file)
 
 
 def _line(event: Event) -> str:

@@ -62,10 +62,19 @@ class Run:
         ]
         self.device: torch.device = self.loader.device
         named = {f"{d.name}:{key}": p for d in self.deltas for key, p in d.named_parameters()}
-        self.unreached = {name: p for name, p in named.items() if p.requires_grad}
-        self.looks = min(LOOKS, self.loader.steps_per_epoch)  # for those that no gradient reaches
+        self.unreached: dict[str, nn.Parameter] = {
+            name: p for name, p in named.items() if p.requires_grad
+        }
+        self.parameter_names: dict[nn.Parameter, str] = {p: name for name, p in named.items()}
+        self.looks: int = min(LOOKS, self.loader.steps_per_epoch)  # for those that no gradient reaches
         self.regularized: list[Delta] = [delta for delta in self.deltas if _has_regularizer(delta)]
         self.peak_lrs: list[float] = [group["lr"] for group in self.optimizer.param_groups]
+        self.options: dict[str, str] = {
+            f"{name} of group {i}": repr(value)
+            for i, group in enumerate(self.optimizer.param_groups)
+            for name, value in group.items()
+            if name not in ("params", "lr")
+        }
         fp16 = self.settings.autocast == "fp16"
         self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.step, self.saved_step = 0, -1
@@ -244,7 +253,8 @@ class Run:
             "before": self.validator.before,
             "deltas": {delta.name: delta.state_dict() for delta in self.deltas},
             "kind": type(self.optimizer).__name__,
-            "optimizer": state.optimizer_state(self.optimizer),
+            "optimizer": state.optimizer_state(self.optimizer, self.parameter_names),
+            "options": self.options,
             "scaler": self.scaler.state_dict(),
             "random": state.random_state(self.device),
         }
@@ -255,11 +265,15 @@ class Run:
             raise FileError(
                 f"the checkpoint is of a run with {tree['kind']}, and the optimizer here is {kind}"
             )
+        theirs = {**self.options, **tree.get("options", {})}
+        if others := [k for k, own in self.options.items() if theirs[k] != own]:
+            differences = listed(f"{k} {theirs[k]}, not {self.options[k]}" for k in others)
+            raise FileError(f"the checkpoint's optimizer has {differences}: go on with that")
+        state.set_optimizer_state(self.optimizer, tree["optimizer"], self.parameter_names)
         self.step = self.saved_step = tree["place"]["step"]
         self.best, self.validator.before = tree["best"], tree["before"]
         for delta in self.deltas:
             delta.load_state_dict(tree["deltas"][delta.name])
-        state.set_optimizer_state(self.optimizer, tree["optimizer"])
         self.scaler.load_state_dict(tree["scaler"])
         state.set_random_state(tree["random"], self.device)
 

@@ -239,6 +239,13 @@ def _run(model: nn.Module, inputs: Any) -> Any:
     ids = (rest.pop("input_ids"),) if "input_ids" in rest else ()
     try:
         return model(*ids, **rest)
+    except TypeError as error:
+        if not (unknown := [name for name in rest if not _takes(model, name)]):
+            raise
+        raise PeftliteError(
+            f"the model takes no {unknown[0]!r}, which the batch has as {short(rest[unknown[0]])}: "
+            "leave it out of the examples, or write the loss as a function of (model, batch)"
+        ) from error
     except IndexError as error:
         if not ids or "out of range in self" not in str(error):
             raise

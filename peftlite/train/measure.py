@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
@@ -19,6 +21,22 @@ from peftlite.train.parallel import Processes
 from peftlite.train.state import fork_rng
 
 Loss = Callable[[nn.Module, Any], Any]
+
+
+def check_loss(loss: Any) -> None:
+    """Raises PeftliteError for one of torch's, which compares an output with labels."""
+    kind = loss if isinstance(loss, type) else type(loss)
+    if not issubclass(kind, _Loss) and getattr(loss, "__module__", "") != F.__name__:
+        return
+    name = getattr(loss, "__name__", kind.__name__)
+    known = {"CrossEntropyLoss": "classification", "cross_entropy": "classification",
+             "MSELoss": "regression", "mse_loss": "regression"}  # fmt: skip
+    ready = f"pl.losses.{known[name]}, or " if name in known else ""
+    call = f"{name}()" if isinstance(loss, _Loss | type) else name
+    raise PeftliteError(
+        f"{name} compares an output with labels, and a loss here is a function of (model, batch): "
+        f"give {ready}lambda model, batch: {call}(model(batch[0]), batch[1])"
+    )
 
 
 def best_of(metric: str) -> Any:

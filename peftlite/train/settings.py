@@ -19,6 +19,7 @@ class Settings:
 
     Attributes:
         epochs, batch_size, lr: as `Trainer` has them, with a number in place of "auto".
+        choice: the deltas that are chosen, in the order in which they apply.
         examples: of the training set.
         steps: of the optimizer, in all.
         processes: that train together.
@@ -44,6 +45,7 @@ class Settings:
     examples: int
     steps: int
     processes: int
+    choice: list[str]
 
     @property
     def micro_batch(self) -> int:

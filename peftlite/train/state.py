@@ -7,14 +7,17 @@ them; a run has states of its own, and the user's are as before afterwards.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from peftlite.errors import FileError
+from peftlite.table import listed
 
 Tree = Any
 """A tensor, what JSON holds, or a list or dict (of strings) of such."""
@@ -83,15 +86,58 @@ def _set_generators(states: tuple[Any, ...], device: torch.device) -> None:
         getattr(kind, "set_rng_state_all", lambda states: kind.set_rng_state(*states))(others)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tree]:
+Names = Mapping[nn.Parameter, str]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Names) -> dict[str, Tree]:
+    """The state of an optimizer, with the name and shape of every parameter that it is of."""
     state = optimizer.state_dict()
     # JSON's keys are strings
-    return {**state, "state": {str(index): slots for index, slots in state["state"].items()}}
+    slots = {str(index): slots for index, slots in state["state"].items()}
+    return {**state, "state": slots, "parameters": _owners(optimizer, names)}
 
 
-def set_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Tree]) -> None:
-    own = {int(index): slots for index, slots in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": own})
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Tree], names: Names
+) -> None:
+    """Gives each parameter the state that was its own. Raises FileError where that doesn't fit."""
+    own, slots = _owners(optimizer, names), {int(i): slot for i, slot in state["state"].items()}
+    given = state.get("parameters", own)  # earlier checkpoints have them in order alone
+    places = {tuple(owner): i for i, owner in enumerate(given)}
+    found = [places.get(tuple(owner), -1) for owner in own]
+    misfits = [
+        str(owner[0])
+        for owner, place in zip(own, found, strict=True)
+        if place < 0 or not _fits(optimizer, owner[1:], slots.get(place, {}))
+    ]
+    if misfits or len(places) != len(own):
+        raise FileError(
+            f"the checkpoint's optimizer has state for {len(places)} parameters, and here are "
+            f"{len(own)}; of another name or shape is {listed(misfits) or 'none'}: train what was "
+            "trained then"
+        )
+    of = {i: group for group in state["param_groups"] for i in group["params"]}
+    groups = [
+        {**of[found[group["params"][0]]], "params": group["params"]}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+    theirs = {i: slots[place] for i, place in enumerate(found) if place in slots}
+    optimizer.load_state_dict({"state": theirs, "param_groups": groups})
+
+
+def _owners(optimizer: torch.optim.Optimizer, names: Names) -> list[list[Any]]:
+    """The name of every parameter, or its number, and its shape, in an optimizer's order."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [[names.get(p, f"#{i}"), *p.shape] for i, p in enumerate(parameters)]
+
+
+def _fits(optimizer: torch.optim.Optimizer, shape: Sequence[int], slots: Mapping[str, Any]) -> bool:
+    """Whether moments have their parameter's shape; torch doesn't ask, and reads beyond them."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return True  # others keep theirs packed
+    factors = ("row_var", "col_var")  # as Adafactor has them
+    moments = (slot for name, slot in slots.items() if name not in factors)
+    return all([*m.shape] == [*shape] for m in moments if isinstance(m, Tensor) and m.dim())
 
 
 def clone(tree: Tree) -> Tree:

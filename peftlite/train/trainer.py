@@ -28,7 +28,7 @@ from peftlite.train.events import Callback, Log, Progress
 from peftlite.train.history import History
 from peftlite.train.loader import Collate, Loader, check_dataset
 from peftlite.train.loop import Run
-from peftlite.train.measure import Loss, Validator
+from peftlite.train.measure import Loss, Validator, check_loss
 from peftlite.train.parallel import Parallel, Processes
 from peftlite.train.schedule import Schedule, adamw, parameter_groups
 from peftlite.train.settings import Autocast, Settings
@@ -162,6 +162,7 @@ class Trainer:
         for name, function in {"loss": self.loss, "collate": self.collate, **self.probes}.items():
             if not callable(function):
                 raise PeftliteError(f"{name} must be a function, not {short(function)}")
+        check_loss(self.loss)
         if self.patience and self.val is None and self.metric.startswith("full_valid"):
             raise PeftliteError(f"patience goes by {self.metric}: give val, or another metric")
         usual = data.estimate(len(self.train))
@@ -210,6 +211,7 @@ class Trainer:
         decided = {
             "epochs": self._epochs, "batch_size": self._batch_size, "lr": self._lr,
             "examples": len(self.train), "steps": self.total_steps, "processes": self._processes,
+            "choice": [*require(self.model)[1].choice.standing],
         }  # fmt: skip
         given = {each.name: getattr(self, each.name, None) for each in fields(Settings)}
         return Settings(**{**given, **decided})
@@ -240,15 +242,15 @@ class Trainer:
                 suffice. The deltas are then as after the last good step.
         """
         self.stopping: bool = False
-        with parallel.process_group(self.parallel) as processes:
-            return processes.broadcast(self._fit(resume, processes))
+        with parallel.process_group(self.parallel) as processes, ExitStack() as held:
+            return processes.broadcast(self._fit(resume, processes, held))
 
-    def _fit(self, resume: Resume, processes: Processes) -> History:
+    def _fit(self, resume: Resume, processes: Processes, held: ExitStack) -> History:
         """What each of the processes does."""
         deltas = self.deltas
         parallel.check_unsharded(deltas)
         processes.check_same("the settings", self.settings(), "give all processes the same")
-        store, state = self._checkpoints(resume, deltas, processes)
+        store, state = self._checkpoints(resume, deltas, processes, held)
         parameters = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
         device = parameters[0].device
         processes.broadcast_deltas(self.model, deltas, device)
@@ -269,7 +271,7 @@ class Trainer:
         return run.history
 
     def _checkpoints(
-        self, resume: Resume, deltas: list[Delta], processes: Processes
+        self, resume: Resume, deltas: list[Delta], processes: Processes, held: ExitStack
     ) -> tuple[Checkpoints | None, dict[str, Tree] | None]:
         """Where checkpoints go, and the state to go on from; None for neither."""
         if self.folder is None:
@@ -278,6 +280,7 @@ class Trainer:
             return None, None
         bases = {delta.name: base_of(delta, "sha256") for delta in deltas}
         store = Checkpoints(as_path(self.folder), self.keep, self.save_every, bases)
+        processes.on_first(lambda: held.enter_context(store.locked()))
         given = (resume, self.model, deltas, self.settings())
         return store, processes.on_first(lambda: store.resume(*given))
 

@@ -1,16 +1,19 @@
 """The errors of training."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 import peftlite as pl
+from peftlite.io.files import locking
 from peftlite.train import Trainer, checkpoints, losses
 from tests.errors.case import Case, attached, linears, two
 
@@ -67,6 +70,22 @@ def newer(newest: Path) -> None:
     (newest / checkpoints.MANIFEST).write_text(checkpoints._manifest(newest))
 
 
+def flattened(newest: Path) -> None:
+    """A checkpoint whose moments have another shape."""
+    file = newest / f"{checkpoints.STATE}.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    moments = {k: t.flatten() if "exp_avg" in k else t for k, t in tensors.items()}
+    safetensors.torch.save_file(moments, file)
+    (newest / checkpoints.MANIFEST).write_text(checkpoints._manifest(newest))
+
+
+def other_method(method: pl.Method) -> nn.Module:
+    model = two()
+    pl.detach(model, "chat")
+    pl.attach(model, method, "chat")
+    return model
+
+
 def other_base() -> nn.Module:
     model = two()
     with torch.no_grad():
@@ -79,6 +98,25 @@ def frozen() -> nn.Module:
     model = two()
     pl.deltas(model)["chat"].requires_grad_(False)
     return model
+
+
+def besides(model: nn.Module, path: Path) -> None:
+    with locking(path) as ours:
+        assert ours
+        fitting()(model, path)
+
+
+class Full:
+    """A disk that is full once training begins."""
+
+    def start(self, trainer: Any, history: Any) -> None:
+        log: Any = sys._getframe(1).f_locals["self"]
+        log._file.close()
+        log._file = open("/dev/full", "a")
+
+    def event(self, event: Any) -> None: ...
+
+    def end(self, history: Any) -> None: ...
 
 
 def merged() -> nn.Module:
@@ -97,6 +135,12 @@ CASES = [
     Case(fitting(schedule="step"), "schedule must be one of 'cosine', 'linear', 'constant', not "
          "'step'"),
     Case(fitting(loss="mse"), "loss must be a function, not 'mse'"),
+    Case(fitting(loss=nn.CrossEntropyLoss()), "CrossEntropyLoss compares an output with labels, "
+         "and a loss here is a function of (model, batch): give pl.losses.classification, or "
+         "lambda model, batch: CrossEntropyLoss()(model(batch[0]), batch[1])"),
+    Case(fitting(loss=nn.functional.l1_loss), "l1_loss compares an output with labels, and a loss "
+         "here is a function of (model, batch): give lambda model, batch: l1_loss(model(batch[0]), "
+         "batch[1])"),
     Case(fitting(probes={"old": 0.5}), "old must be a function, not 0.5"),
     Case(fitting(train=[]), "train has no examples"),
     Case(fitting(train=3), f"train {NO_DATASET}3"),
@@ -138,6 +182,9 @@ CASES = [
          "a tuple that ends with them: not one with input_ids"),
     Case(calling(losses.classification, ({"x": X}, X)), "the model gives a dict, neither a tensor "
          "nor one with .logits: write the loss as a function of (model, batch)"),
+    Case(fitting(train=[{**text, "id": 3} for text in TEXTS]), "the model takes no 'id', which the "
+         "batch has as tensor([3, 3]): leave it out of the examples, or write the loss as a "
+         "function of (model, batch)"),
     Case(lambda model, _: losses.causal_lm(model, {"input_ids": IDS + 999, "labels": IDS}),
          "the model has no embedding for some of the input_ids, which go up to …, or for some of "
          "… places: give data the model's own tokenizer, and a max_length"),
@@ -152,6 +199,10 @@ CASES = [
                  gradient_checkpointing=True),
          "out of memory with 1 examples at a time: try shorter examples"),
     # checkpoints
+    Case(besides, "another Trainer is at work in '…': wait for it, or give another folder",
+         pl.FileError, file=Path.mkdir),
+    Case(fitting(callbacks=[Full()]), "can't write '…events.jsonl': No space left on device",
+         pl.FileError, file=Path.mkdir),
     Case(fitting(resume=True), "resume goes by checkpoints: give the Trainer a folder"),
     Case(fitting(), "'…' has checkpoints already: fit(resume=True) goes on from them; to begin "
          "anew, give another folder", pl.FileError, file=run),
@@ -165,6 +216,19 @@ CASES = [
          file=run),
     Case(fitting(True, optimizer=torch.optim.SGD), "the checkpoint is of a run with AdamW, and the "
          "optimizer here is SGD", pl.FileError, file=run),
+    Case(fitting(True), "checkpoint '…' is of a run with other methods, alpha=None, not 4.0: go on "
+         "with those, or begin anew in another folder", pl.FileError, file=run,
+         model=lambda: other_method(pl.LoRA(rank=2, alpha=4, targets=["q_proj", "v_proj"]))),
+    Case(fitting(True), "checkpoint '…' is of a run with other methods, LoRA, not VeRA: …",
+         pl.FileError, file=run, model=lambda: other_method(pl.VeRA(targets="q_proj"))),
+    Case(fitting(True), "checkpoint '…' is of a run with other methods, LoRA at other sites: …",
+         pl.FileError, file=run, model=lambda: other_method(pl.LoRA(rank=2, targets="q_proj"))),
+    Case(fitting(True, optimizer=partial(torch.optim.AdamW, fused=True, eps=1e-4)), "the "
+         "checkpoint's optimizer has eps of group 0 1e-08, not 0.0001; …: go on with that",
+         pl.FileError, file=run),
+    Case(fitting(True), "the checkpoint's optimizer has state for 8 parameters, and here are 8; of "
+         "another name or shape is chat:blocks.0.attn.q_proj.weight:a; …: train what …",
+         pl.FileError, file=lambda path: run(path, flattened)),
     Case(fitting(True), "none of the checkpoints in '…' is whole: to begin anew, give another "
          "folder", pl.FileError,
          file=lambda path: run(path, lambda last: (last / checkpoints.MANIFEST).write_text(""))),

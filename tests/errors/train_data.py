@@ -106,6 +106,10 @@ CASES = [
     # weights and augmentations
     on(lambda: data.collate([{"x": torch.ones(1)}, {"x": torch.ones(2)}]), "what has no input_ids "
        "is stacked as it is, and here …: give a collate"),
+    on(lambda: data.collate([{"input_ids": [1], "text": "a"}] * 2), "'text' is 'a' in the first "
+       "example of a batch, and such can't be put together as numbers of one shape: leave it out "
+       "of the examples, or give a collate"),
+    on(lambda: data.collate([{"x": None}]), "what has no input_ids is stacked as it is, and …"),
     on(lambda: data.collate([{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}]), "the "
        "examples of a batch have the same fields, not input_ids, labels and input_ids"),
     on(lambda: data.class_weights([0, 1, -1]), "labels are whole numbers from 0 up, or -100: not "

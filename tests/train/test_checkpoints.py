@@ -214,6 +214,32 @@ def test_several_deltas(tmp_path: Path) -> None:
         assert same(values(whole, name), values(model, name))
 
 
+HOLDING = """
+import sys, time
+from pathlib import Path
+from peftlite.io.files import locking
+
+with locking(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.heavy
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    path = {"PYTHONPATH": str(Path(pl.__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDING, str(tmp_path)]
+    model = gpt()
+    before = values(model)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **path}) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(pl.FileError, match="another Trainer is at work"):
+            trainer(model, tmp_path).fit(resume=True)
+        assert same(values(model), before) and not any(tmp_path.iterdir())
+        other.kill()
+    trainer(model, tmp_path).fit(resume=True)
+
+
 TREES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

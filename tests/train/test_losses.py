@@ -49,7 +49,7 @@ def test_a_model_without_a_mask_needs_none_of_padding_on_the_right() -> None:
 def test_a_mask_that_does_more_than_pad_is_not_left_out() -> None:
     batch = collate(texts())
     batch["attention_mask"] = torch.zeros(12, 1, 4, 4)
-    with pytest.raises(TypeError, match="attention_mask"):
+    with pytest.raises(pl.PeftliteError, match="the model takes no 'attention_mask'"):
         losses.causal_lm(gpt(), batch)
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
+from peftlite.table import short
 from peftlite.train.data.checks import check_counts
 from peftlite.train.data.packing import IGNORED, block_mask
 
@@ -51,7 +52,7 @@ def collate(
     if not isinstance(examples[0], Mapping) or "input_ids" not in examples[0]:
         try:
             return default_collate(list(examples))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, KeyError) as error:
             raise PeftliteError(
                 f"what has no input_ids is stacked as it is, and here {error}: give a collate"
             ) from error
@@ -74,7 +75,17 @@ def collate(
         ends = (missing, 0) if side == "left" else (0, missing)
         return F.pad(x, (*[0, 0] * (x.dim() - 1), *ends), value=fills.get(key, 0))
 
-    batch = {key: torch.stack([padded(e, key) for e in examples]) for key in examples[0]}
+    def stacked(key: str) -> Tensor:
+        try:
+            return torch.stack([padded(example, key) for example in examples])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise PeftliteError(
+                f"{key!r} is {short(examples[0][key])} in the first example of a batch, and such "
+                "can't be put together as numbers of one shape: leave it out of the examples, or "
+                "give a collate"
+            ) from error
+
+    batch = {key: stacked(key) for key in examples[0]}
     if packed and mask:
         batch["attention_mask"] = block_mask(batch["position_ids"])
     return batch

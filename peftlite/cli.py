@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,6 +259,7 @@ COMMANDS = {
     ),
 }
 
+_VALUE = r"""(\[[^\]]*\]|'[^']*'|"[^"]*"|[^\s,;:)]*)"""
 _CODES = "exit codes: 0 all well; 1 a finding, such as damage or a difference; 2 an error"
 
 
@@ -267,12 +269,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = args.run(args)
     except (PeftliteError, OSError) as error:
-        print(f"peftlite: {error}", file=sys.stderr)
+        print(f"peftlite: {_as_typed(str(error), COMMANDS[args.command])}", file=sys.stderr)
         return 2
     if isinstance(outcome, int):
         return outcome
     print(json.dumps(outcome.data, indent=2, default=str) if args.json else outcome.text)
     return int(outcome.amiss)
+
+
+def _as_typed(message: str, command: Command) -> str:
+    """A message in the words of the command line: `max_length=8` as `--max-length 8`."""
+    for argument in command.arguments:
+        option = argument.split()[-1]
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--"):
+            message = re.sub(
+                rf"(?<![\w.'-]){name}(?:={_VALUE}|(?= must be ))",
+                lambda given, option=option: f"{option} {_bare(given[1])}".rstrip(),
+                message,
+            )
+    return message.replace("fit(--resume)", "--resume")
+
+
+def _bare(value: str | None) -> str:
+    """A value as it is typed: a word without quotes, a list without brackets, a flag by itself."""
+    return "" if value in (None, "True") else re.sub(r"[\[\]()'\",]", "", value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -289,5 +310,5 @@ def _parser() -> argparse.ArgumentParser:
             subparser.add_argument(*argument.split(), **how)
         if command.run is not _demo:
             subparser.add_argument("--json", action="store_true", help="print JSON")
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, command=name)
     return parser

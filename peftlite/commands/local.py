@@ -5,6 +5,8 @@ from typing import Any
 
 from peftlite.errors import FileError, PeftliteError
 
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # what one is saved in
+
 
 def model(folder: str) -> Any:
     """The causal language model in a folder, in evaluation mode. Raises FileError."""
@@ -37,6 +39,10 @@ def _from(auto: str, folder: str, **options: Any) -> Any:
         return getattr(transformers, auto).from_pretrained(
             str(Path(folder)), local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError) as error:
-        first = str(error).partition("\n")[0]
+    except Exception as error:  # whatever transformers raises of files that it doesn't know
+        if auto == "AutoTokenizer" and not any(map(list, map(Path(folder).glob, TOKENIZERS))):
+            raise FileError(
+                f"{folder!r} has no tokenizer: tokenizer.save_pretrained({folder!r}) puts one there"
+            ) from error
+        first = str(error).strip().partition("\n")[0]
         raise FileError(f"{folder!r} can't be read by transformers: {first}") from error

@@ -146,11 +146,12 @@ def _parts(
 
 def _examples(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:
     """Chats, pairs or texts, as the first row of a file has it; or the one text of another file."""
-    reader, piece = reader_for(path), length or min(PIECE, most or PIECE)
+    reader = reader_for(path)
     if reader == "text":
+        piece = min(PIECE, most or PIECE) if length is None else length
         source = path if has_rows(path) else [plain_text(path)]
         return data.text(source, tokenizer, length=piece)
-    return getattr(data, reader)(path, tokenizer, max_length=length or most)
+    return getattr(data, reader)(path, tokenizer, max_length=most if length is None else length)
 
 
 def _pairs(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:

@@ -66,7 +66,7 @@ class Run:
             name: p for name, p in named.items() if p.requires_grad
         }
         self.parameter_names: dict[nn.Parameter, str] = {p: name for name, p in named.items()}
-        self.looks: int = min(LOOKS, self.loader.steps_per_epoch)  # for those that no gradient reaches
+        self.looks: int = min(LOOKS, self.loader.steps_per_epoch)  # still to come, for those
         self.regularized: list[Delta] = [delta for delta in self.deltas if _has_regularizer(delta)]
         self.peak_lrs: list[float] = [group["lr"] for group in self.optimizer.param_groups]
         self.options: dict[str, str] = {

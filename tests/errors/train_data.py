@@ -17,7 +17,7 @@ from peftlite.commands.compare import _questions
 from peftlite.train.data import augment
 from peftlite.train.data.packing import fill
 from tests.errors.case import Case, linears
-from tests.train.chats import hf_tokenizer
+from tests.train.chats import hf_tokenizer, llama
 
 
 def on(act: Callable[[], Any], says: str) -> Case:
@@ -99,6 +99,9 @@ CASES = [
          "there is no folder '…' of a model, as save_pretrained leaves one", pl.FileError, linears),
     Case(lambda _, path: local.model(str(path.parent)), "'…' can't be read by transformers: …",
          pl.FileError, linears),
+    Case(lambda _, path: local.tokenizer(str(path)), "'…' has no tokenizer: "
+         "tokenizer.save_pretrained('…') puts one there", pl.FileError, linears,
+         lambda path: llama().save_pretrained(path)),
     on(mock.patch.dict(sys.modules, transformers=None)(lambda: local.tokenizer("base")),
        "this needs transformers: pip install transformers"),
     Case(lambda _, path: list(_questions(str(path))), "'…' can't be read as text: …", pl.FileError,

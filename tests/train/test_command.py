@@ -86,6 +86,28 @@ def test_says_what_it_does(run: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert "LoRA at 14 sites" in err and "batch_size" in err and "6/6" in err
 
 
+WRONG = {
+    "--max-length 0": "--max-length must be a whole number from 1 up, not 0",
+    "--lr -1": "--lr must be finite and above 0, or 'auto', not -1.0",
+    "--rank 0": "--rank must be a whole number from 1 up, not 0",
+    "--batch-size 0": "--batch-size must be a whole number from 1 up, or 'auto', not 0",
+    "--set dropout=2": "dropout must be in [0, 1), not 2",
+}
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_names_options_as_they_are_typed(given: str, run: Run) -> None:
+    assert run("--out", "run", *given.split(), code=2) == f"peftlite: {WRONG[given]}\n"
+
+
+def test_other_words_for_options() -> None:
+    said = "try accumulate=2, for the same, or gradient_checkpointing=True, or autocast='bf16'; "
+    typed = "try --accumulate 2, for the same, or --gradient-checkpointing, or --autocast bf16; "
+    rest = "fit(resume=True) goes on; pl.load(name='a'), my_rank=2, targets=['q', 'v']"
+    also = "--resume goes on; pl.load(--name a), my_rank=2, --targets q v"
+    assert cli._as_typed(said + rest, cli.COMMANDS["train"]) == typed + also
+
+
 class Killer:
     """What comes between, in the middle of the second epoch."""
 
@@ -108,7 +130,7 @@ def test_goes_on_after_a_break(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     again = found(run, "--out", "broken", "--name", "sql", "--resume")
     assert Path(again["delta"]).read_bytes() == Path(whole["delta"]).read_bytes()
     assert [e["train_loss"] for e in again["epochs"]] == [e["train_loss"] for e in whole["epochs"]]
-    assert "epochs=2, not 3" in run(
+    assert "other settings, --epochs 2, not 3; steps=6, not 9: go on" in run(
         "--out", "broken", "--name", "sql", "--resume", "--epochs", "3", code=2
     )
 

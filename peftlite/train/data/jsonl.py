@@ -19,7 +19,7 @@ from peftlite.train.data.rows import Row
 Path = str | os.PathLike[str]
 Finding = tuple[str, str]  # what kind of problem, and in words
 
-LONGEST = 2**26  # bytes: a line that is longer is no example, and isn't held in memory
+LONGEST = 2**24  # bytes: a line that is longer is no example, and isn't held in memory
 
 ARRAY = (
     "the file is one JSON array: jq -c '.[]' makes JSONL of it, an object a line; in Python, give "
@@ -86,7 +86,8 @@ def scan(path: Path, kind: Kind) -> Iterator[Line]:
                 findings.append(("JSON", ARRAY))
                 file.seek(0, os.SEEK_END)
             elif len(raw) == LONGEST and not raw.endswith(b"\n"):
-                findings.append(("JSON", f"the line is longer than {LONGEST >> 20} MiB"))
+                longer = f"the line is longer than {LONGEST >> 20} MiB"
+                findings.append(("JSON", f"{longer}: make several examples of it"))
                 _finish(file)
             else:
                 if number == 1 and raw.startswith(codecs.BOM_UTF8):

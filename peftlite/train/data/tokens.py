@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
@@ -137,16 +137,15 @@ class ByteTokenizer(Tokenizer):
         """The ids of a chat, and 1 for each of an assistant's content and end, else 0."""
         ids, mask = [], []
         for message in messages:
-            turn = self._render_one(message)
-            ids += turn
-            mask += [0, *[int(_is_learned(message))] * (len(turn) - 1)]
+            ids += self._render_one(message)
+            mask += [0] + [int(_is_learned(message))] * (len(ids) - len(mask) - 1)
         return ids, mask
 
-    def _render_one(self, message: Message) -> list[int]:
+    def _render_one(self, message: Message) -> Iterator[int]:
         name = [*self.encode(message["name"]), self._id("<name>")] if "name" in message else []
-        return [
-            self._id(f"<{message['role']}>"), *name, *self.encode(_said(message)), *self.end
-        ]  # fmt: skip
+        return chain(
+            [self._id(f"<{message['role']}>"), *name], self.encode(_said(message)), self.end
+        )
 
     def _id(self, special: str) -> int:
         return 256 + self.specials.index(special)

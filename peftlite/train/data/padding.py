@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -75,17 +75,21 @@ def collate(
         ends = (missing, 0) if side == "left" else (0, missing)
         return F.pad(x, (*[0, 0] * (x.dim() - 1), *ends), value=fills.get(key, 0))
 
-    def stacked(key: str) -> Tensor:
-        try:
-            return torch.stack([padded(example, key) for example in examples])
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise PeftliteError(
-                f"{key!r} is {short(examples[0][key])} in the first example of a batch, and such "
-                "can't be put together as numbers of one shape: leave it out of the examples, or "
-                "give a collate"
-            ) from error
-
-    batch = {key: stacked(key) for key in examples[0]}
+    batch = {key: _stacked(key, examples, padded) for key in examples[0]}
     if packed and mask:
         batch["attention_mask"] = block_mask(batch["position_ids"])
     return batch
+
+
+def _stacked(
+    key: str, examples: Sequence[Any], padded: Callable[[Mapping[str, Any], str], Tensor]
+) -> Tensor:
+    """A field of all examples. Raises PeftliteError where it isn't one of numbers."""
+    try:
+        return torch.stack([padded(example, key) for example in examples])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise PeftliteError(
+            f"{key!r} is {short(examples[0][key])} in the first example of a batch, and such can't "
+            "be put together as numbers of one shape: leave it out of the examples, or give a "
+            "collate"
+        ) from error

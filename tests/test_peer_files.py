@@ -5,6 +5,7 @@ minLoRA are made here, of the names and shapes that their code gives.
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -446,6 +447,24 @@ def test_no_pickle_runs_code(legacy: bool, path: Path, monkeypatch, tmp_path: Pa
     with pytest.raises(pl.FileError, match="it may run code"):
         convert(path, path.with_name("out"), alpha=1)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# -- linear in the file
+
+
+@pytest.mark.parametrize("config", [{"peft_type": "LN_TUNING"}, None], ids=["peft", "tensors"])
+def test_a_name_of_many_steps_takes_no_time(config: Any, path: Path, tmp_path: Path) -> None:
+    start = time.process_time()
+    for stem in (".", "a.", "base_layer."):
+        for end in ("q.lora_A.weight", "bias", "ln_tuning_layers.weight"):
+            key = "base_model.model." + 50_000 // len(stem) * stem + end
+            if config is not None:
+                (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+                path = tmp_path / "adapter_model.safetensors"
+            write(path, {key: torch.ones(4)})
+            with pytest.raises(pl.FileError):
+                pl.load(Pipeline(), path)
+    assert time.process_time() - start < 10
 
 
 # -- strict, in both directions

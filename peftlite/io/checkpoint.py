@@ -19,6 +19,7 @@ from peftlite.io.folders import replacing_folder
 from peftlite.table import listed, short
 
 INDEX = ".safetensors.index.json"
+_MOST_STEPS = 200  # of a tensor's name; modules are walked by calls within calls
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)(\.index\.json)?")
 
@@ -42,6 +43,11 @@ class Checkpoint(Mapping[str, Tensor]):
         self._home = {key: file for file in self.files for key in file.entries}
         if len(self._home) < sum(len(file.entries) for file in self.files):
             raise FileError(f"{str(path)!r} has a tensor in two of its files")
+        if deep := next((key for key in self._home if key.count(".") > _MOST_STEPS), None):
+            raise FileError(
+                f"{str(path)!r} has a tensor named {deep[:40]}… of {deep.count('.') + 1:,} steps, "
+                "and no model is so deep"
+            )
 
     def __getitem__(self, key: str) -> Tensor:
         return self._home[key].get(key)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from peftlite.io.native import save
 from peftlite.io.peers import FORMATS
 from peftlite.io.peers.peer import ALPHA, PARTS
 from peftlite.io.peers.reading import Reading
-from peftlite.table import short
+from peftlite.table import short, size
 
 To = Literal["safetensors", "peftlite", "peft", "kohya", "diffusers"]
 
@@ -86,31 +87,60 @@ class Unpickled(Tensors):
 
     def __init__(self, path: Path):
         self.path, self.metadata, self.num_bytes = str(path), {}, path.stat().st_size
+        found = self._load(path)
+        for _ in range(4):  # litgpt's {"model": …}; one that holds itself has no end
+            if isinstance(found, dict) and len(found) == 1:
+                (inner,) = found.values()
+                found = inner if isinstance(inner, dict) else found
+        self._tensors = dict(found) if isinstance(found, dict) else {"": found}
+        for key, x in self._tensors.items():
+            if not isinstance(key, str) or not isinstance(x, Tensor) or not _is_plain(x):
+                what = short(x if isinstance(x, int | float | str) else type(x))
+                raise FileError(f"{self.path!r} holds {what} as {short(key)}, no plain tensor")
+        self.entries = {k: Entry.of(x) for k, x in self._tensors.items()}
+        self._check(sum(map(_bytes, self._tensors.values())))
+
+    def _load(self, path: Path) -> Any:
         try:
             with open(path, "rb") as file:  # by its name torch may take it for something else
-                found: Any = torch.load(file, map_location="cpu", weights_only=True)
+                self._check(_unpacked(file))
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except FileError:
+            raise
         except Exception as error:  # there is no end to how one can fail
             raise FileError(
                 f"{self.path!r} is neither a safetensors file nor a pickle of tensors alone, and "
                 "nothing else is unpickled, since it may run code"
             ) from error
-        while isinstance(found, dict) and len(found) == 1:
-            (inner,) = found.values()
-            if not isinstance(inner, dict):
-                break
-            found = inner  # litgpt's {"model": …}
-        self._tensors = dict(found) if isinstance(found, dict) else {"": found}
-        for key, x in self._tensors.items():
-            if not isinstance(key, str) or not isinstance(x, Tensor) or not _is_plain(x):
-                raise FileError(f"{self.path!r} holds {short(x)} as {key!r}, no plain tensor")
-        self.entries = {k: Entry.of(x) for k, x in self._tensors.items()}
+
+    def _check(self, held: int) -> None:
+        """Raises FileError if a file holds more than it can: it names its bytes more than once."""
+        if held > 4 * self.num_bytes:  # tied tensors do, up to that often
+            raise FileError(
+                f"{self.path!r} is of {size(self.num_bytes)}, and would unpack to {size(held)}"
+            )
 
     def get(self, key: str) -> Tensor:
         return self._tensors[key]
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.layout is torch.strided and x.dtype in DTYPES.values() and not x.is_meta
+    strided = x.layout is torch.strided and x.dtype in DTYPES.values() and not x.is_meta
+    return strided and _bytes(x) <= x.untyped_storage().nbytes()  # one that is expanded has more
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.itemsize
+
+
+def _unpacked(file: BinaryIO) -> int:
+    """How long the parts of an archive are; torch's have them as they are, one beside another."""
+    found = 0
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            found = sum(part.file_size for part in archive.infolist())
+    file.seek(0)
+    return found
 
 
 def _is_pickle(path: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 import peftlite as pl
@@ -125,6 +126,10 @@ CASES = [
     offline(merging_files(), "'…/base' has a tensor in two of its files", with_base(
         lambda path: (path.with_name("base") / "2.safetensors").write_bytes(
             (path.with_name("base") / "1.safetensors").read_bytes()))),
+    offline(merging_files(), "'…/base' has a tensor named a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a."
+            "… of 202 steps, and no model is so deep", with_base(
+        lambda path: safetensors.torch.save_file(
+            {"a." * 201 + "b": torch.ones(1)}, path.with_name("base") / "1.safetensors"))),
     offline(merging_files("base"), "can't write '…/base': it is there already; name a new folder",
             in_shards),
     offline(merging_files("deeper/out"),

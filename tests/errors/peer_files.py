@@ -1,6 +1,7 @@
 """The errors of peers' files of one list of tensors."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,22 @@ def peer_file(keys: dict[str, Tensor], of: str, says: str, **metadata: str) -> C
 def converting(says: str, file: Callable[[Path], Any] | None, **how: Any) -> Case:
     kind = pl.FileError if says.startswith("'…'") else pl.PeftliteError
     return Case(lambda model, path: convert(path, path, **how), says, kind, linears, file)
+
+
+def endless(path: Path) -> None:
+    itself: dict[str, Any] = {}
+    itself["a"] = itself
+    torch.save(itself, path)
+
+
+def squeezed(path: Path) -> None:
+    """An archive whose parts are compressed, as torch's never are."""
+    torch.save({"a": torch.zeros(256_000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for part, data in parts.items():
+            archive.writestr(part, data)
 
 
 def into_kohya(method: Any, model: nn.Module, why: str, format: Any = "kohya") -> Case:
@@ -109,6 +126,12 @@ CASES = [
                "is unpickled, since it may run code", lambda path: torch.save(Case, path)),
     converting("'…' holds 3 as 'b', no plain tensor", lambda path: torch.save(
         {"a": torch.ones(1), "b": 3}, path)),
+    converting("'…' holds the class dict as 'a', no plain tensor", endless),
+    converting("'…' holds the class Tensor as 'a', no plain tensor", lambda path: torch.save(
+        {"a": torch.ones(1).expand(10**12)}, path)),
+    converting("'…' is of …, and would unpack to 156.2 KiB", lambda path: torch.save(
+        dict.fromkeys(map(str, range(10)), torch.ones(4000)), path)),
+    converting("'…' is of …, and would unpack to …", squeezed),
     converting("alpha= and parts= are for files that don't say them, and '…' is of kohya",
                peers(pair()), alpha=3),
     converting("alpha= and parts= are for files that don't say them, and '…' is of no such format",

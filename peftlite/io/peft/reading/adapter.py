@@ -118,9 +118,7 @@ class Adapter:
 
     def replaces(self, path: str) -> bool:
         """Whether a module, or one around it, is one that was saved as it was in the end."""
-        steps, names = path.split("."), self.config.names("modules_to_save")
-        around = [".".join(steps[: n + 1]) for n in range(len(steps))]
-        return any(its.endswith(name) for its in around for name in names)
+        return any(f"{name}." in f"{path}." for name in self.config.names("modules_to_save"))
 
     @contextlib.contextmanager
     def fitting(self) -> Iterator[None]:

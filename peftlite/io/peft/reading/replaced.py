@@ -22,7 +22,7 @@ def read_replaced(adapter: Adapter, left: Left) -> Iterator[Claim]:
     for rest, key in left.items():
         if ".original_module." in rest:
             continue  # a copy of the base's own
-        if rest.replace(".modules_to_save.", ".") in left.keys() - {rest}:
+        if ".modules_to_save." in rest and rest.replace(".modules_to_save.", ".") in left:
             yield Claim({key: key})  # once more, with every bias: peft reads the other one
             continue
         address = plain(rest)

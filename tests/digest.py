@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftlite.core.tensors import plain_parts
+
 
 def digest(model: nn.Module) -> dict[str, Any]:
     """Classes, keys in order, storage, bits, `requires_grad`, hooks, modes and plain attributes."""
@@ -20,7 +22,7 @@ def digest(model: nn.Module) -> dict[str, Any]:
             if tensor is not None:
                 found[f"{path}.{name}"] = (
                     id(tensor),
-                    tensor.data_ptr(),
+                    plain_parts(tensor)[0].data_ptr(),
                     tensor.requires_grad,
                     tensor.dtype,
                     bits(tensor),
@@ -32,6 +34,8 @@ def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor."""
     if tensor.is_meta:
         return b""
+    if len(parts := plain_parts(tensor)) > 1:
+        return b"".join(map(bits, parts))
     whole = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return whole.view(torch.uint8).numpy().tobytes()
 

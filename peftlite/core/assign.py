@@ -12,7 +12,7 @@ from torch import nn
 from peftlite.core import targets
 from peftlite.core.patch import Method, Patch
 from peftlite.core.site import Site, sites, whole_address
-from peftlite.core.tensors import is_sharded
+from peftlite.core.tensors import is_quantized, is_sharded
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.table import short
 
@@ -38,6 +38,12 @@ class Placed:
             if not (patch.has_call if site.is_call else patch.has_value):
                 need = "call" if site.is_call else "value"
                 raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {site.address}")
+            if not (site.is_call or (patch.has_call and site.rides)) and is_quantized(site.whole):
+                raise TargetError(
+                    f"{site.address} is quantised, a {type(site.whole).__name__}, and {kind} works "
+                    "on its numbers: take what changes the call of a linear map, as pl.LoRA does, "
+                    "or a base that isn't quantised"
+                )
             patch.train(site.module.training)
             patch.slot, patch.index = site.slot, site.index
         return [
@@ -145,8 +151,8 @@ def usable(site: Site) -> None:
             f"{site.address} is sharded over devices: attach before fully_shard, so that the "
             "delta is sharded and its gradients are synchronised too"
         )
-    if not tensor.is_floating_point():
-        raise TargetError(f"{site.address} holds {tensor.dtype}: no gradient can flow through it")
+    if (why := targets.no_numbers(site)) is not None:
+        raise TargetError(why)
     if tensor.is_inference():
         raise PeftliteError(
             f"{site.address} was made under torch.inference_mode, so autograd can't use it: "

@@ -17,10 +17,10 @@ from peftlite.core.delta import Delta, Registry
 from peftlite.core.find import changeable, find, is_foreign, require_delta
 from peftlite.core.merged import undone
 from peftlite.core.patch import Method
-from peftlite.core.site import walk, whole_address
+from peftlite.core.site import Site, walk, whole_address
 from peftlite.core.tensors import is_quantized
 from peftlite.core.turns import at_rest, in_turn, watch_steps
-from peftlite.errors import PeftliteError
+from peftlite.errors import PeftliteError, TargetError
 from peftlite.table import listed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -71,11 +71,27 @@ def new_delta(model: nn.Module, methods: Sequence[Method], name: str) -> Delta:
     placed: list[Placed] = []
     for how, sites in assign(model, methods):
         own = Placed.all(sites, how)
-        with torch.no_grad():
-            tensors = [None if site.is_call else site.tensor for site in sites]
+        tensors = [None if site.is_call else site.tensor for site in sites]
+        with torch.no_grad(), _reading(how, sites):
             how.reset_all([item.patch for item in own], tensors)
         placed += own
     return Delta(name, methods, placed)
+
+
+@contextlib.contextmanager
+def _reading(method: Method, sites: Sequence[Site]) -> Iterator[None]:
+    """Says of an error that a method reads a quantised tensor as it begins."""
+    quantized = [site for site in sites if not site.is_call and is_quantized(site.whole)]
+    try:
+        yield
+    except (NotImplementedError, AssertionError, RuntimeError) as error:
+        if not quantized:
+            raise
+        kind, made = type(quantized[0].whole).__name__, type(method).__name__
+        raise TargetError(
+            f"{quantized[0].address} is quantised, a {kind}, and {made} begins with its numbers: "
+            "take what doesn't, as pl.LoRA(init='kaiming'), or a base that isn't quantised"
+        ) from error
 
 
 def check(model: nn.Module, name: str) -> None:

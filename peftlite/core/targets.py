@@ -40,6 +40,8 @@ def select(
             hint = f"it takes {method.takes}"
             if accepted:
                 hint = _examples(accepted, "name some with targets=, such as", calls=True)
+            if quantized := [why for site in everything if (why := _quantized(site))]:
+                hint = quantized[0]
             raise TargetError(
                 f"{type(method).__name__} takes none of this model's sites by default; {hint}"
             )
@@ -111,9 +113,10 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) ->
     if found and part is not None:
         found = [slice_of(site, part) for site in found if not site.is_call]
     if method is not None and refused and not found:
+        reasons = [why for site in refused if (why := _quantized(site))]
         raise TargetError(
             f"{_show(pattern)} matches {listed(s.address for s in refused)}; but "
-            f"{type(method).__name__} takes {method.takes}"
+            + (reasons[0] if reasons else f"{type(method).__name__} takes {method.takes}")
         )
     if not found:
         raise TargetError(f"{_show(pattern)} matches nothing; {_hint(everything, text)}")
@@ -147,7 +150,25 @@ def _modules_above(site: Site, every: bool = False) -> Iterator[str]:
 
 def _try(site: Site) -> bool:
     """Whether a method may be offered the site unless it's spelled out: floats and calls."""
-    return site.is_call or site.whole.is_floating_point()
+    return site.is_call or no_numbers(site) is None
+
+
+def no_numbers(site: Site) -> str | None:
+    """Why nothing in a tensor could learn; None if it could."""
+    w = site.whole
+    if type(w).__module__.startswith("bitsandbytes"):  # before it is on its device, too
+        return (
+            f"{site.address} is of bitsandbytes, a {type(w).__name__}, whose codes its own layers "
+            "alone can read: take a base that isn't quantised, or that torchao's quantize_ made"
+        )
+    if not w.is_floating_point():
+        return f"{site.address} holds {w.dtype}: no gradient can flow through it"
+    return None
+
+
+def _quantized(site: Site) -> str | None:
+    """Why a weight can't have a delta, if that is for its codes."""
+    return None if site.is_call or site.whole.dim() < 2 else no_numbers(site)
 
 
 def _holds(predicate: Any, site: Site) -> bool:

@@ -86,6 +86,14 @@ def is_quantized(tensor: Tensor) -> bool:
     return not numbers or (hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor))
 
 
+def plain_parts(tensor: Any) -> list[Tensor]:
+    """The plain tensors that one is made of: itself, or the codes and scales of a quantised one."""
+    if not (hasattr(tensor, "__tensor_flatten__") and is_quantized(tensor)):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
 def unshard(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded over processes (every one of them has to ask)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

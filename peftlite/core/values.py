@@ -11,7 +11,7 @@ from torch import Tensor
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Patch, apply
 from peftlite.core.site import Site, whole_address
-from peftlite.core.tensors import distance, is_sharded, shard_like, unshard
+from peftlite.core.tensors import distance, is_quantized, is_sharded, shard_like, unshard
 from peftlite.errors import PeftliteError
 
 
@@ -39,7 +39,15 @@ def refuse_calls(delta: Delta) -> None:
 
 @torch.no_grad()
 def applied(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """W', in the shape of W, with patches as they are at inference: no dropout, no autocast."""
+    """W', in the shape of W, with patches as they are at inference: no dropout, no autocast.
+
+    Raises PeftliteError if W is quantised.
+    """
+    if is_quantized(w):
+        raise PeftliteError(
+            f"{type(w).__name__} holds codes for numbers: what a delta makes of it fits none of "
+            "them. Keep it attached, or go back to the base before it was quantised"
+        )
     training = [patch.training for patch in patches]
     try:
         for patch in patches:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peftlite.core.tensors import unshard
+from peftlite.core.tensors import plain_parts, unshard
 from peftlite.io.files import ahead, bytes_of, data_of, sha256
 
 Fingerprint = Literal["sha256", "sampled"]
@@ -41,8 +41,17 @@ def fingerprints(items: Iterable[tuple[Tensor, str]]) -> Iterator[dict[str, Any]
 def _fingerprint(item: tuple[Tensor, Tensor, str]) -> dict[str, Any]:
     data, tensor, kind = item
     dtype = str(tensor.dtype).removeprefix("torch.")
-    digest = _whole(data, tensor) if kind == "sha256" else _sample(data)
+    parts = plain_parts(data)
+    if parts[0] is data:
+        digest = _whole(data, tensor) if kind == "sha256" else _sample(data)
+    else:
+        digest = _of_parts([(sha256 if kind == "sha256" else _sample)(part) for part in parts])
     return {"dtype": dtype, "shape": list(tensor.shape), kind: digest}
+
+
+def _of_parts(digests: list[str]) -> str:
+    """Of a quantised tensor, which is its codes and their scales."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def kind_of(entry: dict[str, Any]) -> str | None:

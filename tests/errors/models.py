@@ -133,11 +133,6 @@ def two_roots() -> nn.Module:
     return model
 
 
-def quantising(model: nn.Module, _: Path) -> None:
-    q_proj = model.blocks[0].attn.q_proj
-    q_proj.weight = nn.Parameter((100 * q_proj.weight).to(torch.int8), requires_grad=False)
-
-
 PART = (
     "some of these modules have deltas that were attached to another module, inside this one or "
     "around it: attach to that one, or detach them there first"
@@ -149,8 +144,6 @@ SEVERAL = (
 )
 
 ROOTS = [
-    Case(quantising, "'weight' of a Linear was quantised as it is read, with the delta in it, "
-         "which would apply twice: pl.detach, quantise the base, then attach"),
     Case(lambda model, _: pl.attach(model.blocks[0], pl.LoRA()), PART),
     Case(lambda model, _: pl.attach(model.blocks[0].attn.q_proj, pl.LoRA()), PART),
     Case(lambda model, _: pl.use(model.blocks[0], "sql"),

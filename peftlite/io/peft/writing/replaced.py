@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from peftlite.core.assign import Placed
 from peftlite.core.site import walk, whole_address
-from peftlite.core.tensors import raw
+from peftlite.core.tensors import is_quantized, raw
 from peftlite.io.peft.folder import ALONE, LAYER
 from peftlite.io.peft.writing.draft import Draft, refuse
 
@@ -92,6 +92,8 @@ def _write_module(
             refuse(item, f"{name} is parametrized")
         for slot, tensor in _tensors(part).items():
             address = f"{name}.{slot}"
+            if is_quantized(tensor) and slot in part._parameters:
+                refuse(item, f"that takes a copy of {address}, which is quantised")
             rest = address.removeprefix(f"{path}.")
             draft.tensors[f"{draft.key(layer)}{rest}"] = values.get(address, tensor)
 

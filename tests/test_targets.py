@@ -694,3 +694,13 @@ def test_targets_are_read_when_the_method_is_used() -> None:
         pl.plan(model, method)
     model.add_module("extra", nn.Linear(4, 4))
     assert taken(model, method) == ["extra.weight"]
+
+
+def test_a_plan_names_patches_that_are_larger_than_their_tensors() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(64, 64))
+    plan = pl.plan(model, pl.LoRA(rank=8, targets="weight"))
+    assert plan.larger == ["0.weight"]
+    assert "larger than the tensors that they change are 1 of 2 patches: 0.weight;" in str(plan)
+    for method in (pl.LoRA(rank=1, targets="weight"), pl.FullTuning()):
+        plan = pl.plan(model, method)
+        assert not plan.larger and "larger" not in str(plan)

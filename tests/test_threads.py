@@ -1,6 +1,10 @@
 """Threads: what one of them changes, as another calls the model, trains it, or changes it too."""
 
+import asyncio
+import contextvars
 import gc
+import os
+import pickle
 import sys
 import threading
 import time
@@ -230,6 +234,43 @@ def test_other_models_train_on_while_one_is_saved() -> None:
     optimizer = torch.optim.SGD(other.parameters(), lr=1)
     with turns.at_rest(delta.parameters()):
         in_threads(optimizer.step)
+
+
+# -- where a scoped choice goes
+
+
+def test_where_a_scoped_choice_goes() -> None:
+    model = deep(1)
+    pl.attach(model, METHOD, "a")
+    choice = model.peftlite.choice
+
+    async def elsewhere() -> list[Any]:
+        run = asyncio.get_running_loop().run_in_executor
+        context = contextvars.copy_context()
+        return [
+            await asyncio.create_task(asyncio.to_thread(choice.now)),
+            await run(None, choice.now),
+            await run(None, context.run, choice.now),
+        ]
+
+    def forked() -> int:
+        if (child := os.fork()) == 0:
+            os._exit(choice.now() != ())
+        return os.waitpid(child, 0)[1]
+
+    def suspended() -> Iterator[None]:
+        with pl.using(model, ["a"]):
+            yield
+
+    with pl.using(model, None):
+        assert asyncio.run(elsewhere()) == [(), ("a",), ()]
+        assert forked() == 0
+        assert pickle.loads(pickle.dumps(model)).peftlite.choice.now() == ("a",)
+        generator = suspended()
+        next(generator)
+        assert choice.now() == ("a",)
+        generator.close()
+        assert choice.now() == ()
 
 
 # -- interrupts, and what is kept

@@ -10,6 +10,7 @@ the choice that it began with to its end, whatever another thread chooses meanwh
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 import time
@@ -62,6 +63,15 @@ class Scope(Generic[T]):
 
 _scopes: ContextVar[tuple[Scope[Any], ...]] = ContextVar("peftlite", default=())
 _lock = threading.Lock()
+
+
+def _in_a_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # who held it when the process forked is not there to let go
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
 
 
 class Scoped(Generic[T]):

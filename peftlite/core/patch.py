@@ -109,6 +109,8 @@ class Method:
     dtype: torch.dtype | None = None
 
     known: ClassVar[dict[str, type[Method]]] = {}
+    added: ClassVar[Mapping[str, Any]] = {}
+    """Settings that older files lack, and what theirs was; a file has them where they differ."""
     takes: ClassVar[str] = "nothing"
     """What the method works on, as its error messages say it: "tensors of 2 or more dimensions"."""
     rate: ClassVar[float] = 1.0

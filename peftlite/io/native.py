@@ -167,7 +167,9 @@ def described(methods: Iterable[tuple[Method, list[str]]]) -> list[dict[str, Any
 
 def _config(method: Method) -> dict[str, Any]:
     """A method's hyperparameters as JSON. Where it sits is in the sites, not in its targets."""
-    return {name: _plain(getattr(method, name)) for name in _settings(type(method))}
+    given = {name: getattr(method, name) for name in _settings(type(method))}
+    before = type(method).added
+    return {n: _plain(v) for n, v in given.items() if n not in before or v != before[n]}
 
 
 def _plain(setting: Any) -> Any:
@@ -337,7 +339,7 @@ def _method(name: str, config: dict[str, Any], path: str, depth: int = 0) -> Met
             f"{path!r} holds the method {name!r}, which isn't known here; known are "
             f"{', '.join(sorted(Method.known))} (a method of your own: import it first)"
         )
-    settings = _settings(kind)
+    settings, config = _settings(kind), {**kind.added, **config}
     for key in sorted({*config} ^ {*settings}):
         what = "has no" if key in config else "needs the"
         raise FileError(f"{path!r}: here {name} {what} setting {key!r}")

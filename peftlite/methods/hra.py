@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class HRAPatch(RotationPatch):
 
     def __init__(self, site: Site, method: HRA):
         super().__init__(site)
+        self.method = method
         self.u: nn.Parameter = trainable(
             *self.stack, method.rank, self.size, site=site, dtype=method.dtype
         )
@@ -30,6 +32,15 @@ class HRAPatch(RotationPatch):
         first, second = self.u.unflatten(-2, (-1, 2)).unbind(-2)
         bound = math.sqrt(2 / self.u.shape[-2])  # the paper's: kaiming of a (d, r/2)
         second.copy_(first.uniform_(-bound, bound))
+
+    def regularizer(self) -> Tensor | None:
+        """λ·Σ‖UᵀU − I‖² of the unit vectors, which keeps the reflections apart."""
+        if not self.method.orth_reg_weight:
+            return None
+        unit = self.u / vector_norm(self.u, dim=-1, keepdim=True)
+        gram = unit @ unit.mT
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return self.method.orth_reg_weight * (gram - identity).square().sum()
 
     def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
         a, b = self._factors()
@@ -72,15 +83,19 @@ class HRA(RotationMethod):
 
     The chain begins as pairs of equal reflections, which undo one another. It is I + AB with
     A (i, r) and B (r, i), so a linear map turns its inputs as cheaply as LoRA: y = W(x + A(Bx)).
-    The paper's regularizer, λ‖UᵀU − I‖², is a term of the loss: `u` holds the vectors. By default
-    it takes every weight of a linear map but the output head's; further dimensions are a stack of
-    matrices, each with its own reflections.
+    `delta.regularizer()` is the paper's term of the loss, λΣ‖UᵀU − I‖² with U (i, r) of unit
+    vectors. By default it takes every weight of a linear map but the output head's; further
+    dimensions are a stack of matrices, each with its own reflections.
 
     Args:
         rank: r, the number of reflections, even.
+        orth_reg_weight: λ; 0 leaves the term out, as peft does.
     """
 
     rank: int = number(8, int, lambda r: r >= 2 and r % 2 == 0, "an even number from 2 up")
+    orth_reg_weight: float = number(0.0, float, lambda w: 0 <= w < math.inf, "finite, from 0 up")
+
+    added: ClassVar[Mapping[str, Any]] = {"orth_reg_weight": 0.0}
 
     # 8e-4 to 3e-3 for DeBERTaV3-base (×1 to 3): DaShenZi721/HRA, nlu/experiments/glue
     rate: ClassVar[float] = 2

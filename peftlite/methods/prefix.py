@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,7 @@ class PrefixTuning(Method):
     num_heads: int | None = integer(None)
     head_dim: int | None = integer(None)
 
+    added: ClassVar[Mapping[str, Any]] = {"positions": "kept"}
     # 5e-3 to 1e-2 for BERT- and RoBERTa-large (×6 to 12): THUDM/P-tuning-v2, run_script
     rate = 10
     takes = (

@@ -101,6 +101,7 @@ class PromptMethod(Method, abstract=True):
     cut: bool = True
     embeds: bool = False
 
+    added: ClassVar[Mapping[str, Any]] = {"embeds": False}
     takes = "the one call of a module that looks up its token ids in an nn.Embedding inside it"
     patch: ClassVar[type[PromptPatch]] = PromptPatch
 

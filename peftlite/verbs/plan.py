@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from peftlite.core.assign import Placed, assign, methods_in
 from peftlite.core.attach import base_parameters, deltas
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
+from peftlite.table import listed
 
 
 @dataclass
@@ -40,12 +42,28 @@ class Plan:
         """What a file of the delta would hold."""
         return self.delta.num_bytes
 
+    @property
+    def larger(self) -> list[str]:
+        """The tensors that have fewer numbers than their patches would train."""
+        return [
+            address
+            for address, placed in self.delta.placed.items()
+            if not placed.site.is_call
+            and sum(map(torch.numel, placed.patch.parameters())) > placed.site.shape.numel()
+        ]
+
     def __len__(self) -> int:
         return len(self.delta.placed)
 
     def __str__(self) -> str:
         share = self.num_parameters / max(self.base_parameters, 1)
-        return f"{self.delta.describe()} ({share:.3%} of the base's {self.base_parameters:,})"
+        text = f"{self.delta.describe()} ({share:.3%} of the base's {self.base_parameters:,})"
+        if larger := self.larger:
+            text += (
+                f"\nlarger than the tensors that they change are {len(larger)} of {len(self)} "
+                f"patches: {listed(larger)}; a lower rank would do, or pl.FullTuning"
+            )
+        return text
 
 
 def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:

@@ -87,3 +87,21 @@ def test_an_odd_chain_is_refused(rank: int) -> None:
     """peft warns, and begins with another model than the base."""
     with pytest.raises(pl.PeftliteError, match="rank must be an even number from 2 up"):
         HRA(rank=rank)
+
+
+def test_the_regularizer_is_the_papers() -> None:
+    """λΣ‖UᵀU − I‖² of unit vectors, whatever their lengths; none by default."""
+    model = nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 4))
+    delta = pl.attach(model, HRA(rank=4, orth_reg_weight=0.3, targets="weight"))
+    disturb(delta)
+    expected = 0.0
+    for placed in delta.placed.values():
+        unit = torch.nn.functional.normalize(placed.patch.u.detach().double(), dim=-1)
+        expected += (unit @ unit.T - torch.eye(4)).square().sum().item()
+    assert delta.regularizer().item() == pytest.approx(0.3 * expected, rel=1e-5)
+    before = delta.regularizer().item()
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.mul_(7)
+    assert delta.regularizer().item() == pytest.approx(before, rel=1e-5)
+    assert pl.attach(model, HRA(rank=2, targets="0"), "plain").regularizer() == 0

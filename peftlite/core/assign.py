@@ -29,7 +29,11 @@ class Placed:
     @classmethod
     def all(cls, sites: Sequence[Site], method: Method) -> list[Placed]:
         """A patch for each site, its parameters not yet filled. Raises TargetError."""
-        patches, kind = method.build_all(sites), type(method).__name__
+        kind = type(method).__name__
+        for site in sites:
+            if not site.rides:
+                check_numbers(site, kind)
+        patches = method.build_all(sites)
         for site, patch in zip(sites, patches, strict=True):
             if not isinstance(patch, Patch):
                 raise PeftliteError(
@@ -38,12 +42,8 @@ class Placed:
             if not (patch.has_call if site.is_call else patch.has_value):
                 need = "call" if site.is_call else "value"
                 raise PeftliteError(f"{kind}'s patch needs a `{need}` to sit at {site.address}")
-            if not (site.is_call or (patch.has_call and site.rides)) and is_quantized(site.whole):
-                raise TargetError(
-                    f"{site.address} is quantised, a {type(site.whole).__name__}, and {kind} works "
-                    "on its numbers: take what changes the call of a linear map, as pl.LoRA does, "
-                    "or a base that isn't quantised"
-                )
+            if not patch.has_call:
+                check_numbers(site, kind)
             patch.train(site.module.training)
             patch.slot, patch.index = site.slot, site.index
         return [
@@ -139,6 +139,16 @@ def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Method, li
     return [
         (method, [site for site, how, _ in taken.values() if how is method]) for method in methods
     ]
+
+
+def check_numbers(site: Site, method: str) -> None:
+    """Raises TargetError if a site, whose numbers a method works on, is quantised."""
+    if not site.is_call and is_quantized(site.whole):
+        raise TargetError(
+            f"{site.address} is quantised, a {type(site.whole).__name__}, and {method} works on "
+            "its numbers: take what changes the call of a linear map, as pl.LoRA does, or a base "
+            "that isn't quantised"
+        )
 
 
 def usable(site: Site) -> None:

@@ -20,6 +20,12 @@ def with_lora() -> nn.Module:
     return model
 
 
+def with_biases() -> nn.Module:
+    model = coded()
+    pl.attach(model, pl.BitFit(), "sql")
+    return model
+
+
 def quantising(model: nn.Module, _: Path) -> None:
     pl.attach(model, pl.LoRA(rank=2, targets="weight"), "sql")
     try:
@@ -41,18 +47,21 @@ NO_NUMBERS = (
 CASES = [
     Case(quantising, "'weight' of a Linear was quantised as it is read, with the delta in it, "
          "which would apply twice: pl.detach, quantise the base, then attach", model=linears),
-    *(Case(attaching(method), f"{CODES}{type(method).__name__} works on its numbers: take what "
-           "changes the call of a linear map, as pl.LoRA does, or a base that isn't quantised",
-           pl.TargetError, model=coded)
-      for method in (pl.FullTuning(), pl.LoRA(rank=2, targets="0.weight[0:2]"))),
+    *(Case(attaching(method), f"{address} is quantised, a Coded, and {type(method).__name__} works "
+           "on its numbers: take what changes the call of a linear map, as pl.LoRA does, or a base "
+           "that isn't quantised", pl.TargetError, model=coded)
+      for address, method in (
+          ("0.weight", pl.FullTuning()),
+          ("0.weight[0:2]", pl.LoRA(rank=2, targets="0.weight[0:2]")),
+      )),
     *(Case(attaching(method), f"{CODES}{type(method).__name__} begins with its numbers: take what "
            "doesn't, as pl.LoRA(init='kaiming'), or a base that isn't quantised", pl.TargetError,
            model=coded)
       for method in (pl.DoRA(rank=2, targets="0"), pl.LoRA(rank=2, init="pissa", targets="0"))),
     Case(lambda model, _: pl.merge(model, "sql"), NO_NUMBERS, model=with_lora),
-    Case(lambda model, path: pl.export(delta(model), path), "2.bias can't go into a PEFT "
-         "directory, since that takes a copy of 2.weight, which is quantised: leave it out with "
-         "exclude=, or keep the delta with pl.save", model=with_lora),
+    Case(lambda model, path: pl.export(delta(model), path), "0.bias can't go into a PEFT "
+         "directory, since that takes a copy of 0.weight, which is quantised: leave it out with "
+         "exclude=, or keep the delta with pl.save", model=with_biases),
     Case(attaching(pl.LoRA()), f"LoRA takes none of this model's sites by default; {BYTES}",
          pl.TargetError, model=packed),
     Case(attaching(pl.LoRA(targets="0")), "'0' matches 0(); 0.weight; 0.bias; but " + BYTES,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.io.peft.regex import Regexes
+from tests.test_against_peft import KIND
 from tests.test_against_peft import butterflies as butterflies
 from tests.zoo import seeded
 
@@ -303,6 +304,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "layers": dict(target_modules=["q", "k"], layers_to_transform=[1], layers_pattern="layers"),
     "one_layer": dict(target_modules=["q", "k"], layers_to_transform=1, layers_pattern=["layers"]),
     "parameters": dict(target_parameters=["experts.up", "experts.down"], target_modules=["q"]),
+    "biases": dict(target_modules=["q", "mha"], bias="lora_only"),
 }
 
 
@@ -311,9 +313,9 @@ def test_a_module_without_its_tensors_is_missed(name: str, tmp_path: Path) -> No
     base = net()
     expected = saved(tmp_path, lora(**NAMED[name]), base)
     assert error(tmp_path, base, expected) <= 1e-6
-    gone = "experts" if name == "parameters" else "q"
-    drop(tmp_path, f"layers.1.{gone}.")
-    with pytest.raises(pl.FileError, match=rf"lacks the tensors of \d mod.*layers\.1\.{gone}"):
+    gone = {"parameters": "experts.", "biases": "q.base_layer.bias"}
+    drop(tmp_path, f"layers.1.{gone.get(name, 'q.')}")
+    with pytest.raises(pl.FileError, match=r"lacks the tensors of \d mod.*layers\.1\.(q|experts)"):
         pl.load(base, tmp_path)
     assert not pl.deltas(base)
 
@@ -363,6 +365,28 @@ def test_settings_that_the_tensors_deny_are_refused(name: str, tmp_path: Path) -
         with pytest.raises(pl.FileError):
             pl.load(base, tmp_path)
     assert not pl.deltas(base)
+
+
+PROMPTS = {
+    "prompt": (peft.PromptTuningConfig, dict(num_virtual_tokens=4, token_dim=8)),
+    "p_tuning": (peft.PromptEncoderConfig, dict(num_virtual_tokens=2, token_dim=32)),
+    "prefix": (peft.PrefixTuningConfig, dict(num_virtual_tokens=4, num_layers=1, token_dim=16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_sizes_of_prompts_that_the_tensors_deny(name: str, tmp_path: Path) -> None:
+    make, wrong = PROMPTS[name]
+    kind = KIND["hf_llama"]
+    config = make(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(kind.model(), config).save_pretrained(tmp_path)
+    base, text = kind.model(), (tmp_path / "adapter_config.json").read_text()
+    pl.detach(base, pl.load(base, tmp_path).name)
+    for setting, value in wrong.items():
+        (tmp_path / "adapter_config.json").write_text(text)
+        rewrite(tmp_path, lambda its, setting=setting, value=value: its.update({setting: value}))
+        with pytest.raises(pl.FileError, match="aren't of one adapter"):
+            pl.load(base, tmp_path)
 
 
 def test_a_rank_that_was_padded_for_compiling(tmp_path: Path) -> None:

@@ -169,6 +169,11 @@ CASES = [
     reading(AT + "has 'init_lora_weights' as 'loftq', whose base isn't the model's own: save it "
             "with path_initial_model_for_weight_conversion= in peft",
             {"init_lora_weights": "loftq"}),
+    reading(AT + "comes to 3 rows of 16 numbers, by its num_virtual_tokens, "
+            "num_transformer_submodules, token_dim and num_layers, and prompt_embeddings is (4, "
+            "16): they aren't of one adapter, so save it again", {
+                "peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 16,
+            }, {"base_model.prompt_embeddings": torch.ones(4, 16)}),
     of("OFT", AT + "has 'num_cayley_neumann_terms' as 2: below 3",
        {"oft_R.weight": torch.ones(4, 6)}, num_cayley_neumann_terms=2),
     of("OFT", AT + "is of a peft before 0.18, whose 'use_cayley_neumann' was another series: train "

@@ -27,6 +27,7 @@ def check_named(adapter: Adapter, claims: Sequence[Claim]) -> None:
         *_not_replaced(adapter, paths, claims),
         *_not_changed(adapter, paths, claims),
         *_not_given(adapter, paths, claims),
+        *_not_shifted(adapter, paths, claims),
     ]
     if lost:
         raise FileError(
@@ -84,6 +85,21 @@ def _not_given(adapter: Adapter, paths: Sequence[str], claims: Sequence[Claim]) 
             named = any(ends(address, name) for name in names)
             if named and address in adapter.sites and address not in given:
                 yield address
+
+
+def _not_shifted(adapter: Adapter, paths: Sequence[str], claims: Sequence[Claim]) -> Iterator[str]:
+    """The biases of the adapter's own modules that `bias` names and the file has no tensor of.
+
+    With "all", those that the file leaves out are the base's.
+    """
+    own = (adapter.config.data.get("bias") or "none") not in ("none", "all")
+    changed = {claim.module for claim in claims}
+    given = {address for claim in claims for _, address in claim.placed}
+    for path in paths if own else ():
+        inner = f"{path}.out_proj" if never_run(adapter, f"{path}.out_proj") else path
+        address = f"{inner}.bias"
+        if path in changed and address in adapter.sites and address not in given:
+            yield address
 
 
 def _names(config: Config, setting: str) -> Any:

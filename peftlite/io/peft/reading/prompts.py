@@ -39,6 +39,10 @@ def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
     patches = method.build_all([replace(site, on="meta") for site in sites])
     own = [f"{s.address}:{k}" for s, p in zip(sites, patches, strict=True) for k in p.saved()]
     key = left["prompt_embeddings"]
+    if adapter.kind == PREFIX:
+        _check_sizes(adapter, key, n, (count or len(own)) * 2 * width)
+    else:
+        _check_sizes(adapter, key, n * copies, width)
 
     def make(t: dict[str, Tensor]) -> dict[str, Tensor]:
         rows = t[key]
@@ -51,6 +55,17 @@ def read_prompts(adapter: Adapter, left: Left) -> Iterator[Claim]:
         return {own[0]: rows[:n] if len(rows) == n * copies else rows}
 
     yield adapter.claim({key: key}, [(method, site.address) for site in sites], make)
+
+
+def _check_sizes(adapter: Adapter, key: str, rows: int, columns: int) -> None:
+    """Raises FileError if the tensor is of other sizes than the settings say."""
+    found = adapter.file.entries[key].shape
+    if found != (rows, columns or found[-1]):
+        raise FileError(
+            f"{adapter.config.path!r} comes to {rows} rows of {columns} numbers, by its "
+            "num_virtual_tokens, num_transformer_submodules, token_dim and num_layers, and "
+            f"prompt_embeddings is {found}: they aren't of one adapter, so save it again"
+        )
 
 
 def places_of(layers: int, most: int, doubled: bool) -> list[int]:

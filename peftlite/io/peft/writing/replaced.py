@@ -12,7 +12,7 @@ from peftlite.core.assign import Placed
 from peftlite.core.site import walk, whole_address
 from peftlite.core.tensors import is_quantized, raw
 from peftlite.io.peft.folder import ALONE, LAYER
-from peftlite.io.peft.writing.draft import Draft, refuse
+from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 
 CLASSIFIER = ("classifier", "score")
 HEADS = {"SEQ_CLS": CLASSIFIER, "TOKEN_CLS": CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
@@ -66,12 +66,19 @@ def _write_biases(
     """Adds the biases of modules that have no other change, where peft trains such alone."""
     bias = draft.form.bias if draft.form else None
     paths = {path for path, own in slots.items() if bias and own == {"bias"}}
+
+    def wrapped(path: str) -> bool:  # by itself, or with its attention
+        return bool({path, path.rpartition(".")[0]} & draft.targets)
+
     if paths:
-        draft.config["bias"] = bias if paths <= draft.targets else "all"
+        layers = {module_of(item): item.site.module for item in draft.delta.placed.values()}
+        own = {path for path, its in layers.items() if getattr(its, "bias", None) is not None}
+        exactly = paths == {path for path in own if wrapped(path)}
+        draft.config["bias"] = bias if exactly else "all"
     for path in paths:
         outer, _, name = path.rpartition(".")
-        layer = f"{outer}.base_layer.{name}" if outer in draft.targets else path  # an attention's
-        layer += ".base_layer" if {outer, path} & draft.targets else ""
+        layer = f"{outer}.base_layer.{name}" if outer in draft.targets else path
+        layer += ".base_layer" if wrapped(path) else ""
         draft.tensors[f"{draft.key(layer)}.bias"] = values[f"{path}.bias"]
     return paths
 

@@ -1,5 +1,6 @@
 """`import peftlite` brings in peftlite, and nothing else that its dependencies hadn't."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -23,7 +24,12 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 ALLOWED = {"safetensors.torch", "secrets", "hmac"}
 
 
-def imported(use: str = "") -> set[str]:
+TRAINER = "from peftlite import Trainer"
+BANK = "peftlite.DeltaBank; assert 'DeltaBank' in dir(peftlite)"
+
+
+@functools.cache
+def imported(use: str) -> set[str]:
     """The modules that a fresh process has more after `import peftlite`, and a use of it."""
     code = PROBE.format(use=use)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -33,12 +39,12 @@ def imported(use: str = "") -> set[str]:
 
 @pytest.mark.heavy
 def test_imports_what_is_used() -> None:
-    assert imported() == {"peftlite", "peftlite.version"}
+    assert imported("") == {"peftlite", "peftlite.version"}
     served = imported("peftlite.attach")
     assert "peftlite.core.attach" in served and not {"peftlite.train", "peftlite.bank"} & served
-    assert "peftlite.train" in imported("from peftlite import Trainer")
+    assert "peftlite.train" in imported(TRAINER)
     assert "peftlite.train" not in imported("import peftlite.cli")
-    assert "peftlite.bank" in imported("peftlite.DeltaBank; assert 'DeltaBank' in dir(peftlite)")
+    assert "peftlite.bank" in imported(BANK)
 
 
 def test_shows_public_names_alone() -> None:
@@ -59,7 +65,7 @@ def test_the_catalog_is_what_its_files_make() -> None:
     assert catalog.FILE.read_text() == catalog.text()
 
 
-@pytest.mark.parametrize("use", ["", "peftlite.attach", "peftlite.Trainer", "peftlite.DeltaBank"])
+@pytest.mark.parametrize("use", ["", "peftlite.attach", TRAINER, BANK])
 def test_imports_nothing_else(use: str) -> None:
     new = imported(use)
     others = {name for name in new if name.split(".")[0] != "peftlite"} - ALLOWED

@@ -56,8 +56,8 @@ class ByHand:
     def call(self, mode: Prepend, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(self.names, args, kwargs)
         x, cache = given[self.names[0]], given.get(self.cache)
-        if given.get("key_value_states") is not None:
-            cache = None  # what is of an encoder is made anew
+        if given.get("key_value_states") is not None and not isinstance(cache, Ahead):
+            cache = None  # what is of an encoder is made anew; another prefix of it stays
         cache = getattr(cache, "self_attention_cache", cache)
         if self.biased and given.get("position_bias") is None:
             given["position_bias"] = self._bias(given, x, cache)

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -220,3 +221,27 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     at = rewritten(tmp_path / "sql", tmp_path / "less", lambda held: held.pop(lost))
     with pytest.raises(pl.FileError, match=r"lacks text\.moe\.experts\.1\.w1$"):
         pl.load(made(New), at)
+
+
+STARTS = {
+    "kohya": ("lora_unet__orig_mod_", "lora_transformer_", "diffusion_model.", "transformer.", ""),
+    "diffusers": ("diffusion_model.", "transformer._orig_mod.", "base_model.model.", "module."),
+}
+
+
+@pytest.mark.parametrize(
+    "form, start", [(form, start) for form in STARTS for start in STARTS[form]]
+)
+@torch.no_grad()
+def test_other_starts_of_a_pipelines_keys(form: Any, start: str, tmp_path: Path) -> None:
+    net, file = made(Net), tmp_path / "delta.safetensors"
+    pl.export(moved(pl.attach(net, pl.LoRA(rank=2, targets="layers"))), file, form)
+    held = safetensors.torch.load_file(file)
+    joint = "_" if start.endswith("_") else "."
+    for key in list(held):
+        path = f"layers{joint}{key.split('layers')[1][1:]}"
+        held[start + path] = held.pop(key)
+    safetensors.torch.save_file(held, file)
+    ours = made(Net)
+    pl.load(ours, file)
+    torch.testing.assert_close(ours(x()), net(x()))

@@ -598,3 +598,30 @@ def test_bf16_and_an_older_dtype(tmp_path: Path) -> None:
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.bfloat16}
     back = pl.load(kind.model(), tmp_path / "out")
     assert {p.dtype for p in back.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["hra", "lokr_both", "boft"])
+@torch.no_grad()
+def test_the_same_bits_once_saved_and_whether_it_trains(name: str, tmp_path: Path) -> None:
+    row, kind = next(row for row in ROWS if row.name == name), KIND["hf_bert"]
+    peer(row, kind).save_pretrained(tmp_path / "sql")
+    model, batch = base(row, kind), kind.batch(dtype=row.dtype)
+    pl.save(pl.load(model, tmp_path / "sql"), tmp_path / "own.safetensors")
+    expected = kind.run(model, batch)
+    for path in ("sql", "own.safetensors"):
+        for trainable in (False, True):
+            again = base(row, kind)
+            pl.load(again, tmp_path / path, trainable=trainable)
+            assert torch.equal(kind.run(again, batch), expected), (path, trainable)
+
+
+@torch.no_grad()
+def test_peft_finds_the_base_of_an_export(tmp_path: Path) -> None:
+    kind = KIND["hf_llama"]
+    kind.model().save_pretrained(tmp_path / "base")
+    model = type(kind.model()).from_pretrained(tmp_path / "base")
+    delta = pl.attach(model, pl.LoRA(rank=2))
+    nn.init.normal_(next(iter(delta.placed.values())).patch.b)
+    pl.export(delta, tmp_path / "out")
+    back = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert apart(kind.run(back, kind.batch()), kind.run(model.eval(), kind.batch())) <= 1e-5

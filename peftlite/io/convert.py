@@ -145,7 +145,8 @@ def _unpacked(file: BinaryIO) -> int:
 
 def _is_pickle(path: Path) -> bool:
     """Whether a file is one of torch.save, now or long ago; safetensors' begin with a length."""
-    check_regular(str(path))
+    if not path.is_dir():
+        check_regular(str(path))
     try:
         with open(path, "rb") as file:
             return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")

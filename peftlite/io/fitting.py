@@ -145,8 +145,9 @@ def _fill(delta: Delta, content: Content, path: Path) -> None:
             raise FileError(
                 f"{str(path)!r} doesn't fit this model: it has {key} with values that aren't finite"
             )
-        # in memory of torch's own: another alignment moves the last bits of a product
-        return torch.empty_like(given, device=own[key].device).copy_(given)
+        # in memory of torch's own, in order: another alignment moves the last bits of a product
+        plain = torch.empty(given.shape, dtype=given.dtype, device=own[key].device)
+        return plain.copy_(given)
 
     for tensor, given in zip(own.values(), ahead(value, own), strict=True):
         tensor.data = given

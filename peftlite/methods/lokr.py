@@ -71,7 +71,9 @@ class LoKrPatch(Patch):
             w1, w2 = w1.mT, w2.mT
         # (w1 ⊗ w2) x: one factor on each dimension of the input as (i₁, i₂)
         h = F.linear(input.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)
-        return torch.add(inner(input), (w1 @ h).flatten(-2), alpha=self.scale)
+        # not w1 @ h, whose last bits go by whether w1 trains
+        change = F.linear(h.mT.contiguous(), w1).mT
+        return torch.add(inner(input), change.flatten(-2), alpha=self.scale)
 
 
 def split(n: int, most: int | None) -> tuple[int, int]:

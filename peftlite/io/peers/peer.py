@@ -46,6 +46,7 @@ class Peer:
         lacks: what it calls a parameter of a method that isn't here, and that method's name.
         starts: what its modules' names may begin with, and what may stand there in a model: on
             reading the first that does, on writing the longest.
+        reads: the same of what others write with its parameters' names, as ComfyUI's do.
         joint: what is between the steps of a path.
         alpha: what a file says of α, if anything: a "key" for each module, or that it's the "rank",
             as it also is where keys are missing.
@@ -63,6 +64,7 @@ class Peer:
     cores: Mapping[str, str] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
     starts: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": [""]})
+    reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joint: str = "."
     alpha: Literal["key", "rank"] | None = None
     fuses: bool = False
@@ -81,7 +83,8 @@ class Peer:
 
     def paths(self, module: str) -> Iterator[str]:
         """What a module may be called in a model, its steps joined as the peer joins them."""
-        for start, own in self.starts.items():
+        module = self.joined(module.replace(f"_orig_mod{self.joint}", ""))  # torch.compile's word
+        for start, own in {**self.starts, **self.reads}.items():
             if module.startswith(start):
                 yield from (there + module.removeprefix(start) for there in own)
 
@@ -146,6 +149,13 @@ PEERS = (
                 for inner in ("", "text_model_")
             },
         },
+        reads={
+            "diffusion_model_": ["", "unet_", "transformer_"],
+            "lora_transformer_": ["transformer_", ""],
+            "transformer_": [""],
+            "unet_": [""],
+            "": [""],
+        },
         joint="_",
         alpha="key",
     ),
@@ -162,6 +172,11 @@ PEERS = (
             "": [""],
             **{f"{part}.": [f"{part}.", ""] for part in ("unet", "transformer", *_TEXT)},
             **{f"{part}.text_model.": [f"{part}.", ""] for part in _TEXT},
+        },
+        reads={
+            "diffusion_model.": ["", "unet.", "transformer."],
+            "base_model.model.": ["", "unet.", "transformer."],
+            "module.": [""],
         },
         alpha="rank",
         norms=1,

@@ -18,6 +18,7 @@ from peftlite.io.files import as_json, is_finite, replacing, write_file
 from peftlite.io.folders import replacing_folder
 from peftlite.io.peft.folder import ALONE, CONFIG, MODEL, PREFIX, PROMPTS
 from peftlite.io.peft.forms import FORMS
+from peftlite.io.peft.writing.base import about
 from peftlite.io.peft.writing.draft import Draft, refuse
 from peftlite.io.peft.writing.modules import write_modules
 from peftlite.io.peft.writing.prompts import check_task, write_prompts
@@ -38,7 +39,7 @@ REPLACED = {CONFIG, MODEL, "README.md"}
 
 def write(delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Writes a delta as a folder that peft loads, with more `settings` of adapter_config.json."""
-    more = as_json("settings", settings or {})
+    more = {**about(delta), **as_json("settings", settings or {})}
     config, tensors = plan(delta, more.get("task_type"))
     config |= {"inference_mode": True, "peft_version": AS_IN, **more}
     if config["peft_type"] in PROMPTS:

@@ -37,7 +37,11 @@ def quiet() -> None:
 
 
 def sample(every: int, first: int = 0) -> list[Case]:
-    return cases()[first::every]
+    """A case in so many, and one of every type."""
+    everything = cases()
+    firsts = {case.type: case for case in reversed(everything)}
+    chosen = everything[first::every]
+    return chosen + [firsts[kind] for kind in firsts.keys() - {case.type for case in chosen}]
 
 
 def run(chosen: Iterable[Case]) -> list[Outcome]:
@@ -111,15 +115,17 @@ def into_page(page: str, made: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a case in forty, nothing written")
+    parser.add_argument("--every", type=int, default=1, help="a case in so many, and written")
     parser.add_argument("--page", action="store_true", help="docs/peers.md from the last run alone")
     asked = parser.parse_args()
     if not asked.page:
         torch.set_num_threads(1)
         quiet()
         start = time.perf_counter()
-        outcomes = run(sample(40 if asked.quick else 1))
+        outcomes = run(sample(40 if asked.quick else asked.every))
         lines = rows(outcomes)
         about = {**machine(), "peft": peft.__version__, "transformers": transformers.__version__,
+                 "every": str(asked.every),
                  "seconds": f"{time.perf_counter() - start:.0f}"}  # fmt: skip
         print("peers: " + ", ".join(f"{key} {value}" for key, value in about.items()))
         print(table(["type", "cases", *WAYS], summary(lines)))

@@ -41,7 +41,8 @@ def sample(every: int, first: int = 0) -> list[Case]:
     everything = cases()
     firsts = {case.type: case for case in reversed(everything)}
     chosen = everything[first::every]
-    return chosen + [firsts[kind] for kind in firsts.keys() - {case.type for case in chosen}]
+    kinds = {case.type for case in chosen}
+    return chosen + [case for kind, case in firsts.items() if kind not in kinds]
 
 
 def run(chosen: Iterable[Case]) -> list[Outcome]:

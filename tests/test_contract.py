@@ -107,6 +107,7 @@ def test_law_1_a_fresh_delta_changes_no_output(row: Row, kind: Kind) -> None:
 def test_law_2_only_the_delta_learns(row: Row, kind: Kind) -> None:
     model, batch = kind.model(), kind.batch()
     base = {name: bits(p) for name, p in model.named_parameters()}
+    kept = {name: bits(b) for name, b in model.named_buffers()}
     delta = add(model, row, "a")
     first = {name: bits(p) for name, p in delta.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -117,6 +118,8 @@ def test_law_2_only_the_delta_learns(row: Row, kind: Kind) -> None:
         optimizer.step()
     now = dict(model.named_parameters())
     assert all(now[name].grad is None and bits(now[name]) == was for name, was in base.items())
+    buffers = dict(model.named_buffers())
+    assert all(bits(buffers[name]) == was for name, was in kept.items())
     stuck = [name for name, p in delta.named_parameters() if bits(p) == first[name]]
     assert not stuck, stuck
 

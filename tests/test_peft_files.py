@@ -550,7 +550,7 @@ def test_what_vllm_serves(saved: Path, tmp_path: Path) -> None:
     assert problems(pl.DoRA(rank=8))[0] == "it has use_dora, which vLLM doesn't"
     assert problems(pl.IA3()) == ["it is a IA3, and vLLM serves LoRA alone"]
     assert "BottleneckAdapter" in problems(pl.BottleneckAdapter())[0]
-    assert "bias='lora_only'" in problems([pl.LoRA(), pl.BitFit(targets=["q_proj", "up_proj"])])[0]
+    assert "bias='all'" in problems([pl.LoRA(), pl.BitFit(targets=["q_proj", "up_proj"])])[0]
     assert "lora_embedding_A" in problems(pl.LoRA(targets="embed_tokens"))[0]
     ranks = [pl.LoRA(rank=2, targets="q_proj"), pl.LoRA(rank=4, targets="k_proj")]
     assert problems(ranks) == []

@@ -349,6 +349,21 @@ def test_loralib(path: Path) -> None:
     assert method == pl.LoRA(rank=2, alpha=3) and names == ["embed", "qkv", "up"]
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_loralib_of_a_kernel(k: int, path: Path) -> None:
+    """Whose change is of rank r·k², being BA as it lies in memory."""
+    kind = Kind("conv", lambda: nn.Sequential(nn.Conv2d(4, 6, k)), floats(input=(4, 5, 5)))
+    ours = kind.model()
+    theirs = nn.Sequential(loralib.Conv2d(4, 6, k, r=2, lora_alpha=3, merge_weights=False))
+    theirs.load_state_dict({f"0.conv.{n}": x for n, x in ours[0].state_dict().items()}, False)
+    theirs.eval()
+    drawn(*(p for name, p in theirs.named_parameters() if "lora_" in name))
+    torch.save(loralib.lora_state_dict(theirs), path.with_suffix(".pt"))
+    convert(path.with_suffix(".pt"), path, alpha=3)
+    pl.load(ours, path)
+    assert_equal(kind, ours, theirs)
+
+
 # -- litgpt, torchtune, minLoRA
 
 
@@ -405,6 +420,39 @@ def test_minlora(kind: Kind, path: Path) -> None:
     assert_equal(kind, ours, theirs)
     ((method, _),) = pl.inspect(path).methods
     assert method == pl.LoRA(rank=2, alpha=4)
+
+
+# -- mlx-lm
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx(kind: str, tmp_path: Path) -> None:
+    """A folder as `mlx_lm.lora` leaves it: y = Wx + scale·(x a) b."""
+    layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 6)}) for _ in range(2))
+    model = nn.ModuleDict({"layers": layers, "embed": nn.Embedding(7, 4)})
+    q, e = [(randn(n, 2), randn(2, o)) for n, o in ((4, 6), (7, 4))]
+    names = {f"layers.1.q.lora_{x}": t for x, t in zip("ab", q, strict=True)}
+    names |= {f"embed.lora_{x}": t for x, t in zip("ab", e, strict=True)}
+    if kind == "dora":
+        names |= {"layers.1.q.m": torch.rand(6), "embed.m": torch.rand(7)}
+    write(tmp_path / "adapters.safetensors", names)
+    settings = {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": ["q"]}
+    config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert pl.inspect(tmp_path).format == "mlx-lm"
+    if kind == "dora":
+        del names["embed.lora_a"], names["embed.lora_b"], names["embed.m"]
+        write(tmp_path / "adapters.safetensors", names)
+    pl.load(model, tmp_path)
+    v = model.layers[1]["q"]._parameters["weight"] + 20 * (q[0] @ q[1]).T
+    if kind == "dora":
+        expected = names["layers.1.q.m"][:, None] * v / v.norm(dim=1, keepdim=True)
+        assert torch.allclose(model.layers[1]["q"].weight, expected, atol=1e-6)
+    else:
+        assert torch.allclose(model.layers[1]["q"].weight, v, atol=1e-6)
+        assert torch.allclose(changed(model, "embed.weight"), 20 * e[0] @ e[1], atol=1e-5)
+    pl.detach(model, "default")
+    assert [*pl.load(model, tmp_path / "adapters.safetensors").placed]
 
 
 # -- convert

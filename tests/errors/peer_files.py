@@ -52,6 +52,19 @@ def squeezed(path: Path) -> None:
             archive.writestr(part, data)
 
 
+MLX = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 20.0}}
+
+
+def mlx_folder(says: str, **its: Any) -> Case:
+    def write(path: Path) -> None:
+        path.mkdir()
+        tensors = {f"layers.{n}.q.lora_{x}": torch.ones(2, 2) for n in (0, 1) for x in "ab"}
+        safetensors.torch.save_file(tensors, path / "adapters.safetensors")
+        (path / "adapter_config.json").write_text(json.dumps(MLX | its))
+
+    return Case(pl.load, f"'…/adapter_config.json' {says}", pl.FileError, linears, write)
+
+
 def into_kohya(method: Any, model: nn.Module, why: str, format: Any = "kohya") -> Case:
     says = (
         f"… can't go into a file of {format}, since {why}: leave it out with exclude=, or keep the "
@@ -115,6 +128,18 @@ CASES = [
               "with peftlite convert '…' NEW --alpha NUMBER --parts q v", alpha="1"),
     peer_file(FUSED, "loralib", "0 can't be: its parts ['0:2', '2:3'] have 3 outputs, and B 4",
               alpha="1", parts='["0:2", "2:3"]'),
+    # mlx-lm
+    mlx_folder("has the fine_tune_type 'full', which leaves whole weights: pl.extract makes a "
+               "delta of the model before and after", fine_tune_type="full"),
+    mlx_folder("has both alpha and scale: mlx-lm made scale·alpha/rank of them once, and goes by "
+               "scale alone since; write the right one as scale, and take alpha out",
+               lora_parameters={"rank": 2, "scale": 20.0, "alpha": 16}),
+    mlx_folder("has 'rank' as 4, and the tensors beside it have 2: they aren't of one adapter, so "
+               "save it again", lora_parameters={"rank": 4, "scale": 20.0}),
+    mlx_folder("has 'num_layers' as 1, and the tensors beside it have 2: they aren't of one "
+               "adapter, so save it again"),
+    mlx_folder("has 'fine_tune_type' as dora, and the tensors beside it have lora: they aren't of "
+               "one adapter, so save it again", fine_tune_type="dora"),
     # convert
     converting("to must be one of 'safetensors', 'peftlite', 'peft', 'kohya', 'diffusers', not "
                "'pt'", None, to="pt"),

@@ -29,9 +29,13 @@ class Format:
         named = filter(None, map(self.peer.split, file.entries if file else ()))
         return any(name != ALPHA for _, name in named)
 
+    def open(self, path: Path) -> Tensors:
+        """A file's tensors and metadata. Raises FileError."""
+        return Tensors(path)
+
     def inspect(self, path: Path) -> Info:
         """What a file says, its values not looked at. Raises FileError."""
-        reading = Reading(self.peer, Tensors(path))
+        reading = Reading(self.peer, self.open(path))
         entries = reading.file.entries.items()
         return Info(
             name="default",
@@ -43,7 +47,7 @@ class Format:
 
     def read(self, path: Path, model: nn.Module, sites: Sequence[Site]) -> Content:
         """A file's content; each tensor is read as it is asked for. Raises FileError."""
-        reading = Reading(self.peer, Tensors(path), sites)
+        reading = Reading(self.peer, self.open(path), sites)
         return Content("default", list(reading.methods.items()), reading.entries, reading.get)
 
     def write(self, delta: Delta, path: Path, settings: Mapping[str, Any] | None = None) -> None:

@@ -51,6 +51,7 @@ class Peer:
         alpha: what a file says of α, if anything: a "key" for each module, or that it's the "rank",
             as it also is where keys are missing.
         fuses: whether A and B may be those of several parts of a weight, one after another.
+        unrolls: whether A and B of a kernel are those of its rows, one after another.
         turns: whether A and B lie as the weight does, where that has its inputs first.
         norms: which dimension of DoRA's norms is the outputs': 0 for any weight, or 1 for a
             convolution's, where those of a matrix have no other.
@@ -68,6 +69,7 @@ class Peer:
     joint: str = "."
     alpha: Literal["key", "rank"] | None = None
     fuses: bool = False
+    unrolls: bool = False
     turns: bool = False
     norms: int = 0
     groups: bool = True
@@ -188,5 +190,5 @@ PEERS = (
         {LoRA: _lora(*(f"parametrizations.weight.0.lora_{factor}" for factor in "AB"))},
         turns=True,
     ),
-    Peer("loralib", {LoRA: _lora("lora_A", "lora_B")}, fuses=True),
+    Peer("loralib", {LoRA: _lora("lora_A", "lora_B")}, fuses=True, unrolls=True),
 )

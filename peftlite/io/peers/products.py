@@ -34,6 +34,19 @@ def tucker(made: Mapping[str, Recipe], low: str, core: str) -> dict[str, Recipe]
     return {low: inputs} | ({} if low == high else {high: lambda get: other(get).mT})
 
 
+def unrolled(made: Mapping[str, Recipe], k: int) -> dict[str, Recipe]:
+    """loralib's factors of a kernel k × k, A (rk, ik) and B (ok, rk), as ours of rank rk².
+
+    It takes BA for the kernel as it lies in memory: k rows of BA make one output.
+    """
+    a, b = made["a"], made["b"]
+
+    def inputs(get: Get) -> Tensor:
+        return torch.kron(_identity(k, x := a(get)), x)
+
+    return {"a": inputs, "b": lambda get: (x := b(get)).reshape(-1, k * x.shape[1])}
+
+
 def decomposed(made: Mapping[str, Recipe], kind: type[LoHa] | type[LoKr]) -> dict[str, Recipe]:
     """The factors of LoHa or LoKr as A and B of one product, as DoRA has them."""
 

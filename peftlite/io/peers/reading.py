@@ -15,13 +15,14 @@ from peftlite.core.site import Site, slice_of
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Kind, Peer
-from peftlite.io.peers.products import Recipe, decomposed, tucker
+from peftlite.io.peers.products import Recipe, decomposed, tucker, unrolled
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Layer
 from peftlite.io.peft.forms import FORMS
 from peftlite.methods.dora import DoRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
+from peftlite.methods.lora import LoRA
 from peftlite.table import listed
 
 # what comes of asking odd tensors and metadata for what they should have
@@ -145,6 +146,11 @@ class Reading:
         recipes = self._made(name, own, keys, site)
         t = {p: recipe(self._lying) for p, recipe in recipes.items()}
         method = self._method(kind, name, keys, t)
+        if self.peer.unrolls and site and site.whole.dim() == 4 and (k := site.whole.shape[-1]) > 1:
+            recipes = unrolled(recipes, k)
+            t = {p: recipe(self._lying) for p, recipe in recipes.items()}
+            rank = t["b"].shape[1]
+            method = LoRA(rank=rank, alpha=method.scale * rank * k)
         if "m" in own and kind in (LoHa, LoKr):
             recipes = decomposed(recipes, kind)
             t = {p: recipe(self._lying) for p, recipe in recipes.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from peftlite.errors import FileError
 from peftlite.io.files import Tensors, read_json, reason
@@ -28,22 +29,34 @@ def folders(path: Path) -> list[str]:
     return []
 
 
-def read_config(folder: Path) -> Config:
-    """The settings in a folder. Raises FileError."""
-    path = str(folder / CONFIG)
+def read_settings(path: str) -> Any:
+    """What a file of JSON says. Raises FileError."""
 
     def refuse(number: str) -> None:
         raise ValueError(f"{number} is no number")
 
     try:
-        data = read_json(folder / CONFIG, parse_constant=refuse)
+        return read_json(Path(path), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path!r} is no JSON: {reason(error)}") from error
+
+
+def read_config(folder: Path) -> Config:
+    """The settings in a folder. Raises FileError."""
+    path = str(folder / CONFIG)
+    data = read_settings(path)
     kind = data.get("peft_type") if isinstance(data, dict) else None
+    if isinstance(data, dict) and kind is None and isinstance(data.get("config"), dict):
+        raise FileError(
+            f"{path!r} is of AdapterHub's adapters, whose folders can't be read: where the method "
+            "changes weights, model.merge_adapter there, and pl.extract makes a delta of the model "
+            "before and after"
+        )
     if kind not in KNOWN:
         raise FileError(
             f"{path!r} has the peft_type {short(kind)}, which can't be read; these can: "
-            f"{', '.join(sorted(KNOWN))}"
+            f"{', '.join(sorted(KNOWN))}; peft.save_as_lora(path, model, rank) makes one that can "
+            "of many that change weights, and pl.extract of the model before and after merging"
         )
     return Config(data, path)
 

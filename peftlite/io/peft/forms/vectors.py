@@ -21,6 +21,7 @@ class IA3Form(Form):
     names = (("ia3_l", "l"),)
     layers = (maps.Linear, maps.TransposedLinear)
     convs = (2, 3)
+    forgets = ()
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> IA3:
         named = config.take("feedforward_modules", [], list, str)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
+
+T = TypeVar("T")
 
 ARGUMENTS = {
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
@@ -108,3 +111,21 @@ def _here(name: str, taken: Collection[str]) -> str | None:
     own = [own for own in ARGUMENTS.get(name, "").split() if own in taken]
     near = [] if name in ADVICE else difflib.get_close_matches(name, taken, 1)
     return next(iter(own or near), None)
+
+
+class _Signature:
+    """That of `__init__`: what a `__new__` before it takes is nobody's business."""
+
+    def __get__(self, _: object, kind: type) -> inspect.Signature:
+        of_self = inspect.signature(kind.__init__)
+        return of_self.replace(parameters=[*of_self.parameters.values()][1:])
+
+
+class Spelled:
+    """A dataclass that answers an argument of another library's with its own."""
+
+    __signature__ = _Signature()
+
+    def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        check_arguments(cls, kwargs)
+        return object.__new__(cls)

@@ -18,7 +18,7 @@ from tests import golden
 from tests.cards import CARDS, ROWS, WAY, WAYS
 from tests.cards.card import FIXED, Card, Row
 from tests.cells import CELLS
-from tests.zoo import Kind
+from tests.zoo import KINDS, Kind
 
 each_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 
@@ -122,7 +122,9 @@ def test_a_bank_mixes_it_as_it_says(card: Card) -> None:
 @each_card
 @pytest.mark.filterwarnings("ignore:.*peft has a sequence's positions begin")
 def test_peft_has_it_under_its_name(card: Card, tmp_path: Path) -> None:
-    delta = pl.attach(golden.model(), card.golden)
+    gpt2 = next(kind for kind in KINDS if kind.name == "hf_gpt2")
+    model = gpt2.model if card.as_peft else golden.model
+    delta = pl.attach(model(), card.as_peft or card.golden)
     folder = tmp_path / "adapter"
     if reason(card.peft, "none: "):
         with pytest.raises(pl.PeftliteError, match=f"peft has no {card.name} there"):
@@ -130,7 +132,7 @@ def test_peft_has_it_under_its_name(card: Card, tmp_path: Path) -> None:
         return
     pl.export(delta, folder, settings={"task_type": "CAUSAL_LM"})
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == card.peft
-    again = pl.load(golden.model(), folder)
+    again = pl.load(model(), folder)
     assert again.num_parameters > 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import check_fields
-from peftlite.spelling import check_arguments
+from peftlite.spelling import Spelled
 
 Target: TypeAlias = "str | re.Pattern[str] | Callable[[Site], bool]"
 Targets: TypeAlias = "Target | Collection[Target] | None"
-M = TypeVar("M", bound="Method")
 
 
 class Patch(nn.Module):
@@ -92,7 +91,7 @@ class Patch(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Spelled):
     """The hyperparameters of one method; subclasses are frozen dataclasses.
 
     Args:
@@ -117,10 +116,6 @@ class Method:
     """The learning rate for AdamW, times LoRA's for the model's width: see train/auto.py."""
     rate_by_width: ClassVar[bool] = True
     """Whether that is so; or else `rate` is the rate itself, for every width."""
-
-    def __new__(cls: type[M], *args: Any, **kwargs: Any) -> M:
-        check_arguments(cls, kwargs)
-        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         dtype = self.dtype

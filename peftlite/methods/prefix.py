@@ -186,6 +186,7 @@ class PrefixTuning(Method):
 
     @property
     def shifted(self) -> bool:
+        """Whether the tokens begin behind the prefix."""
         return self.positions == "shifted"
 
     def default(self, site: Site) -> bool:

@@ -19,7 +19,7 @@ from peftlite.errors import PeftliteError
 from peftlite.fields import check_fields, integer, number, one_of, positive, set_number
 from peftlite.io.files import as_path
 from peftlite.io.native import base_of
-from peftlite.spelling import check_arguments
+from peftlite.spelling import Spelled
 from peftlite.table import listed, short, table
 from peftlite.train import data, modes, parallel
 from peftlite.train.auto import learning_rate
@@ -54,7 +54,7 @@ _RATE = _or_auto(float, lambda x: 0 < x < math.inf, "finite and above 0")
 
 
 @dataclass(eq=False, repr=False)
-class Trainer:
+class Trainer(Spelled):
     """Trains a model's delta: `pl.Trainer(model, loss, train, val).fit()`.
 
     Nothing else of the model changes: not the base, not its running statistics, not the modes of
@@ -113,10 +113,6 @@ class Trainer:
         trainer = pl.Trainer(model, pl.losses.classification, data[6:], data[:6], epochs=2)
         print(trainer.fit())
     """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Trainer:
-        check_arguments(cls, kwargs)
-        return super().__new__(cls)
 
     model: nn.Module
     loss: Loss

@@ -93,6 +93,7 @@ CARDS = (
         golden=pl.PrefixTuning(prefix_length=2),
         bank="prefix",
         peft="PREFIX_TUNING",
+        as_peft=pl.PrefixTuning(prefix_length=2, positions="shifted"),
         rate=10,
     ),
     Card(

@@ -34,6 +34,7 @@ class Card:
     bank: str  # the families of peftlite.bank that mix it, by their files, or "none: why"
     peft: str  # the name of its form in peft, or "none: why"
     rate: float | str  # of lr="auto": times LoRA's, FIXED, or "as LoRA's: why"
+    as_peft: pl.Method | None = None  # on GPT-2, where peft has another than the golden one
     variants: str = ""  # what README's table has in brackets
 
     @property

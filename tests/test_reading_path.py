@@ -1,9 +1,9 @@
 """A verb, followed function by function, goes back to no package more than twice.
 
 A call is traced, and each function of the package is followed where it is first called. Left out
-are methods of objects, the ground floor, and words: functions that call nothing of another module,
-which are read in passing. What is left is the path that a reader takes; a package is gone back to
-whenever the next function on it is that package's and the one before is not.
+are methods of objects and classes, the ground floor, and words: functions that call nothing of
+another module, which are read in passing. What is left is the path that a reader takes; a package
+is gone back to whenever the next function on it is that package's and the one before is not.
 """
 
 import sys
@@ -22,14 +22,14 @@ import peftlite as pl
 from tests.zoo import KINDS
 
 PACKAGE = Path(pl.__file__).parent
-GROUND = {"__init__", "public", "errors", "fields", "table"}
+GROUND = {"__init__", "public", "errors", "fields", "spelling", "table"}
 GPT = next(kind for kind in KINDS if kind.name == "gpt")
 
 
 def module_of(code: CodeType) -> Path | None:
     """The file of a function of the package, by its path in it; None for any other code."""
     path = Path(code.co_filename)
-    if code.co_varnames[:1] == ("self",) or code.co_name.startswith("<"):
+    if code.co_varnames[:1] in (("self",), ("cls",)) or code.co_name.startswith("<"):
         return None
     module = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else None
     return None if module is None or module.with_suffix("").parts[0] in GROUND else module

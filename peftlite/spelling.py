@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from peftlite.errors import PeftliteError
 from peftlite.table import short
@@ -124,7 +124,7 @@ class _Signature:
 class Spelled:
     """A dataclass that answers an argument of another library's with its own."""
 
-    __signature__ = _Signature()
+    __signature__: ClassVar[_Signature] = _Signature()
 
     def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         check_arguments(cls, kwargs)

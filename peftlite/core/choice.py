@@ -77,6 +77,9 @@ if hasattr(os, "register_at_fork"):
 class Scoped(Generic[T]):
     """A value that stands for everyone, and that a context may have otherwise within a `with`."""
 
+    scoped: bool
+    apart: bool
+
     def __init__(self, standing: T):
         self.standing = standing  # replaced whole, never changed: a reader sees the old or the new
         self.scoped = False  # whether a scope is open anywhere
@@ -145,6 +148,8 @@ class Scoped(Generic[T]):
 
 class Choice(Scoped["Names | NamesByRow"]):
     """What is active in one model. Every patched module of the model holds the same one."""
+
+    apart: bool
 
     standing: Names
 

@@ -63,9 +63,12 @@ class Weighted:
 class Delta(Weighted):
     """A named set of patches in one model: what is trained, saved, merged and swapped."""
 
+    name: str
+    methods: tuple[Method, ...]
+
     def __init__(self, name: str, methods: Sequence[Method], placed: Iterable[Placed]):
         self.name, self.methods = name, tuple(methods)
-        self.placed = {item.site.address: item for item in placed}
+        self.placed: dict[str, Placed] = {item.site.address: item for item in placed}
         self.energy: dict[str, float] = {}  # the share that `combine` or `extract` kept of a change
         self._home: weakref.ref[Registry] | None = None
 

@@ -27,6 +27,8 @@ class Map:
     input (embeddings, transposed convolutions, the `Conv1D` of GPT-2).
     """
 
+    module: Any
+
     transposed = False
     because = ""
     """Why its products are torch's own in every path; nothing if they aren't."""
@@ -60,6 +62,9 @@ class Map:
 
 class PatchedMap(Map):
     """What a patch makes of a call: `inner`, the map or call that stood there, with it on top."""
+
+    patch: Any
+    inner: Any
 
     def __init__(self, patch: Any, inner: Any):
         self.patch, self.inner = patch, inner

@@ -38,8 +38,10 @@ class Checkpoint(Mapping[str, Tensor]):
         if path.name.endswith(INDEX):
             path = path.parent
         self.path = path
-        self.folder = path if path.is_dir() else None
-        self.files = [Tensors(file) for file in (_shards(path) if self.folder else [path])]
+        self.folder: Path | None = path if path.is_dir() else None
+        self.files: list[Tensors] = [
+            Tensors(file) for file in (_shards(path) if self.folder else [path])
+        ]
         self._home = {key: file for file in self.files for key in file.entries}
         if len(self._home) < sum(len(file.entries) for file in self.files):
             raise FileError(f"{str(path)!r} has a tensor in two of its files")

@@ -85,6 +85,10 @@ def convert(
 class Unpickled(Tensors):
     """A pickle of tensors, as if it were a safetensors file."""
 
+    path: str
+    metadata: dict[str, str]
+    num_bytes: int
+
     def __init__(self, path: Path):
         self.path, self.metadata, self.num_bytes = str(path), {}, path.stat().st_size
         found = self._load(path)
@@ -97,7 +101,7 @@ class Unpickled(Tensors):
             if not isinstance(key, str) or not isinstance(x, Tensor) or not _is_plain(x):
                 what = short(x if isinstance(x, int | float | str) else type(x))
                 raise FileError(f"{self.path!r} holds {what} as {short(key)}, no plain tensor")
-        self.entries = {k: Entry.of(x) for k, x in self._tensors.items()}
+        self.entries: dict[str, Entry] = {k: Entry.of(x) for k, x in self._tensors.items()}
         self._check(sum(map(_bytes, self._tensors.values())))
 
     def _load(self, path: Path) -> Any:

@@ -314,7 +314,7 @@ class Tensors:
     """
 
     def __init__(self, path: Path):
-        self.path = str(path)
+        self.path: str = str(path)
         check_regular(self.path)
         with self._failing():
             self._file = safetensors.safe_open(self.path, framework="pt")
@@ -325,7 +325,7 @@ class Tensors:
                 if (code := part.get_dtype()) not in DTYPES:
                     raise FileError(f"{self.path!r} has {key} as {code}, which torch lacks")
                 self.entries[key] = Entry(DTYPES[code], tuple(part.get_shape()))
-            self.num_bytes = os.path.getsize(self.path)
+            self.num_bytes: int = os.path.getsize(self.path)
 
     def get(self, key: str) -> Tensor:
         with self._failing():

@@ -31,6 +31,12 @@ class Prepend(TorchFunctionMode):
     it calls: prefixes add up.
     """
 
+    prefix: Tensor
+    n: int
+    address: str
+    hidden: Tensor | None
+    reached: bool
+
     def __init__(self, prefix: Tensor, address: str, hidden: Tensor | None = None):
         super().__init__()
         self.prefix, self.n, self.address = prefix, prefix.shape[-2], address

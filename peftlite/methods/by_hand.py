@@ -35,6 +35,9 @@ def is_by_hand(module: nn.Module) -> bool:
 class Ahead:
     """A cache, or none, as it shows an attention a prefix before its keys and values."""
 
+    cache: Any
+    mode: Prepend
+
     def __init__(self, cache: Any, mode: Prepend):
         self.cache, self.mode = cache, mode
 
@@ -47,10 +50,13 @@ class Ahead:
 class ByHand:
     """What calls an attention by hand with the prefix of a `mode`, which isn't entered."""
 
+    site: Site
+    names: tuple[str, ...]
+
     def __init__(self, site: Site):
         self.site, self.names = site, arguments(site.module)
-        self.cache = cache_name(self.names) or ""
-        self.biased = "position_bias" in self.names
+        self.cache: str = cache_name(self.names) or ""
+        self.biased: bool = "position_bias" in self.names
         self.mask = "mask" if self.biased else MASK
 
     def call(self, mode: Prepend, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,16 @@ class LoReFTPatch(CallPatch):
     rows v of `v` (r, d): whatever they become in training, R's rows are orthonormal.
     """
 
+    method: LoReFT
+    everywhere: bool
+    v: nn.Parameter
+    w: nn.Parameter
+    b: nn.Parameter
+
     def __init__(self, site: Site, method: LoReFT, widths: Features):
         super().__init__(site, widths)
         self.method, self.everywhere = method, method.positions == "all"
-        self.names = arguments(site.module)
+        self.names: tuple[str, ...] = arguments(site.module)
         shapes = (method.rank, self.o), (method.rank, self.o), (method.rank,)
         self.v, self.w, self.b = (
             trainable(*shape, site=site, dtype=method.dtype) for shape in shapes
@@ -136,7 +142,7 @@ class LoReFT(CallMethod):
     init: Init = one_of("linear", Init)
 
     # 9e-4 for LLaMA-7B (×3): stanfordnlp/pyreft, examples/loreft/README.md
-    rate = 3
+    rate: ClassVar[float] = 3
     takes = "calls that are made and give features, at least rank of them"
     patch = LoReFTPatch
 

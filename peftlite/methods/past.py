@@ -66,6 +66,10 @@ def past_sites(everything: Sequence[Site]) -> list[Site]:
 class PastPatch(Patch):
     """At the call of the stack: begins its cache with the prefixes of its layers."""
 
+    n: int
+    site: Site
+    names: tuple[str, ...]
+
     layers: Any
 
     def __init__(self, site: Site, n: int, layers: Sequence[Any]):

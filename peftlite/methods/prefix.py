@@ -36,6 +36,10 @@ Positions = Literal["kept", "shifted"]
 class Trunk(nn.Module):
     """tanh(E·Wᵀ + w) with `embedding` E: what all prefixes of one delta are made from."""
 
+    embedding: nn.Parameter
+    down: nn.Parameter
+    down_bias: nn.Parameter
+
     def __init__(self, site: Site, method: PrefixTuning, d: int):
         super().__init__()
         self.embedding, self.down, self.down_bias = (
@@ -54,7 +58,12 @@ class Trunk(nn.Module):
 class PrefixPatch(Patch):
     """`prefix` (2, h, n, d), keys and values; reparametrised, a buffer for what `up` gives."""
 
-    unsaved = frozenset({"trunk.embedding", "trunk.down", "trunk.down_bias", "up", "up_bias"})
+    address: str
+    prefix: nn.Parameter
+
+    unsaved: ClassVar[frozenset[str]] = frozenset(
+        {"trunk.embedding", "trunk.down", "trunk.down_bias", "up", "up_bias"}
+    )
 
     up: Any  # where it is reparametrised, like the next
     up_bias: Any
@@ -62,7 +71,7 @@ class PrefixPatch(Patch):
     def __init__(self, site: Site, method: PrefixTuning, h: int, d: int, trunk: Trunk | None):
         super().__init__()
         self.address, self.trunk = site.address, trunk
-        self.by_hand = ByHand(site) if is_by_hand(site.module) else None
+        self.by_hand: ByHand | None = ByHand(site) if is_by_hand(site.module) else None
         make = functools.partial(trainable, site=site, dtype=method.dtype)
         prefix = make(2, h, method.prefix_length, d)
         if trunk is None:
@@ -119,6 +128,12 @@ class PrefixPatch(Patch):
 
 class CachedPrefixPatch(PrefixPatch):
     """A prefix that its attention finds in the cache, where the `stack` puts it."""
+
+    stack: Site
+    site: Site
+    layer: int | None
+    names: tuple[str, ...]
+    cache: str | None
 
     def __init__(self, stack: Site, site: Site, *rest: Any):
         super().__init__(site, *rest)
@@ -178,7 +193,7 @@ class PrefixTuning(Method):
 
     added: ClassVar[Mapping[str, Any]] = {"positions": "kept"}
     # 5e-3 to 1e-2 for BERT- and RoBERTa-large (×6 to 12): THUDM/P-tuning-v2, run_script
-    rate = 10
+    rate: ClassVar[float] = 10
     takes = (
         "calls of attention that come to F.scaled_dot_product_attention (for transformers, type "
         'model.set_attn_implementation("sdpa") first) or of nn.MultiheadAttention'

@@ -34,14 +34,18 @@ COMMON = 5000  # the most common tokens, which come first: the paper samples fro
 class PromptPatch(Patch):
     """At the embedding's call: `rows` (n, d), learned, where the codes first, first − 1, … are."""
 
+    method: Any
+    embedding: Site
+    n: int
+
     def __init__(self, method: Any, embedding: Site):
         super().__init__()
         self.method, self.embedding, self.n = method, embedding, method.prompt_length
         # below the codes of the prompts that are there
         there = [m for m in embedding.module.modules() if isinstance(m, PromptPatch)]
-        self.first = min((other.first - other.n for other in there), default=-1)
+        self.first: int = min((other.first - other.n for other in there), default=-1)
         d = raw(embedding.module, "weight").shape[1]
-        self.rows = trainable(self.n, d, site=embedding, dtype=method.dtype)
+        self.rows: nn.Parameter = trainable(self.n, d, site=embedding, dtype=method.dtype)
 
     def reset(self, w: Tensor | None) -> None:
         words, ids = raw(self.embedding.module, "weight"), self.method.init_ids
@@ -218,7 +222,7 @@ class PromptTuning(PromptMethod):
 
     # 3e-2 for BLOOMZ-560M (×36): peft, examples/causal_language_modeling; the authors' 0.3 is for
     # Adafactor, whose steps are in proportion to the parameters
-    rate = 30
+    rate: ClassVar[float] = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()

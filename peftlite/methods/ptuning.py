@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ class EncodedPromptPatch(PromptPatch):
 
     `cells` are the LSTM's, for each layer that of either direction: torch's own can't be compiled.
     """
+
+    cells: nn.ModuleList
+    maps: nn.ModuleList
 
     def __init__(self, method: PTuning, embedding: Site):
         super().__init__(method, embedding)
@@ -87,4 +90,4 @@ class PTuning(PromptMethod):
     encoder: Encoder = one_of("mlp", Encoder)
     hidden_size: int | None = integer(None)
 
-    patch = EncodedPromptPatch
+    patch: ClassVar[type[EncodedPromptPatch]] = EncodedPromptPatch

@@ -24,13 +24,19 @@ FILL |= dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask"))
 class StackPatch(Patch):
     """At the call that takes the ids: puts the codes before them, and cuts them off the outputs."""
 
+    n: int
+    fill: dict[str, Any]
+    cut: bool
+    address: str
+    names: tuple[str, ...]
+
     prompt: Any
 
     def __init__(self, prompt: Any, method: Any, site: Site, cut: bool):
         super().__init__()
         self.__dict__["prompt"] = prompt  # the embedding's patch has it as its own
         self.n, self.fill, self.cut = prompt.n, {**FILL, **method.fill}, cut
-        self.embeds = method.embeds
+        self.embeds: bool = method.embeds
         self.address, self.names = site.address, arguments(site.module)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -119,6 +125,9 @@ def check_room(mask: Tensor, n: int, past: int, t: int, address: str) -> None:
 
 class AroundPatch(Patch):
     """At the call of an encoder and its decoder, which attends to the virtual tokens too."""
+
+    n: int
+    names: tuple[str, ...]
 
     def __init__(self, n: int, site: Site):
         super().__init__()

@@ -142,6 +142,8 @@ def _plain(value: Any) -> Any:
 class Progress(Callback):
     """A progress bar, in a terminal or a notebook."""
 
+    bar: Any
+
     def start(self, trainer: Training, history: History) -> None:
         from tqdm.auto import tqdm
 
@@ -164,6 +166,8 @@ class TensorBoard(Callback):
     Args:
         folder: to write them to.
     """
+
+    writer: Any
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder

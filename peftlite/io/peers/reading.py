@@ -34,6 +34,9 @@ View = Callable[[Tensor], Tensor]
 class Reading:
     """A file as it is understood; without a model, its methods and its own names alone."""
 
+    peer: Peer
+    file: Tensors
+
     def __init__(self, peer: Peer, file: Tensors, sites: Sequence[Site] | None = None):
         self.peer, self.file = peer, file
         self.methods: dict[Method, list[str]] = {}

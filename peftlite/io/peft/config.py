@@ -25,6 +25,9 @@ HARMLESS = frozenset(
 class Config:
     """An adapter's settings: plain data, each looked at before it is believed."""
 
+    data: dict[str, Any]
+    path: str
+
     def __init__(self, data: dict[str, Any], path: str):
         self.data, self.path = data, path
         self._taken = set(HARMLESS)

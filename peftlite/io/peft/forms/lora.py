@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftlite.core import maps
+from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
@@ -46,17 +47,21 @@ PLAIN = (
 
 class LoRAForm(Form):
     type = "LORA"
-    kinds = (LoRA, DoRA)
-    names = (
+    kinds: ClassVar[tuple[type[Method], ...]] = (LoRA, DoRA)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
         ("lora_A.weight", "a"), ("lora_embedding_A", "a"), ("lora_B.weight", "b"),
         ("lora_embedding_B", "b"), ("lora_magnitude_vector", "m"), ("lora_B.bias", ""),
         *((name, "") for name in UNUSED),
     )  # fmt: skip
-    layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
-    convs = (1, 2, 3)
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (
+        maps.Linear,
+        maps.TransposedLinear,
+        maps.Embedding,
+    )
+    convs: ClassVar[tuple[int, ...]] = (1, 2, 3)
     # of a grouped one its change sees the inputs of all groups
-    forgets = ("padding_mode", "dilation", "groups")
-    bias = "lora_only"
+    forgets: ClassVar[tuple[str, ...]] = ("padding_mode", "dilation", "groups")
+    bias: ClassVar[str | None] = "lora_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoRA:
         a = t["lora_embedding_A" if "lora_embedding_A" in t else "lora_A.weight"]
@@ -172,11 +177,15 @@ def _whole(x: Tensor, columns: int, blocks: int) -> Tensor:
 
 class AdaLoRAForm(Form):
     type = "ADALORA"
-    kinds = (AdaLoRA,)
-    names = (("lora_A", "q"), ("lora_B", "p"), ("lora_E", "lam"))
-    layers = (maps.Linear, maps.TransposedLinear)
-    convs = (2,)
-    bias = "lora_only"
+    kinds: ClassVar[tuple[type[Method], ...]] = (AdaLoRA,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("lora_A", "q"),
+        ("lora_B", "p"),
+        ("lora_E", "lam"),
+    )
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear, maps.TransposedLinear)
+    convs: ClassVar[tuple[int, ...]] = (2,)
+    bias: ClassVar[str | None] = "lora_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> AdaLoRA | None:
         config.leave(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from peftlite.core import maps
+from peftlite.core.patch import Method
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Form, Layer, Parts, Tensors, agreed, fit
@@ -21,12 +22,18 @@ FIRST = ("padding_mode", "dilation", "groups", "stride", "padding")
 
 class OFTForm(Form):
     type = "OFT"
-    kinds = (OFT,)
-    names = (("oft_R.weight", "q"), ("oft_embedding_R.weight", "q"))
-    layers = (maps.Linear, maps.Embedding)
-    convs = (2,)
-    forgets = ("groups", "kernel_size")  # it folds turned patches back into an image
-    bias = "oft_only"
+    kinds: ClassVar[tuple[type[Method], ...]] = (OFT,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("oft_R.weight", "q"),
+        ("oft_embedding_R.weight", "q"),
+    )
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear, maps.Embedding)
+    convs: ClassVar[tuple[int, ...]] = (2,)
+    forgets: ClassVar[tuple[str, ...]] = (
+        "groups",
+        "kernel_size",
+    )  # it folds turned patches back into an image
+    bias: ClassVar[str | None] = "oft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> OFT:
         terms = config.number("num_cayley_neumann_terms", 5)
@@ -100,11 +107,11 @@ def _block(config: Config, layer: Layer, found: int) -> int:
 
 class BOFTForm(Form):
     type = "BOFT"
-    kinds = (BOFT,)
-    names = (("boft_R", "q"), ("boft_s", "s"))
-    convs = (2,)
-    forgets = FIRST
-    bias = "boft_only"
+    kinds: ClassVar[tuple[type[Method], ...]] = (BOFT,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (("boft_R", "q"), ("boft_s", "s"))
+    convs: ClassVar[tuple[int, ...]] = (2,)
+    forgets: ClassVar[tuple[str, ...]] = FIRST
+    bias: ClassVar[str | None] = "boft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> BOFT:
         m, count, block, _ = t["boft_R"].shape
@@ -141,11 +148,11 @@ class BOFTForm(Form):
 
 class HRAForm(Form):
     type = "HRA"
-    kinds = (HRA,)
-    names = (("hra_u", "u"),)
-    convs = (2,)
-    forgets = FIRST
-    bias = "hra_only"
+    kinds: ClassVar[tuple[type[Method], ...]] = (HRA,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (("hra_u", "u"),)
+    convs: ClassVar[tuple[int, ...]] = (2,)
+    forgets: ClassVar[tuple[str, ...]] = FIRST
+    bias: ClassVar[str | None] = "hra_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> HRA:
         return HRA(rank=agreed(config, layer, "r", config.number("r", 8), t["hra_u"].shape[-1]))

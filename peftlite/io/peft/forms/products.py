@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from peftlite.core import maps
 from peftlite.core.layout import Layout
+from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
@@ -20,12 +21,12 @@ from peftlite.methods.lokr import LoKr, split
 
 class LoHaForm(Form):
     type = "LOHA"
-    kinds = (LoHa,)
-    names = (
+    kinds: ClassVar[tuple[type[Method], ...]] = (LoHa,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
         *((f"hada_w{k}_{x}", f"w{k}{x}") for k in (1, 2) for x in "ab"),
         ("hada_t1", "core1"), ("hada_t2", "core2"),
     )  # fmt: skip
-    convs = (1, 2)
+    convs: ClassVar[tuple[int, ...]] = (1, 2)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoHa:
         alpha = config.patterned("alpha_pattern", layer.name, config.number("alpha", 8))
@@ -52,12 +53,16 @@ def flat(found: Tensors, core: str, name: str) -> Tensors:
 
 class HiRAForm(Form):
     type = "HIRA"
-    kinds = (HiRA,)
-    names = (
+    kinds: ClassVar[tuple[type[Method], ...]] = (HiRA,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
         ("hira_A", "a"), ("hira_embedding_A", "a"), ("hira_B", "b"), ("hira_embedding_B", "b"),
     )  # fmt: skip
-    layers = (maps.Linear, maps.TransposedLinear, maps.Embedding)
-    convs = (1, 2, 3)
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (
+        maps.Linear,
+        maps.TransposedLinear,
+        maps.Embedding,
+    )
+    convs: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> HiRA:
         a = t["hira_embedding_A" if "hira_embedding_A" in t else "hira_A"]
@@ -126,12 +131,12 @@ def _factor(method: LoKr, patch: Any) -> int:
 
 class LoKrForm(Form):
     type = "LOKR"
-    kinds = (LoKr,)
-    names = (
+    kinds: ClassVar[tuple[type[Method], ...]] = (LoKr,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
         *((f"lokr_w{k}{x}", f"w{k}{x[1:]}") for k in (1, 2) for x in ("", "_a", "_b")),
         ("lokr_t2", "core"),
     )
-    convs = (1, 2)
+    convs: ClassVar[tuple[int, ...]] = (1, 2)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoKr:
         factor = int(config.number("decompose_factor", -1))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.core import maps
+from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
@@ -20,11 +21,11 @@ from peftlite.methods.vera import VeRA
 
 class VeRAForm(Form):
     type = "VERA"
-    kinds = (VeRA,)
-    names = (("vera_lambda_b", "b"), ("vera_lambda_d", "d"))
-    layers = (maps.Linear, maps.TransposedLinear)
-    shared = ("vera_A", "vera_B")
-    bias = "vera_only"
+    kinds: ClassVar[tuple[type[Method], ...]] = (VeRA,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (("vera_lambda_b", "b"), ("vera_lambda_d", "d"))
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear, maps.TransposedLinear)
+    shared: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
+    bias: ClassVar[str | None] = "vera_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> VeRA:
         config.flag("save_projection")
@@ -62,15 +63,15 @@ class VeRAForm(Form):
 
 class VBLoRAForm(Form):
     type = "VBLORA"
-    kinds = (VBLoRA,)
-    names = tuple(
+    kinds: ClassVar[tuple[type[Method], ...]] = (VBLoRA,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = tuple(
         (f"vblora_logits_{x.upper()}{end}", f"{own}_{x}")
         for x in "ab"
         for end, own in (("", "logits"), ("_topk_weights", "logits"), ("_topk_indices", "indices"))
     )
-    layers = (maps.Linear, maps.TransposedLinear)
-    shared = ("vblora_vector_bank",)
-    bias = "vblora_only"
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear, maps.TransposedLinear)
+    shared: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
+    bias: ClassVar[str | None] = "vblora_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> VBLoRA:
         compact = config.flag("save_only_topk_weights")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from peftlite.core import maps
+from peftlite.core.patch import Method
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Form, Layer, Tensors, agreed
 from peftlite.methods.fourier import FourierFT
@@ -17,10 +18,10 @@ from peftlite.methods.shira import SHiRA
 
 class FourierFTForm(Form):
     type = "FOURIERFT"
-    kinds = (FourierFT,)
-    names = (("fourierft_spectrum", "c"),)
-    layers = (maps.Linear, maps.TransposedLinear)
-    bias = "fourier_only"
+    kinds: ClassVar[tuple[type[Method], ...]] = (FourierFT,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (("fourierft_spectrum", "c"),)
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear, maps.TransposedLinear)
+    bias: ClassVar[str | None] = "fourier_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> FourierFT:
         table, says = "n_frequency_pattern", config.number("n_frequency", 1000)
@@ -50,8 +51,11 @@ def _exactly(path: str) -> str:
 
 class SHiRAForm(Form):
     type = "SHIRA"
-    kinds = (SHiRA,)
-    names = (("shira_weight", "values"), ("shira_indices", "indices"))
+    kinds: ClassVar[tuple[type[Method], ...]] = (SHiRA,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("shira_weight", "values"),
+        ("shira_indices", "indices"),
+    )
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> SHiRA:
         count, width = t["shira_weight"].numel(), sum(layer.site.shape) if layer.site else 1

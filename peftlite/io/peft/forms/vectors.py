@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -17,11 +17,11 @@ from peftlite.methods.ia3 import IA3
 
 class IA3Form(Form):
     type = "IA3"
-    kinds = (IA3,)
-    names = (("ia3_l", "l"),)
-    layers = (maps.Linear, maps.TransposedLinear)
-    convs = (2, 3)
-    forgets = ()
+    kinds: ClassVar[tuple[type[Method], ...]] = (IA3,)
+    names: ClassVar[tuple[tuple[str, str], ...]] = (("ia3_l", "l"),)
+    layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear, maps.TransposedLinear)
+    convs: ClassVar[tuple[int, ...]] = (2, 3)
+    forgets: ClassVar[tuple[str, ...]] = ()
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> IA3:
         named = config.take("feedforward_modules", [], list, str)
@@ -51,8 +51,8 @@ class IA3Form(Form):
 
 class BEFTForm(Form):
     type = "BEFT"
-    kinds = ()
-    names = (("beft_bias", "difference"),)
+    kinds: ClassVar[tuple[type[Method], ...]] = ()
+    names: ClassVar[tuple[tuple[str, str], ...]] = (("beft_bias", "difference"),)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> BitFit:
         return BitFit()

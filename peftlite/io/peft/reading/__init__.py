@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import Method
 from peftlite.core.site import Site
+from peftlite.io.files import Entry
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left
 from peftlite.io.peft.reading.copies import read_copies
 from peftlite.io.peft.reading.experts import read_experts
@@ -34,6 +35,9 @@ STEPS: tuple[Callable[[Adapter, Left], Iterator[Claim]], ...] = (
 class Reading:
     """An adapter as it is understood; without a model, its methods and modules alone."""
 
+    adapter: Adapter
+    entries: dict[str, Entry]
+
     def __init__(self, path: Path, model: nn.Module | None = None, sites: Sequence[Site] = ()):
         self.adapter = adapter = Adapter(path, model, sites)
         with adapter.fitting():
@@ -46,7 +50,7 @@ class Reading:
         adapter.config.finish()
         self._claims = {self._own(k): (claim, k) for claim in claims for k in claim.entries}
         self._last: tuple[Claim, Mapping[str, Tensor]] | None = None
-        self.methods = _by_method(claims, adapter.own)
+        self.methods: list[tuple[Method, list[str]]] = _by_method(claims, adapter.own)
         left = adapter.left(claims).values()
         self.entries = {own: claim.entries[key] for own, (claim, key) in self._claims.items()}
         self.entries |= {key: adapter.file.entries[key] for key in left}

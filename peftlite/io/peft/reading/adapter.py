@@ -18,8 +18,9 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site, walk
 from peftlite.core.tensors import wide
 from peftlite.errors import FileError, PeftliteError
-from peftlite.io.files import Entry, reason
+from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.names import Names, Spelling
+from peftlite.io.peft.config import Config
 from peftlite.io.peft.folder import PROMPTS, START, WRAPPED, open_folder
 
 Make = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -60,11 +61,16 @@ class Adapter:
         model: the model, with its sites; None to read what the folder says by itself.
     """
 
+    config: Config
+    file: Tensors
+    model: nn.Module | None
+    everything: Sequence[Site]
+
     def __init__(self, path: Path, model: nn.Module | None, sites: Sequence[Site]):
         self.config, self.file = open_folder(path)
         self.kind: str = self.config.data["peft_type"]
         name = Path(self.config.path).resolve().parent.name
-        self.name = name if _NAME.fullmatch(name) else "default"
+        self.name: str = name if _NAME.fullmatch(name) else "default"
         self.model, self.everything = model, sites
         start = WRAPPED if self.kind in PROMPTS else START
         self.keys: Left = {key.removeprefix(start): key for key in self.file.entries}
@@ -74,9 +80,13 @@ class Adapter:
         said = [name for its in lists for name in its if isinstance(name, str)]
         spelling = Spelling(Names(model, own), [*said, *map(plain, self.keys)])
         # as the settings and the keys name them, and what the model calls them
-        self.sites = {name: its for its in map(spelling.site, sites) for name in its.names}
-        self.modules = {spelling.of(path): module for path, module in modules.items()}
-        self.own = {spelling.of(name): name for name in own}
+        self.sites: dict[str, Site] = {
+            name: its for its in map(spelling.site, sites) for name in its.names
+        }
+        self.modules: dict[str, nn.Module] = {
+            spelling.of(path): module for path, module in modules.items()
+        }
+        self.own: dict[str, str] = {spelling.of(name): name for name in own}
 
     def seen(self, address: str) -> Site:
         """The site at an address, the owner of that name first: each may lie it another way."""

@@ -28,6 +28,8 @@ class Map:
     """
 
     module: Any
+    weight: Any  # a tensor, as the next is, or None: PatchedMap has them as properties
+    bias: Any
 
     transposed = False
     because = ""

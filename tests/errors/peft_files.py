@@ -213,6 +213,14 @@ CASES = [
                 "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1,
                 "token_dim": 16, "num_transformer_submodules": 2,
             }, {"base_model.prompt_embeddings": torch.ones(2, 16)}),
+    reading(IN + "replaces model.embed_tokens, and peft looks up the tokens behind a prompt in the "
+            "base's own: leave it out of 'modules_to_save', and its tensors out of the file", {
+                "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1,
+                "token_dim": 16, "modules_to_save": ["embed_tokens"],
+            }, {
+                "base_model.prompt_embeddings": torch.ones(1, 16),
+                "base_model.model.embed_tokens.weight": torch.ones(29, 16),
+            }, on("hf_llama")),
     # tensors
     reading(IN + f"has a module without its '{B}'", {}, {f"{P}.{A}": torch.ones(2, 16)}),
     reading(IN + "lacks the tensors of 1 modules that adapter_config.json names: "
@@ -315,6 +323,9 @@ CASES = [
               "Embedding")),
     exporting(pl.LoRA(targets="lm_head"), cannot("embed.weight", "it is tied to lm_head.weight, "
               "and peft would untie it"), on("gpt_tied")),
+    exporting([pl.PromptTuning(prompt_length=2), pl.FullTuning(targets="embed")],
+              cannot("embed.weight", "peft looks up the tokens behind a prompt in the base's own "
+              "embedding"), settings={"task_type": "CAUSAL_LM"}),
     exporting(pl.LoRA(targets="0"), cannot("0.weight", "peft's LORA runs it without its "
               "padding_mode='circular'"), circular),
     exporting(pl.IA3(targets="v_proj.weight"), cannot("blocks.0.attn.v_proj.weight", "peft scales "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
 from peftlite.core.patch import Method
 from peftlite.core.site import keeps_statistics
-from peftlite.io.peft.folder import ALONE, LAYER
+from peftlite.errors import FileError
+from peftlite.io.peft.folder import ALONE, LAYER, PROMPTS
 from peftlite.io.peft.reading.adapter import Adapter, Claim, Left, difference, plain
 from peftlite.io.peft.reading.copies import compared
 from peftlite.methods.bitfit import BitFit
@@ -32,6 +34,7 @@ def read_replaced(adapter: Adapter, left: Left) -> Iterator[Claim]:
             module = address.partition(LAYER)[0]
             yield _change(adapter, key, method, address.replace(LAYER, "."), module)
         elif _replaced(adapter, address):
+            _check_prompt(adapter, address)
             yield _change(adapter, key, FullTuning(), address)
         elif biases and "bias" in rest:
             flat = len(adapter.file.entries[key].shape) == 1
@@ -43,6 +46,18 @@ def _replaced(adapter: Adapter, address: str) -> bool:
     site = adapter.sites.get(address)
     names = (address,) if site is None else site.names
     return any(adapter.replaces(name.rpartition(".")[0]) for name in names)
+
+
+def _check_prompt(adapter: Adapter, address: str) -> None:
+    """Raises FileError if it's of the embedding that a prompt goes before."""
+    model: Any = adapter.model
+    get = getattr(model, "get_input_embeddings", None)
+    path = address.rpartition(".")[0]
+    if adapter.kind in PROMPTS[:2] and get and adapter.modules.get(path) is get():
+        raise FileError(
+            f"{adapter.file.path!r} replaces {path}, and peft looks up the tokens behind a prompt "
+            "in the base's own: leave it out of 'modules_to_save', and its tensors out of the file"
+        )
 
 
 def _change(adapter: Adapter, key: str, method: Method, address: str, module: str = "") -> Claim:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from peftlite.core.assign import Placed
-from peftlite.core.site import walk, whole_address
+from peftlite.core.site import CALL, walk, whole_address
 from peftlite.core.tensors import is_quantized, raw
-from peftlite.io.peft.folder import ALONE, LAYER
+from peftlite.io.peft.folder import ALONE, LAYER, PROMPTS
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 
 CLASSIFIER = ("classifier", "score")
@@ -25,6 +25,8 @@ def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
     values: dict[str, Tensor] = {}
     for item in items:
         site = item.site
+        if draft.kind in PROMPTS[:2] and f"{module_of(item)}{CALL}" in draft.delta.placed:
+            refuse(item, "peft looks up the tokens behind a prompt in the base's own embedding")
         if len(site.owners) > 1 and len(site.names) != len(site.owners):
             refuse(item, "its module has two names, and another module has its weight")
         for name, (module, slot) in zip(site.names, site.owners, strict=False):

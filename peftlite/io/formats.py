@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlite.core.site import Site
 from peftlite.errors import FileError
-from peftlite.io import mlx, native, peers, peft
+from peftlite.io import adapterhub, mlx, native, peers, peft
 from peftlite.io.content import Content, Info
 from peftlite.io.files import Tensors
 from peftlite.table import listed
@@ -32,7 +32,7 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (native, mlx.FOLDER, peft, *peers.FORMATS)
+FORMATS: tuple[Format, ...] = (native, mlx.FOLDER, adapterhub, peft, *peers.FORMATS)
 
 
 def format_of(path: Path) -> Format:

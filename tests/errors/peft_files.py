@@ -138,10 +138,6 @@ CASES = [
              "change the model in a way that peftlite doesn't have"),
     bad_file(adapter('{"peft_type": "LORA", "lora_alpha": NaN}'), AT + "is no JSON: NaN is no "
              "number"),
-    bad_file(adapter('{"config": {"architecture": "lora"}, "model_type": "bert"}'), AT + "is of "
-             "AdapterHub's adapters, whose folders can't be read: where the method changes "
-             "weights, model.merge_adapter there, and pl.extract makes a delta of the model before "
-             "and after"),
     *(bad_file(adapter(text), AT + f"has the peft_type {kind}, which can't be read; these can: …")
       for text, kind in (("[]", "None"), ("{}", "None"), ('{"peft_type": "XLORA"}', "'XLORA'"))),
     bad_file(adapter(name="model.bin"), "'…/adapter_model.bin' is a pickle, which may run code as "

@@ -46,12 +46,6 @@ def read_config(folder: Path) -> Config:
     path = str(folder / CONFIG)
     data = read_settings(path)
     kind = data.get("peft_type") if isinstance(data, dict) else None
-    if isinstance(data, dict) and kind is None and isinstance(data.get("config"), dict):
-        raise FileError(
-            f"{path!r} is of AdapterHub's adapters, whose folders can't be read: where the method "
-            "changes weights, model.merge_adapter there, and pl.extract makes a delta of the model "
-            "before and after"
-        )
     if kind not in KNOWN:
         raise FileError(
             f"{path!r} has the peft_type {short(kind)}, which can't be read; these can: "

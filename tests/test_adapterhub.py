@@ -1,0 +1,157 @@
+"""AdapterHub's folders: what real adapters save gives, by pl.load alone, what their model gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertModel, RobertaConfig, RobertaForSequenceClassification
+
+import peftlite as pl
+from tests.test_against_adapters import KIND
+from tests.zoo import CLASSES, HIDDEN, TOKENS, VOCAB, WIDTH, Kind, seeded
+
+# isort: split
+import adapters  # only once the file above has seen whether it is there
+from adapters import (
+    BnConfig,
+    DoubleSeqBnConfig,
+    IA3Config,
+    LoRAConfig,
+    ParBnConfig,
+    SeqBnConfig,
+)
+
+
+def roberta() -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "max_position_embeddings": TOKENS + 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_labels": CLASSES,
+    }
+    return RobertaForSequenceClassification(RobertaConfig(**sizes))
+
+
+# its own T5
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning")
+
+KIND["hf_roberta"] = replace(KIND["hf_bert"], name="hf_roberta", make=roberta)
+ALL = ("hf_bert", "hf_roberta", "hf_distilbert", "hf_gpt2", "hf_llama", "hf_t5")
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    theirs: adapters.AdapterConfig
+    kinds: tuple[str, ...] = ALL
+
+
+ROWS = (
+    Row("lora", LoRAConfig(r=2, alpha=6, intermediate_lora=True, output_lora=True)),
+    Row("lora_k", LoRAConfig(r=2, alpha=6, attn_matrices=["k"]), ("hf_bert", "hf_gpt2")),
+    Row("lora_qkv", LoRAConfig(r=2, attn_matrices=["v", "q", "k"]), ("hf_gpt2", "hf_t5")),
+    Row("ia3", IA3Config(), ("hf_bert", "hf_gpt2", "hf_t5")),
+    Row("ia3_qkv", IA3Config(alpha=2, attn_matrices=["q", "k", "v"]), ("hf_gpt2", "hf_t5")),
+    Row("houlsby", DoubleSeqBnConfig(reduction_factor=4)),
+    Row("pfeiffer", SeqBnConfig(reduction_factor=4)),
+    Row("parallel", ParBnConfig(reduction_factor=4), ("hf_distilbert",)),
+    Row(
+        "by_layer",
+        BnConfig(True, True, {"0": 2, "default": 8}, "tanh", scaling=2.5),
+        ("hf_bert", "hf_gpt2", "hf_t5"),
+    ),
+    Row(
+        "norm_first",
+        BnConfig(False, True, 4, "gelu", True, False, residual_before_ln=False),
+        ("hf_bert", "hf_distilbert", "hf_gpt2", "hf_llama"),
+    ),
+)
+
+
+def saved(
+    kind: Kind,
+    config: Any,
+    folder: Path,
+    change: Callable[[Any], Any] = lambda _: None,
+    safe: bool = False,
+) -> Any:
+    """A folder that adapters wrote, and what its model gives."""
+    theirs: Any = kind.model()
+    batch = kind.batch()
+    base, configs = kind.run(theirs, batch), type(theirs.config)
+    theirs.set_attn_implementation("eager")
+    with mock.patch.object(configs, "attribute_map", configs.attribute_map), torch.no_grad():
+        adapters.init(theirs)
+        theirs.add_adapter("a", config, set_active=True)
+        with seeded(3):
+            for name, parameter in theirs.named_parameters():
+                if ".a." in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        change(theirs)
+        theirs.save_adapter(str(folder), "a", use_safetensors=safe)
+        return kind.run(theirs.eval(), batch), base
+
+
+@pytest.mark.parametrize(
+    "row, kind",
+    [pytest.param(row, KIND[kind], id=f"{row.name}-{kind}") for row in ROWS for kind in row.kinds],
+)
+@torch.no_grad()
+def test_a_folder_gives_what_adapters_gives(row: Row, kind: Kind, tmp_path: Path) -> None:
+    expected, base = saved(kind, row.theirs, tmp_path)
+    ours = kind.model()
+    pl.load(ours, tmp_path)
+    output = kind.run(ours, kind.batch())
+    assert (output - expected).abs().max() <= 1e-5 < (expected - base).abs().max()
+    assert pl.inspect(tmp_path).format == "adapterhub"
+
+
+# -- heads
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_gpt2"])
+@pytest.mark.parametrize("safe", [False, True], ids=["pickle", "safetensors"])
+@torch.no_grad()
+def test_the_head_of_a_class_of_transformers_is_part_of_it(
+    name: str, safe: bool, tmp_path: Path
+) -> None:
+    """GPT-2's is tied to the embedding, which so changes with it in adapters, too."""
+    kind = KIND[name]
+
+    trained = name == "hf_bert" or not safe  # where it isn't, nothing of it is kept
+
+    def train(model: Any) -> None:
+        head = model.classifier if name == "hf_bert" else model.lm_head
+        head.weight.add_(0.3 * trained * torch.randn_like(head.weight))
+
+    expected, _ = saved(kind, LoRAConfig(r=2), tmp_path, train, safe)
+    ours = kind.model()
+    delta = pl.load(ours, tmp_path)
+    assert (kind.run(ours, kind.batch()) - expected).abs().max() <= 1e-5
+    full = [type(placed.method).__name__ for placed in delta.placed.values()].count("FullTuning")
+    assert full == trained
+
+
+@torch.no_grad()
+def test_a_head_of_another_class_is_refused_but_by_a_bare_model(tmp_path: Path) -> None:
+    kind = KIND["hf_bert"]
+    theirs = adapters.BertAdapterModel(kind.model().config)
+    theirs.add_adapter("a", LoRAConfig(r=2, init_weights="bert"), set_active=True)
+    theirs.add_classification_head("a")
+    theirs.save_adapter(str(tmp_path), "a")
+    with pytest.raises(pl.FileError, match="is the head of a BertAdapterModel"):
+        pl.load(kind.model(), tmp_path)
+    bare = BertModel(kind.model().config).eval()
+    own = {k: v for k, v in theirs.bert.state_dict().items() if k in bare.state_dict()}
+    bare.load_state_dict(own)
+    pl.load(bare, tmp_path)  # where nothing is called bert.…
+    expected = theirs.eval().bert(**kind.batch())[0]
+    assert (bare(**kind.batch())[0] - expected).abs().max() <= 1e-5

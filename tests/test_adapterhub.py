@@ -9,7 +9,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from transformers import BertModel, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import peftlite as pl
 from tests.test_against_adapters import KIND
@@ -43,6 +49,16 @@ def roberta() -> nn.Module:
 # its own T5
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning")
 
+
+def bart() -> nn.Module:
+    sizes: dict[str, Any] = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), HIDDEN)
+    sizes |= {"vocab_size": VOCAB, "d_model": WIDTH, "max_position_embeddings": 2 * TOKENS}
+    return BartForConditionalGeneration(BartConfig(**sizes))
+
+
+KIND["hf_bart"] = replace(KIND["hf_t5"], name="hf_bart", make=bart)
 KIND["hf_roberta"] = replace(KIND["hf_bert"], name="hf_roberta", make=roberta)
 ALL = ("hf_bert", "hf_roberta", "hf_distilbert", "hf_gpt2", "hf_llama", "hf_t5")
 
@@ -55,7 +71,11 @@ class Row:
 
 
 ROWS = (
-    Row("lora", LoRAConfig(r=2, alpha=6, intermediate_lora=True, output_lora=True)),
+    Row(
+        "lora",
+        LoRAConfig(r=2, alpha=6, intermediate_lora=True, output_lora=True),
+        (*ALL, "hf_bart"),
+    ),
     Row("lora_k", LoRAConfig(r=2, alpha=6, attn_matrices=["k"]), ("hf_bert", "hf_gpt2")),
     Row("lora_qkv", LoRAConfig(r=2, attn_matrices=["v", "q", "k"]), ("hf_gpt2", "hf_t5")),
     Row("ia3", IA3Config(), ("hf_bert", "hf_gpt2", "hf_t5")),

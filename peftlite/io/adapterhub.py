@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from peftlite.core.patch import Method
@@ -336,10 +337,13 @@ class Reading:
                 f"beside it is the head of a {kind}, and this is a {type(model).__name__}: load it "
                 f"into the bare model, or take {HEAD} and its tensors out of the folder"
             )
-        file = _open(folder, HEADS)
+        file, buffers = _open(folder, HEADS), dict(model.named_buffers())
         for key in file.entries:
             with self._fitting(key):
-                site, head = self._site(key), file.get(key)
+                head = file.get(key)
+                if key in buffers and torch.equal(buffers[key], head.to(buffers[key])):
+                    continue  # BART's bias of its logits, which isn't trained
+                site = self._site(key)
                 change = head.to(site.whole) - site.whole.expand(head.shape)
                 if change.any():
                     self._add(

@@ -1,5 +1,6 @@
 """AdapterHub's folders: what real adapters save gives, by pl.load alone, what their model gives."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,3 +176,36 @@ def test_a_head_of_another_class_is_refused_but_by_a_bare_model(tmp_path: Path) 
     pl.load(bare, tmp_path)  # where nothing is called bert.…
     expected = theirs.eval().bert(**kind.batch())[0]
     assert (bare(**kind.batch())[0] - expected).abs().max() <= 1e-5
+
+
+# -- older folders
+
+
+@pytest.mark.parametrize(
+    "version, config, old",
+    [
+        ("adapters.1.0.1", LoRAConfig(r=2, alpha=8), {}),  # which had α = r
+        ("3.2.1", LoRAConfig(r=2, alpha=8), {}),
+        (None, SeqBnConfig(non_linearity="gelu"), {"non_linearity": "gelu_orig"}),
+    ],
+)
+@torch.no_grad()
+def test_older_folders_are_read_as_adapters_reads_them(
+    version: str | None, config: Any, old: dict[str, str], tmp_path: Path
+) -> None:
+    kind = KIND["hf_bert"]
+    saved(kind, config, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    said = json.loads(file.read_text())
+    said |= {"version": version, "config": said["config"] | old}
+    file.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    tensors = torch.load(tmp_path / "pytorch_adapter.bin", weights_only=True)
+    named = {k.replace(".adapters.", ".layer_text_task_adapters."): v for k, v in tensors.items()}
+    torch.save(named, tmp_path / "pytorch_adapter.bin")
+    ours = kind.model()
+    theirs: Any = kind.model()
+    adapters.init(theirs)
+    theirs.load_adapter(str(tmp_path), set_active=True)
+    pl.load(ours, tmp_path)
+    expected = kind.run(theirs.eval(), kind.batch())
+    assert (kind.run(ours, kind.batch()) - expected).abs().max() <= 1e-5

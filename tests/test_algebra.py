@@ -309,9 +309,9 @@ def test_parts_of_a_tensor_stay_parts() -> None:
 
 
 def test_a_tied_tensor_is_one_tensor_whatever_it_is_called(tmp_path: Path) -> None:
-    apart = ZOO["gpt"].model()
-    disturb(pl.attach(apart, pl.FullTuning(targets="lm_head"), "head"))
-    pl.save(pl.deltas(apart)["head"], tmp_path / "head")
+    other = ZOO["gpt_tied"].model()
+    disturb(pl.attach(other, pl.FullTuning(targets="lm_head"), "head"))
+    pl.save(pl.deltas(other)["head"], tmp_path / "head")
     model = ZOO["gpt_tied"].model()
     before = digest(model)
     disturb(pl.attach(model, pl.FullTuning(targets="embed"), "embed"))

@@ -36,6 +36,8 @@ class Names:
 
     def __init__(self, model: nn.Module | None, known: Collection[str]):
         self._known = known
+        # wrappers and releases make a name longer, but not by any length
+        self.steps = 4 * (4 + max((name.count(".") for name in known), default=0))
         self._unwrapped = {unwrapped(name): name for name in reversed([*known])}
         self._renamings = [] if model is None else [*_renamings(model)]
 
@@ -94,7 +96,7 @@ class Spelling:
         self._starts: dict[str, str] = {}
         own: dict[str, str] = {}
         for key in keys:
-            steps = key.split(".")
+            steps = key.split(".", names.steps)[: names.steps]
             paths = (".".join(steps[:n]) for n in range(len(steps), 0, -1))
             found = ((mine, path) for path in paths if (mine := names.own(path)) is not None)
             own.update(item for item in [next(found, None)] if item is not None)

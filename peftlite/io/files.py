@@ -11,9 +11,12 @@ import re
 import secrets
 import stat
 import struct
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -317,19 +320,38 @@ class Tensors:
         self.path: str = str(path)
         check_regular(self.path)
         with self._failing():
-            self._file = safetensors.safe_open(self.path, framework="pt")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-            self.entries: dict[str, Entry] = {}
-            for key in sorted(self._file.keys()):
-                part = self._file.get_slice(key)
-                if (code := part.get_dtype()) not in DTYPES:
-                    raise FileError(f"{self.path!r} has {key} as {code}, which torch lacks")
-                self.entries[key] = Entry(DTYPES[code], tuple(part.get_shape()))
-            self.num_bytes: int = os.path.getsize(self.path)
+            file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            weakref.finalize(self, os.close, file)
+            # not a map of the file, which ends the process where another one cuts the file short
+            self._file = FileIO(file, closefd=False)
+            self._lock = threading.Lock()
+            with safetensors.safe_open(self.path, framework="pt") as checked:
+                self.metadata: dict[str, str] = checked.metadata() or {}
+                self.entries: dict[str, Entry] = {}
+                for key in sorted(checked.keys()):
+                    part = checked.get_slice(key)
+                    if (code := part.get_dtype()) not in DTYPES:
+                        raise FileError(f"{self.path!r} has {key} as {code}, which torch lacks")
+                    self.entries[key] = Entry(DTYPES[code], tuple(part.get_shape()))
+            self.num_bytes: int = os.fstat(file).st_size
+            (length,) = struct.unpack("<Q", self._file.read(8))
+            head = json.loads(self._file.read(length))
+            self._places = {
+                key: (entry, 8 + length + head[key]["data_offsets"][0])
+                for key, entry in self.entries.items()
+            }
 
     def get(self, key: str) -> Tensor:
-        with self._failing():
-            return self._file.get_tensor(key)
+        (dtype, shape), begin = self._places[key]
+        data = torch.empty(numel(shape) * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        left = data.numpy().data
+        with self._failing(), self._lock:
+            self._file.seek(begin)
+            while left and (count := self._file.readinto(left)):
+                left = left[count:]
+        if left:
+            raise FileError(f"{self.path!r} was cut short while it was read: get it again")
+        return data.view(dtype).reshape(shape)
 
     @property
     def is_as_written(self) -> bool:
@@ -344,7 +366,7 @@ class Tensors:
             yield
         except FileNotFoundError as error:
             raise FileError(f"there is no file {self.path!r}") from error
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except (safetensors.SafetensorError, struct.error, OSError, ValueError) as error:
             what = f"no safetensors file, or is damaged: {reason(error)}"
             with contextlib.suppress(OSError, ValueError), open(self.path, "rb") as file:
                 start = file.read(16)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.io import packing
-from peftlite.io.files import Entry, write_tensors
+from peftlite.io.files import Entry, Tensors, write_tensors
 from tests.digest import bits
 from tests.errors.attach import A_NAME, ALPHA, DTYPE, RANK
 from tests.errors.case import SMALL, Case, bare, delta, on, two
@@ -147,6 +147,16 @@ def exotic(path: Path) -> None:
     """A file with a dtype of its own."""
     head = json.dumps({"x": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}).encode()
     path.write_bytes(struct.pack("<Q", len(head)) + head + b"\0\0")
+
+
+def cut_while_read(_: Any, path: Path) -> None:
+    file, data = Tensors(path), path.read_bytes()
+    os.truncate(path, len(data) - 1)
+    try:
+        for key in file.entries:
+            file.get(key)
+    finally:
+        path.write_bytes(data)
 
 
 def nest(head: dict[str, Any], _: Any) -> None:
@@ -317,6 +327,8 @@ CASES = [
     bad_file(raw(good()), f"{MISFIT}it has {Q}:a as (2, 16), not (2, 32)",
              model=otherwise(q_proj(nn.Linear(32, 12, bias=False)))),
     # other tensors than it says
+    Case(cut_while_read, "'…' was cut short while it was read: get it again", pl.FileError, bare,
+         raw(good())),
     bad_file(sparse, f"'…' has {Q}:a in no sound packing: an index is out of its tensor"),
     bad_file(raw(good()[:-1] + bytes([good()[-1] ^ 1])),
              "'…' is damaged, copy it again: not what was saved is blocks.1.attn.v_proj.weight:b"),

@@ -6,7 +6,6 @@ import difflib
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 from peftlite.errors import PeftliteError
@@ -92,7 +91,7 @@ def check_arguments(kind: type, given: Mapping[str, Any]) -> None:
     taken = [field.name for field in fields(kind) if field.init]
     unknown = {name: given[name] for name in given if name not in taken}
     if unknown:  # what is taken and not kept is among no fields
-        kept = signature(kind.__init__).parameters
+        kept = inspect.signature(kind).parameters
         unknown = {name: given[name] for name in unknown if name not in kept}
     if not unknown:
         return

@@ -54,11 +54,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, delta: Delta, origin: Origin | None, pinned: bool) -> Entry:
-        placed = delta.placed.values()
-        built_by = [
-            (method, [item.site for item in placed if item.method is method])
-            for method in delta.methods
-        ]
+        built_by = [(how, [item.site for item in placed]) for how, placed in delta.by_method()]
         return cls(name, built_by, origin, pinned=pinned)
 
     def placed(self, on: str | None = None) -> list[Placed]:

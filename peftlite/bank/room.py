@@ -180,16 +180,13 @@ def _is_mixed(model: nn.Module, item: Placed) -> bool:
 
 def like(delta: Delta) -> list[Placed]:
     """What a delta has placed, without values."""
-    placed = delta.placed
-    by_method = [
-        (method, [address for address, item in placed.items() if item.method is method])
-        for method in delta.methods
-    ]
+    by_method = [(how, [p.site.address for p in placed]) for how, placed in delta.by_method()]
     shapes = {
         address: {name: tensor.shape for name, tensor in item.patch.saved().items()}
-        for address, item in placed.items()
+        for address, item in delta.placed.items()
     }
-    return place({a: item.site for a, item in placed.items()}, by_method, shapes, on="meta")
+    there = {address: item.site for address, item in delta.placed.items()}
+    return place(there, by_method, shapes, on="meta")
 
 
 def _made_by(

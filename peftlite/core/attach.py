@@ -163,7 +163,7 @@ def _commit(root: nn.Module, registry: Registry, delta: Delta) -> Delta:
                 base[name].requires_grad_(False)
             registry.buffers = {name: b.clone() for name, b in _buffers(root)}
             # calls that began when the model was no host have no choice of their own
-            choice.await_calls(host.ids(root))
+            choice.await_calls(root)
         registry.deltas[delta.name] = delta
         delta.home = registry
         choice.publish((delta.name,))
@@ -293,7 +293,7 @@ def quiet(root: nn.Module, registry: Registry) -> Iterator[None]:
     """Runs its body while no other thread is in a call of the model, or of a view of it."""
     with contextlib.ExitStack() as stack:
         for choice in (registry.choice, *registry.views):
-            stack.enter_context(choice.closed(host.ids(root)))
+            stack.enter_context(choice.closed(root))
         yield
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -197,25 +197,24 @@ class Choice(Scoped["Names | NamesByRow"]):
             self.apart = self.scoped or any(value is not names for value in began)
 
     @contextmanager
-    def closed(self, modules: Set[int]) -> Iterator[None]:
+    def closed(self, root: nn.Module) -> Iterator[None]:
         """Runs its body once the calls of other threads have ended; those to come wait for it.
 
-        Args:
-            modules: the model's, by id. Raises PeftliteError if a call goes on and on.
+        Raises PeftliteError if a call of the model goes on and on.
         """
         opened = threading.Event()
         self._closed = threading.get_ident(), opened
         try:
-            self.await_calls(modules)
+            self.await_calls(root)
             yield
         finally:
             self._closed = None
             opened.set()
 
-    def await_calls(self, modules: Set[int]) -> None:
+    def await_calls(self, root: nn.Module) -> None:
         """Waits until no other thread is in a call of the model, or of one of its modules."""
         until = time.monotonic() + PATIENCE
-        while self._in_progress(modules):
+        while self._in_progress(root):
             if time.monotonic() > until:
                 raise PeftliteError(
                     f"another thread has been in a call of the model for {PATIENCE:g} s, and what "
@@ -223,9 +222,10 @@ class Choice(Scoped["Names | NamesByRow"]):
                 )
             time.sleep(2e-4)
 
-    def _in_progress(self, modules: Set[int]) -> bool:
+    def _in_progress(self, root: nn.Module) -> bool:
         frames = sys._current_frames()
         del frames[threading.get_ident()]  # or this frame would hold itself, and so the model
+        modules = set(map(id, root.modules())) if frames else set()
         return any(t in self.calls or _calls(frame, modules) for t, frame in frames.items())
 
     def __getstate__(self) -> dict[str, Any]:

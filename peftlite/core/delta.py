@@ -101,6 +101,13 @@ class Delta(Weighted):
         """The parameters, for an optimizer."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def by_method(self) -> list[tuple[Method, list[Placed]]]:
+        """Each of its methods, and what that placed."""
+        groups: dict[int, list[Placed]] = {id(method): [] for method in self.methods}
+        for item in self.placed.values():
+            groups[id(item.method)].append(item)
+        return [(method, groups[id(method)]) for method in self.methods]
+
     @property
     def home(self) -> Registry | None:
         """The registry of the model that it is attached to."""
@@ -179,8 +186,8 @@ class Delta(Weighted):
             self._step()
 
     def _step(self) -> None:
-        for method in self.methods:
-            method.step([p.patch for p in self.placed.values() if p.method is method])
+        for method, placed in self.by_method():
+            method.step([item.patch for item in placed])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer as `address:name`, shared ones once, sharing memory."""

@@ -477,11 +477,6 @@ def uproot(module: nn.Module, name: str) -> None:
         release(module)
 
 
-def ids(root: nn.Module) -> set[int]:
-    """A model's modules, by id."""
-    return set(map(id, root.modules()))
-
-
 def make_root(module: nn.Module, choice: Choice, registry: Any) -> None:
     """Hangs what a model knows of its deltas on it."""
     make_host(module, choice).registry = registry

@@ -149,13 +149,15 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from walk(child, f"{prefix}.{name}" if prefix else name)
 
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
     """What a wrapper of torch's is around: torch.compile's, FSDP's, a checkpoint's, DDP's."""
-    names = ("module",) if isinstance(module, _PARALLEL) else _WRAPPERS
+    if not module._modules:
+        return None
+    names = ("module",) if isinstance(module, _PARALLEL) else WRAPPERS
     return next((module._modules[name] for name in names if name in module._modules), None)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftlite.core.site import Site
 from peftlite.methods.attention import Prepend
 from peftlite.methods.features import arguments, by_name
-from peftlite.methods.keywords import MASK, cache_name
+from peftlite.methods.keywords import MASK, cache_name, own
 
 
 def is_by_hand(module: nn.Module) -> bool:
@@ -64,7 +64,7 @@ class ByHand:
         x, cache = given[self.names[0]], given.get(self.cache)
         if given.get("key_value_states") is not None and not isinstance(cache, Ahead):
             cache = None  # what is of an encoder is made anew; another prefix of it stays
-        cache = getattr(cache, "self_attention_cache", cache)
+        cache = own(cache)
         if self.biased and given.get("position_bias") is None:
             given["position_bias"] = self._bias(given, x, cache)
         for name in (self.mask, "position_bias"):

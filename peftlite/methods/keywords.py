@@ -51,9 +51,13 @@ def cached(given: Mapping[str, Any], address: str) -> Any:
 def of_tokens(given: Mapping[str, Any], address: str) -> Any:
     """How many of a cache's positions are tokens', and not of a prefix that it begins with."""
     name, held = cache_in(given), cached(given, address)
-    cache = None if name is None else given[name]
-    cache = getattr(cache, "self_attention_cache", cache)
+    cache = None if name is None else own(given[name])
     return max(held - getattr(cache, "prefixed", 0), 0)
+
+
+def own(cache: Any) -> Any:
+    """The cache of a stack's own tokens, where it has another for an encoder's."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def begun(given: Mapping[str, Any], address: str, t: int) -> Any:

@@ -27,8 +27,9 @@ from peftlite.methods.keywords import (
     cache_name,
     cached,
     of_tokens,
+    own,
 )
-from peftlite.methods.prompt import encoder, holds, takers
+from peftlite.methods.prompt import encoder, holds, innermost, takers
 from peftlite.methods.virtual import before, check_room
 
 
@@ -53,9 +54,8 @@ def past_sites(everything: Sequence[Site]) -> list[Site]:
     found = takers(everything)
     encoders = [encoder(site.module) for site in found]
     found = [s for s in found if cache_of(s) and s.module not in encoders]
-    for stack in reversed([s for s in found if not any(holds(s, other) for other in found)]):
-        inside = [s for s in everything if has_place(s) and holds(stack, s)]
-        inside = [s for s in inside if not any(holds(s, other) for other in inside)]
+    for stack in reversed(innermost(found)):
+        inside = innermost([s for s in everything if has_place(s) and holds(stack, s)])
         # of two in a layer, the second attends to an encoder
         layers = {layer_of(s.module): s for s in reversed(inside)}
         if layers:
@@ -134,11 +134,6 @@ def empty(stack: Site, attends: bool) -> Any:
     config: Any = stack.module.config
     made = [DynamicCache(config=config) for _ in range(1 + attends)]
     return EncoderDecoderCache(*made) if attends else made[0]
-
-
-def own(cache: Any) -> Any:
-    """The cache of a stack's own tokens, where it has another for an encoder's."""
-    return getattr(cache, "self_attention_cache", cache)
 
 
 def dtype_of(stack: Site) -> torch.dtype:

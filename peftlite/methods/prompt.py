@@ -147,6 +147,11 @@ class PromptMethod(Method, abstract=True):
         return [StackPatch(prompt, self, stack, cut), *others, prompt]
 
 
+def innermost(sites: Sequence[Site]) -> list[Site]:
+    """Those of calls that are around none of the others."""
+    return [s for s in sites if not any(holds(s, other) for other in sites)]
+
+
 def holds(site: Site, inner: Site) -> bool:
     """Whether a call's module has another's inside it."""
     outer = site.is_call and site.module is not inner.module
@@ -162,7 +167,7 @@ def takers(sites: Sequence[Site]) -> list[Site]:
 def _stack(calls: Sequence[Site]) -> Site:
     """The innermost call that takes ids and their mask, or the model's own."""
     found = takers(calls)
-    return next((s for s in found if not any(holds(s, other) for other in found)), calls[0])
+    return next(iter(innermost(found)), calls[0])
 
 
 def _embedding(module: Any) -> nn.Module | None:

@@ -178,7 +178,7 @@ def read(path: Path, deltas: Iterable[Delta], bases: Bases) -> dict[str, Tree]:
     plain = json.loads((path / f"{STATE}.json").read_text())
     if plain["format"] > FORMAT:
         raise FileError(f"checkpoint {str(path)!r} is of a newer peftlite: upgrade peftlite")
-    state = unpack(plain, {key: tensors.get(key).clone() for key in tensors.entries})
+    state = unpack(plain, {key: tensors.get(key) for key in tensors.entries})
     names = {delta.name: delta for delta in deltas}
     if {*state["deltas"]} != {*names}:
         raise FileError(

@@ -237,7 +237,7 @@ class Trainer(Spelled):
             PeftliteError: no delta is there to train, the loss isn't finite, or memory doesn't
                 suffice. The deltas are then as after the last good step.
         """
-        self.stopping: bool = False
+        self.stopping = False
         with parallel.process_group(self.parallel) as processes, ExitStack() as held:
             return processes.broadcast(self._fit(resume, processes, held))
 

@@ -6,9 +6,8 @@ A key is a module's path, what is kept there, the adapter's name, and a paramete
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import Method
 from peftlite.core.site import CALL, Site
-from peftlite.errors import FileError, PeftliteError
-from peftlite.io.content import Content, Info
-from peftlite.io.files import Entry, Tensors
+from peftlite.errors import FileError
+from peftlite.io.content import Content, Info, told
+from peftlite.io.files import Entry, Tensors, fitting
 from peftlite.io.peft import folder as peft
 from peftlite.io.peft.config import Config
 from peftlite.io.unpickled import Unpickled
@@ -93,11 +92,10 @@ def recognises(path: Path, file: Tensors | None) -> bool:
 def inspect(path: Path) -> Info:
     """What a folder says, its values not looked at. Raises FileError."""
     reading = Reading(path if path.is_dir() else path.parent)
-    entries = reading.file.entries.items()
     return Info(
         name="default",
         methods=list(reading.methods.items()),
-        tensors={k: (str(its.dtype).removeprefix("torch."), its.shape) for k, its in entries},
+        tensors=told(reading.file.entries),
         num_bytes=reading.file.num_bytes,
         format="adapterhub",
     )
@@ -126,7 +124,7 @@ class Reading:
         self.file = _open(folder, MODELS)
         take = {"lora": self._low_rank, "bottleneck": self._bottleneck}[self.kind]
         for path, keys in self._modules().items():
-            with self._fitting(path):
+            with fitting(path, self._refuse):
                 take(path, keys)
         self.config.finish()
 
@@ -160,16 +158,6 @@ class Reading:
 
     def _refuse(self, what: str) -> FileError:
         return FileError(f"{self.where!r} is of AdapterHub's adapters, and {what}")
-
-    @contextlib.contextmanager
-    def _fitting(self, path: str) -> Iterator[None]:
-        """Says of which module the tensors make no sense."""
-        try:
-            yield
-        except FileError:
-            raise
-        except (PeftliteError, LookupError, RuntimeError, ValueError) as error:
-            raise self._refuse(f"{path} can't be: {error}") from error
 
     def _tensors(self, keys: Mapping[str, str], *names: str) -> list[Make]:
         """What gives each tensor of a module. Raises FileError unless it has these alone."""
@@ -339,7 +327,7 @@ class Reading:
             )
         file, buffers = _open(folder, HEADS), dict(model.named_buffers())
         for key in file.entries:
-            with self._fitting(key):
+            with fitting(key, self._refuse):
                 head = file.get(key)
                 if key in buffers and torch.equal(buffers[key], head.to(buffers[key])):
                     continue  # BART's bias of its logits, which isn't trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -53,6 +54,15 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         return self._home[key].get(key)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What is in the config.json beside the tensors; nothing if there is none to read."""
+        try:
+            data = read_json((self.folder or self.path.parent) / "config.json")
+        except (FileError, OSError, ValueError, RecursionError):
+            return {}
+        return data if isinstance(data, dict) else {}
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape, its values not looked at."""

@@ -60,6 +60,11 @@ class Content:
         return found
 
 
+def told(entries: Mapping[str, Entry]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and the shape of every tensor, as `Info` has them."""
+    return {key: (str(its.dtype).removeprefix("torch."), its.shape) for key, its in entries.items()}
+
+
 @dataclass(frozen=True)
 class Info:
     """What a file says of itself, without a model.

@@ -40,18 +40,20 @@ DTYPES = {
     "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's, now and long ago
 _PICKLE = (
     "a pickle, which may run code as it is read: pl.convert(path, 'new.safetensors') makes a "
     "safetensors file of its tensors"
 )
 BEGINNINGS = (
-    (b"PK\x03\x04", _PICKLE),
-    (b"\x80\x02\x8a\x0a", _PICKLE),
+    *dict.fromkeys(PICKLES, _PICKLE).items(),
     (b"GGUF", "a file of llama.cpp's: give what it was made from"),
     (b"<", "a page of the web, no safetensors file: download it again"),
 )
 """How files of other kinds begin, and what they are."""
 POINTER = b"version https://git-lfs"
+# what comes of asking odd tensors and metadata for what they should have
+_ODD = (PeftliteError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 T = TypeVar("T")
 R = TypeVar("R")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -383,6 +385,17 @@ def is_finite(tensor: Tensor) -> bool:
 
 def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
+@contextlib.contextmanager
+def fitting(name: str, refuse: Callable[[str], FileError]) -> Iterator[None]:
+    """Says which module's odd tensors or settings are none of what they should be."""
+    try:
+        yield
+    except FileError:
+        raise
+    except _ODD as error:
+        raise refuse(f"{name} can't be: {reason(error)}") from error
 
 
 def numel(shape: Sequence[int]) -> int:

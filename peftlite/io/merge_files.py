@@ -56,8 +56,9 @@ def merge_files(
     """
     check_mode(check_base)
     checkpoint, info = Checkpoint(base), inspect(delta)
-    model = stand_in(checkpoint, with_ties(info.modules, checkpoint), info.transposed)
-    if (embedding := tied_embedding(checkpoint)) is not None:
+    embedding = tied_embedding(checkpoint)
+    model = stand_in(checkpoint, with_ties(info.modules, checkpoint, embedding), info.transposed)
+    if embedding is not None:
         as_tied(model, embedding)
     placed = load(model, delta, check_base="off")
     refuse_calls(placed)
@@ -72,7 +73,7 @@ def merge_files(
         if key not in touched:
             return None
         address, patches = touched[key]
-        w = checkpoint[key].clone()  # in memory of torch's own, as a model has it
+        w = checkpoint[key]
         _check(info.base.get(address), key, w, str(delta), check_base)
         value, change[key] = checked(placed.name, key, patches, w)
         return value

@@ -14,12 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.core.site import CALL, Site, split_index
+from peftlite.core.site import CALL, WRAPPERS, Site, split_index
 from peftlite.io.content import Content
 
-_WRAPPED = re.compile(
-    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)(\.|(?=\(\)$)|$)"
-)
+_WRAPPED = re.compile(rf"(^|(?<=\.))({'|'.join(WRAPPERS)}|module)(\.|(?=\(\)$)|$)")
 
 
 def unwrapped(name: str) -> str:

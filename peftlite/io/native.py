@@ -36,7 +36,7 @@ from peftlite.core.tensors import unshard
 from peftlite.errors import FileError, PeftliteError
 from peftlite.fields import check_given
 from peftlite.io import packing, standin
-from peftlite.io.content import Content, Info
+from peftlite.io.content import Content, Info, told
 from peftlite.io.files import (
     Entry,
     Tensors,
@@ -150,11 +150,13 @@ def _write(
 
 def methods_of(delta: Delta) -> list[dict[str, Any]]:
     """A delta's methods, as a file of it has them."""
-    groups: dict[int, list[str]] = {id(method): [] for method in delta.methods}
-    for address, placed in delta.placed.items():
+    for placed in delta.placed.values():
         placed.check()
-        groups[id(placed.method)].append(address)
-    return described((m, groups[id(m)]) for m in delta.methods if groups[id(m)])
+    return described(
+        (method, [item.site.address for item in placed])
+        for method, placed in delta.by_method()
+        if placed
+    )
 
 
 def described(methods: Iterable[tuple[Method, list[str]]]) -> list[dict[str, Any]]:
@@ -221,14 +223,10 @@ def inspect(path: Path) -> Info:
     file = Tensors(path)
     header, methods = _header(file)
     about = header.get("packed", {})
-    entries = packing.unpacked(file.entries, about)
     return Info(
         name=header["name"],
         methods=methods,
-        tensors={
-            key: (str(entry.dtype).removeprefix("torch."), entry.shape)
-            for key, entry in entries.items()
-        },
+        tensors=told(packing.unpacked(file.entries, about)),
         num_bytes=file.num_bytes,
         library=header["library"],
         base=header["base"],

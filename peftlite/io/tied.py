@@ -13,9 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.errors import FileError
 from peftlite.io.checkpoint import Checkpoint
-from peftlite.io.files import read_json
 from peftlite.io.standin import embeds
 
 _HEADED = re.compile(r".*(CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq).*")
@@ -23,8 +21,11 @@ _HEADED = re.compile(r".*(CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTrai
 Modules = Mapping[str, Mapping[str, Any]]
 
 
-def with_ties(modules: Modules, checkpoint: Checkpoint) -> Modules:
-    """What is known of modules, by a tensor's address, with the other names of tied tensors."""
+def with_ties(modules: Modules, checkpoint: Checkpoint, embedding: str | None) -> Modules:
+    """What is known of modules, by a tensor's address, with the other names of tied tensors.
+
+    embedding: as `tied_embedding` has it.
+    """
     found = dict(modules)
 
     def add(name: str, *others: str) -> None:  # where a delta's own file doesn't say it
@@ -35,21 +36,21 @@ def with_ties(modules: Modules, checkpoint: Checkpoint) -> Modules:
         for name, kept in file.metadata.items():
             if kept in checkpoint and name not in checkpoint:
                 add(kept, name)
-    if (name := tied_embedding(checkpoint)) is not None:
-        start = re.sub(r"(embed_tokens|shared)\.weight", "", name)
-        halves = ("encoder", "decoder") if _config(checkpoint).get("is_encoder_decoder") else ()
+    if embedding is not None:
+        start = re.sub(r"(embed_tokens|shared)\.weight", "", embedding)
+        halves = ("encoder", "decoder") if checkpoint.config.get("is_encoder_decoder") else ()
         names = [f"{start}{half}.embed_tokens.weight" for half in halves]
         # the bias of the head tells where it is
-        rows = checkpoint.shape(name)[:1]
+        rows = checkpoint.shape(embedding)[:1]
         biases = [k for k in checkpoint if k.endswith(".bias") and checkpoint.shape(k) == rows]
         heads = [f"{bias.removesuffix('bias')}weight" for bias in biases or ["lm_head.bias"]]
-        add(name, *names, *heads)
+        add(embedding, *names, *heads)
     return found
 
 
 def tied_embedding(checkpoint: Checkpoint) -> str | None:
     """The input embedding that is the output head's weight, too, as config.json says."""
-    config = _config(checkpoint)
+    config = checkpoint.config
     text = config.get("text_config")
     parts = [config, text] if isinstance(text, dict) else [config]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
@@ -64,16 +65,6 @@ def tied_embedding(checkpoint: Checkpoint) -> str | None:
 def _is_vocabulary(checkpoint: Checkpoint, name: str, rows: int) -> bool:
     shape = checkpoint.shape(name)
     return len(shape) == 2 and shape[0] >= rows > 0 and embeds(name) and "pos" not in name
-
-
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is in the config.json beside the tensors; nothing if there is none that can be read."""
-    folder = checkpoint.folder or checkpoint.path.parent
-    try:
-        data = read_json(folder / "config.json")
-    except (FileError, OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def as_tied(model: nn.Module, name: str) -> None:

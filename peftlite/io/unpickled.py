@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftlite.errors import FileError
-from peftlite.io.files import DTYPES, Entry, Tensors, check_regular
+from peftlite.io.files import DTYPES, PICKLES, Entry, Tensors, check_regular
 from peftlite.table import short, size
 
 
@@ -85,6 +85,6 @@ def is_pickle(path: Path) -> bool:
         check_regular(str(path))
     try:
         with open(path, "rb") as file:
-            return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+            return file.read(4) in PICKLES
     except OSError:
         return False

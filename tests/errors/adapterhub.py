@@ -76,6 +76,7 @@ CASES: list[Case | Callable[[], Case]] = [
     folder(
         "has 'reduction_factor' as 4, and 0 2 of 4", {**SIZES, "reduction_factor": 4}, BOTTLENECK
     ),
+    folder("0 can't be: … by zero", {**SIZES, "reduction_factor": 0}, BOTTLENECK),
     folder(
         "has 'gelu_new' as its non_linearity: here are relu, gelu, tanh, swish, silu",
         {**SIZES, "non_linearity": "gelu_new"},

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftlite.core.delta import Delta
 from peftlite.core.site import Site
-from peftlite.io.content import Content, Info
+from peftlite.io.content import Content, Info, told
 from peftlite.io.files import Tensors
 from peftlite.io.peers import writing
 from peftlite.io.peers.peer import ALPHA, PEERS, Peer
@@ -36,11 +36,10 @@ class Format:
     def inspect(self, path: Path) -> Info:
         """What a file says, its values not looked at. Raises FileError."""
         reading = Reading(self.peer, self.open(path))
-        entries = reading.file.entries.items()
         return Info(
             name="default",
             methods=list(reading.methods.items()),
-            tensors={k: (str(its.dtype).removeprefix("torch."), its.shape) for k, its in entries},
+            tensors=told(reading.file.entries),
             num_bytes=reading.file.num_bytes,
             format=self.peer.name,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from peftlite.core.patch import Method
 from peftlite.core.site import Site, slice_of
-from peftlite.errors import FileError, PeftliteError
-from peftlite.io.files import Entry, Tensors, reason
+from peftlite.errors import FileError
+from peftlite.io.files import Entry, Tensors, fitting
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Kind, Peer
 from peftlite.io.peers.products import Recipe, decomposed, tucker, unrolled
 from peftlite.io.peft.config import Config
@@ -24,9 +23,6 @@ from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
 from peftlite.methods.lora import LoRA
 from peftlite.table import listed
-
-# what comes of asking odd tensors and metadata for what they should have
-_ODD = (PeftliteError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 View = Callable[[Tensor], Tensor]
 
@@ -46,7 +42,7 @@ class Reading:
         modules = self._modules()
         found = self._locate(sites, modules) if sites is not None else {}
         for name, keys in modules.items():
-            with self._fitting(name):
+            with fitting(name, self._refuse):
                 self._read(name, keys, found.get(name))
 
     def get(self, key: str) -> Tensor:
@@ -58,16 +54,6 @@ class Reading:
 
     def _refuse(self, what: str) -> FileError:
         return FileError(f"{self.file.path!r} is of {self.peer.name}, and {what}")
-
-    @contextlib.contextmanager
-    def _fitting(self, name: str) -> Iterator[None]:
-        """Says which module of which file it is whose tensors make no sense."""
-        try:
-            yield
-        except FileError:
-            raise
-        except _ODD as error:
-            raise self._refuse(f"{name} can't be: {reason(error)}") from error
 
     def _modules(self) -> dict[str, dict[str, str]]:
         """The keys of each module, by the peer's names of parameters."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from peftlite.core.site import Site
-from peftlite.io.content import Content, Info
+from peftlite.io.content import Content, Info, told
 from peftlite.io.files import Tensors
 from peftlite.io.peft.folder import CONFIG, MODEL, folders
 from peftlite.io.peft.reading import Reading
@@ -27,11 +27,11 @@ def recognises(path: Path, file: Tensors | None) -> bool:
 def inspect(path: Path) -> Info:
     """What a folder says, its values not looked at. Raises FileError."""
     reading = Reading(path)
-    adapter, entries = reading.adapter, reading.adapter.file.entries.items()
+    adapter = reading.adapter
     return Info(
         name=adapter.name,
         methods=reading.methods,
-        tensors={key: (str(its.dtype).removeprefix("torch."), its.shape) for key, its in entries},
+        tensors=told(adapter.file.entries),
         num_bytes=adapter.file.num_bytes,
         format="peft",
         transposed=bool(adapter.config.data.get("fan_in_fan_out")),

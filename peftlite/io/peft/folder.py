@@ -18,6 +18,7 @@ LAYER, TOKENS = ".ln_tuning_layers.", ".trainable_tokens_delta"
 PREFIX, PROMPTS = "PREFIX_TUNING", ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 CLASSIFIES, GENERATES = "SEQ_CLS", ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks
 ALONE = "LN_TUNING"  # which trains a copy of any module, for what isn't beside another method
+CLASSIFIER = ("score", "classifier")  # what peft's classifiers have for a head
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 KNOWN = (*FORMS, *PROMPTS, ALONE, "TRAINABLE_TOKENS")
 

@@ -11,7 +11,7 @@ from peftlite.core.delta import Delta
 from peftlite.errors import PeftliteError
 from peftlite.io.files import Tensors, as_path
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.folder import MODEL, read_config
+from peftlite.io.peft.folder import CLASSIFIER, MODEL, read_config
 from peftlite.io.peft.writing import plan
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -43,7 +43,7 @@ def check_vllm(what: Delta | str | os.PathLike[str], max_lora_rank: int = 16) ->
     if config["peft_type"] != "LORA":
         return [f"it is a {config['peft_type']}, and vLLM serves LoRA alone"]
     found = [f"it has {name}, which vLLM doesn't" for name in _UNSERVED if config.get(name)]
-    if others := {*(config.get("modules_to_save") or ())} - {"classifier", "score"}:
+    if others := {*(config.get("modules_to_save") or ())} - {*CLASSIFIER}:
         found.append(
             f"it has {', '.join(sorted(others))} in modules_to_save, where vLLM takes classifier "
             "and score"

@@ -35,14 +35,8 @@ from peftlite.methods.lora import LoRA
 UNUSED = ("lora_velora_embed", *(f"lora_monteclora_sampler.{name}" for name in (
     "expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior",
 )))  # fmt: skip
-PLAIN = (
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "mica",
-)  # starts that leave the base as it is
+# starts that leave the base as it is
+PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoRAForm(Form):

@@ -29,10 +29,8 @@ class OFTForm(Form):
     )
     layers: ClassVar[tuple[type[maps.Map], ...]] = (maps.Linear, maps.Embedding)
     convs: ClassVar[tuple[int, ...]] = (2,)
-    forgets: ClassVar[tuple[str, ...]] = (
-        "groups",
-        "kernel_size",
-    )  # it folds turned patches back into an image
+    # it folds turned patches back into an image
+    forgets: ClassVar[tuple[str, ...]] = ("groups", "kernel_size")
     bias: ClassVar[str | None] = "oft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> OFT:

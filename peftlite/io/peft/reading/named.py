@@ -12,11 +12,9 @@ from peftlite.core import maps
 from peftlite.core.maps import kind_of
 from peftlite.errors import FileError
 from peftlite.io.peft.config import Config, ends
-from peftlite.io.peft.folder import CONFIG, TOKENS
+from peftlite.io.peft.folder import CLASSIFIER, CONFIG, TOKENS
 from peftlite.io.peft.reading.adapter import Adapter, Claim, never_run
 from peftlite.table import listed
-
-HEADS = ("score", "classifier")  # which "all-linear" leaves out of a classifier
 
 
 def check_named(adapter: Adapter, claims: Sequence[Claim]) -> None:
@@ -137,7 +135,7 @@ def _linear(adapter: Adapter) -> Iterator[str]:
     pretrained = any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
     out = model.get_output_embeddings() if pretrained else None
     if pretrained and out is None and adapter.config.data.get("task_type") == "SEQ_CLS":
-        out = next((its for name in HEADS if (its := getattr(model, name, None))), None)
+        out = next((its for name in CLASSIFIER if (its := getattr(model, name, None))), None)
     for path, module in adapter.modules.items():
         linear = isinstance(module, nn.Linear) or kind_of(module) is maps.TransposedLinear
         if linear and module is not out:

@@ -11,10 +11,9 @@ from torch.nn.utils import parametrize
 from peftlite.core.assign import Placed
 from peftlite.core.site import CALL, walk, whole_address
 from peftlite.core.tensors import is_quantized, raw
-from peftlite.io.peft.folder import ALONE, LAYER, PROMPTS
+from peftlite.io.peft.folder import ALONE, CLASSIFIER, LAYER, PROMPTS
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 
-CLASSIFIER = ("classifier", "score")
 HEADS = {"SEQ_CLS": CLASSIFIER, "TOKEN_CLS": CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
 
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import peftlite as pl
 from tests import methods_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
 PAGES += [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")]
 PAGES += [
     ROOT / name for name in ("tests/README.md", "benchmarks/README.md", "benchmarks/NOTES.md")
@@ -23,6 +25,7 @@ PAGES += [
 PAGES += sorted((ROOT / "peftlite").rglob("README.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 CODE = re.compile(r"`([^`\n]+)`")
+OURS = "https://github.com/peftlite/peftlite/blob/main/"
 A_FILE = re.compile(r"[\w./-]+(?:\.(?:py|md|toml|txt|yaml|cff|sh)|/)")
 A_NAME = re.compile(
     r"\b(pl|peftlite|Patch|Method|Site|Delta|DeltaBank|Trainer)((?:\.[A-Za-z_]\w*)+)"
@@ -77,8 +80,13 @@ def test_the_table_of_methods_is_the_cards() -> None:
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text()):
         assert (page.parent / target).exists(), target
+        assert page not in DOCS or ROOT / "docs" in (page.parent / target).resolve().parents, (
+            f"{target} isn't on the site: give its address, {OURS}…"
+        )
+    for target in re.findall(re.escape(OURS) + r"([^)#]*)", page.read_text()):
+        assert (ROOT / target).exists(), target
 
 
 @each_page
@@ -104,10 +112,24 @@ def _places(page: Path, name: str) -> Iterator[bool]:
     yield "/" not in name and any((ROOT / "peftlite").rglob(name))  # of a folder named before
 
 
-def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "README.md").read_text()
-    lost = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index]
-    assert lost == ["README.md"]
+def test_every_page_is_on_the_site() -> None:
+    named = re.findall(r"[\w/]+\.md\b", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(named) == [str(page.relative_to(ROOT / "docs")) for page in DOCS]
+
+
+def test_every_public_name_is_on_a_page_of_the_api() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^::: peftlite\.(.+)$", pages, re.M)
+    named = [name for name in pl.__all__ if not isinstance(getattr(pl, name), ModuleType)]
+    for module in ("kernels", "methods", "data", "losses"):
+        inside = getattr(pl, module)
+        named += [f"{module}.{n}" for n in inside.__all__ if not _shown_elsewhere(inside, n)]
+    assert sorted(shown) == sorted(named)
+
+
+def _shown_elsewhere(module: ModuleType, name: str) -> bool:
+    """Whether a name of a module is a name of peftlite's, too, or no function or class."""
+    return name in pl.__all__ or not callable(getattr(module, name))
 
 
 # -- what is said of the project in several places

@@ -8,13 +8,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import peftlite.commands as commands
-from peftlite.commands import Outcome
+from peftlite.commands import Outcome, config
+from peftlite.commands.outcome import CUT_OFF, INTERRUPTED
 from peftlite.errors import PeftliteError
 from peftlite.io.convert import To
 from peftlite.verbs.combine import How
@@ -45,15 +47,21 @@ def _cache() -> Path:
 
 
 def _given(metavar: str | None, help: str, **how: Any) -> dict[str, Any]:
-    return {"metavar": metavar, "help": help, **how}
+    stated = f"{help} (default: {how['default']})" if how.get("default") is not None else help
+    return {"metavar": metavar, "help": stated, **how}
 
 
 def _flag(help: str) -> dict[str, Any]:
     return {"action": "store_true", "help": help}
 
 
+def _switch(help: str) -> dict[str, Any]:
+    """A flag that a config may have, and that `--no-…` takes back."""
+    return {"action": argparse.BooleanOptionalAction, "help": help}
+
+
 def _one_of(choices: Sequence[str], help: str, default: str | None = None) -> dict[str, Any]:
-    return {"choices": choices, "help": help, "default": default}
+    return {**_given(None, help, default=default), "choices": choices}
 
 
 _whole, _number = partial(_given, type=int), partial(_given, type=float)
@@ -73,6 +81,9 @@ _SVD = {
         "SHARE", "keep this share of the squared singular values, by the smallest rank that does"
     ),
 }
+
+_DTYPE = _one_of(("auto", "fp32", "bf16", "fp16"), "of the base; auto as its files have it", "auto")
+_DEVICE = _given(None, "such as cuda:1 (default: an accelerator if there is one, else cpu)")
 
 COMMANDS = {
     "inspect": Command(
@@ -103,7 +114,7 @@ COMMANDS = {
             "out": _given("OUT", "the file, or the folder, to write"),
             "--to": _one_of(
                 get_args(To),
-                "the format; safetensors leaves the names as they are (default)",
+                "the format; safetensors leaves the names as they are",
                 "safetensors",
             ),
             "--base": _given("BASE", f"the base, for the other formats: {_BASE}"),
@@ -137,7 +148,7 @@ COMMANDS = {
             "--targets": _several("PATTERN", "what LoRA takes (default: linear maps)"),
             "--exclude": _several("PATTERN", "what LoRA leaves"),
             "--ignore-rest": _flag("leave out what else differs, in place of keeping it in full"),
-            "--name": _given(None, "the delta's name (default: extracted)", default="extracted"),
+            "--name": _given(None, "the delta's name", default="extracted"),
             **_TRANSPOSED,
         },
         commands.run_extract,
@@ -148,13 +159,13 @@ COMMANDS = {
             "base": _given("BASE", f"the checkpoint they were made for: {_BASE}"),
             "deltas": _several("FILE=WEIGHT", "the deltas' files; a weight that isn't given is 1"),
             **_OUT,
-            "--how": _one_of(get_args(How), "(default: sum)", "sum"),
+            "--how": _one_of(get_args(How), "how they are put together", "sum"),
             **_SVD,
             "--density": _number(
                 "SHARE", "of its entries that a delta keeps: for ties, dare, magnitude_prune"
             ),
-            "--seed": _whole(None, "of dare's chance (default: 0)", default=0),
-            "--name": _given(None, "the delta's name (default: combined)", default="combined"),
+            "--seed": _whole(None, "of dare's chance", default=0),
+            "--name": _given(None, "the delta's name", default="combined"),
             **_TRANSPOSED,
         },
         commands.run_combine,
@@ -181,39 +192,37 @@ COMMANDS = {
                 "a prompt a line; in a .jsonl or .json file chats, or pairs of prompt and response",
                 required=True,
             ),
-            "--max-new-tokens": _whole("N", "to write, at most (default: 64)", default=64),
+            "--max-new-tokens": _whole("N", "to write, at most", default=64),
         },
         commands.run_compare,
     ),
     "train": Command(
         "trains a delta of a local model on chats, pairs or text; goes on after a break",
         {
-            "--model": _given("DIR", "a local folder of transformers", required=True),
+            "--config": _given("FILE", "YAML of these options, such as `rank: 16`; typed ones win"),
+            "--print-config": _flag("print such a YAML of the options given, and do nothing else"),
+            "--model": _given("DIR", "a local folder of transformers; needed"),
             "--data": _given(
                 "FILE",
                 "JSONL of chats (messages), pairs (prompt, response) or texts (text); "
-                "a file that isn't called .jsonl or .json is one text",
-                required=True,
+                "a file that isn't called .jsonl or .json is one text; needed",
+            ),
+            "-o --out": _given(
+                "DIR", "a folder for the delta, events.jsonl, history.csv and checkpoints; needed"
             ),
             "--validation": _given(
                 "FILE", "another file, or the share of the data that is held out, such as 0.1"
             ),
-            "-o --out": _given(
-                "DIR",
-                "a folder for the delta, events.jsonl, history.csv and checkpoints",
-                required=True,
-            ),
             "--name": _given(None, "the delta's name (default: the folder's)"),
-            "--method": _given(None, "any of peftlite's by name (default: LoRA)", default="LoRA"),
-            "--rank": _whole("R", "of the method"),
-            "--alpha": _number("NUMBER", "of the method"),
-            "--targets": _several("PATTERN", "what the method takes"),
-            "--exclude": _several("PATTERN", "what the method leaves"),
-            "--set": _several("KEY=VALUE", "any other option of the method", default=[]),
+            "--method": _given(None, "any of peftlite's by name", default="LoRA"),
+            "--rank": _whole("R", "of the method (default: the method's)"),
+            "--alpha": _number("NUMBER", "of the method (default: the method's)"),
+            "--targets": _several("PATTERN", "what the method takes (default: the method's)"),
+            "--exclude": _several("PATTERN", "what the method leaves (default: nothing)"),
+            "--set": _several("KEY=VALUE", "any other option of the method", action="extend"),
             "--loss": _one_of(
                 ("causal_lm", "contrastive"),
-                "contrastive: by pairs, to tell which two texts belong together "
-                "(default: causal_lm)",
+                "contrastive: by pairs, to tell which two texts belong together",
                 "causal_lm",
             ),
             "--max-length": _whole(
@@ -221,25 +230,52 @@ COMMANDS = {
                 "tokens of an example, or of a piece of text "
                 "(default: what the model takes; 512 for text)",
             ),
-            "--epochs": _whole("N", "(default: by the examples)"),
-            "--batch-size": _whole("N", "(default: by the examples)"),
-            "--accumulate": _whole("N", "parts that a batch comes in"),
-            "--lr": _number("RATE", "(default: by method and width)"),
-            "--lr-multiplier": _number("TIMES", "of that rate"),
-            "--patience": _whole(
-                "N", "epochs without a better validation loss after which to stop"
+            "--epochs": _whole("N", "passes over the data (default: by the examples)"),
+            "--batch-size": _whole("N", "examples of a step (default: by the examples)"),
+            "--accumulate": _whole("N", "parts that a batch comes in (default: 1)"),
+            "--lr": _number("RATE", "the highest learning rate (default: by method and width)"),
+            "--lr-multiplier": _number("TIMES", "of that rate (default: 1)"),
+            "--b-ratio": _number("TIMES", "LoRA+: how much faster B learns than A (default: 1)"),
+            "--schedule": _one_of(
+                ("cosine", "linear", "constant"),
+                "what the rate does after the warm-up (default: cosine)",
             ),
-            "--autocast": _one_of(("bf16", "fp16"), "for the forward pass"),
+            "--warmup": _number("SHARE", "of the steps, over which it rises (default: 0.03)"),
+            "--weight-decay": _number("RATE", "of matrices (default: 0.01)"),
+            "--clip": _number("NORM", "the gradients' largest norm; inf for any (default: 1)"),
+            "--metric": _given(
+                None,
+                "by which an epoch is the best, a column of history.csv (default: full_valid_loss)",
+            ),
+            "--patience": _whole(
+                "N", "epochs without a better metric after which to stop (default: never)"
+            ),
+            "--valid-every": _whole(
+                "N",
+                "steps from one loss on a batch of --validation to the next "
+                "(default: at epochs alone)",
+            ),
+            "--save-every": _whole(
+                "N", "steps between checkpoints within an epoch (default: at epochs alone)"
+            ),
+            "--keep": _whole("N", "checkpoints that stay, and the best one (default: 3)"),
+            "--dtype": _DTYPE,
+            "--autocast": _one_of(
+                ("bf16", "fp16"), "what the forward pass computes in (default: --dtype)"
+            ),
+            "--compile": _switch("train what torch.compile makes of the model"),
+            "--gradient-checkpointing": _switch(
+                "compute activations again instead of keeping them"
+            ),
             "--parallel": _one_of(
                 ("auto", "ddp", "fsdp"),
                 "in the processes of `torchrun -m peftlite train`: ddp, the whole model in "
-                "each; fsdp, the base spread over them (default: ddp if it fits)",
+                "each; fsdp, the base spread over them; auto, ddp if it fits",
                 "auto",
             ),
-            "--gradient-checkpointing": _flag("compute activations again instead of keeping them"),
-            "--device": _given(None, "(default: an accelerator if there is one, else cpu)"),
-            "--seed": _whole(None, "of all chance (default: 0)", default=0),
-            "--resume": _flag(
+            "--device": _DEVICE,
+            "--seed": _whole(None, "of all chance", default=0),
+            "--resume": _switch(
                 "go on from the newest checkpoint in the folder, or begin if it has none"
             ),
         },
@@ -260,21 +296,60 @@ COMMANDS = {
 }
 
 _VALUE = r"""(\[[^\]]*\]|'[^']*'|"[^"]*"|[^\s,;:)]*)"""
-_CODES = "exit codes: 0 all well; 1 a finding, such as damage or a difference; 2 an error"
+_CODES = (
+    "exit codes: 0 all well; 1 a finding, such as damage or a difference; 2 an error; "
+    "130 interrupted by Ctrl-C; 141 the output's reader went away"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 1 for a finding, 2 for an error."""
-    args = _parser().parse_args(argv)
     try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return CUT_OFF
+    except KeyboardInterrupt:
+        print("peftlite: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    command = COMMANDS[args.command]
+    try:
+        args = _with_config(args, argv)
+        if getattr(args, "print_config", False):
+            print(config.written(args, command.arguments))
+            return 0
         outcome = args.run(args)
+    except BrokenPipeError:
+        raise
     except (PeftliteError, OSError) as error:
-        print(f"peftlite: {_as_typed(str(error), COMMANDS[args.command])}", file=sys.stderr)
+        print(f"peftlite: {_as_typed(str(error), command)}", file=sys.stderr)
         return 2
     if isinstance(outcome, int):
         return outcome
     print(json.dumps(outcome.data, indent=2, default=str) if args.json else outcome.text)
     return int(outcome.amiss)
+
+
+def _with_config(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments with those of `--config`, which are as if typed first: later ones win."""
+    if getattr(args, "config", None) is None:
+        return args
+    name, *typed = argv
+    words = config.typed(args.config, COMMANDS[name].arguments)
+    return _parser().parse_args([name, *words, *typed])
+
+
+def _drop_output() -> None:
+    """Nobody reads it any more: what is left is not to be written when Python ends."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _as_typed(message: str, command: Command) -> str:

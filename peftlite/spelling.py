@@ -95,7 +95,7 @@ def check_arguments(kind: type, given: Mapping[str, Any]) -> None:
         unknown = {name: given[name] for name in unknown if name not in kept}
     if not unknown:
         return
-    here = {name: _here(name, taken) for name in unknown}
+    here = {name: nearest(name, taken) for name in unknown}
     typed = ", ".join(f"{here[name]}={short(unknown[name])}" for name in unknown if here[name])
     raise PeftliteError(
         f"{kind.__name__} takes no {', '.join(f'{name}=' for name in unknown)}"
@@ -105,11 +105,13 @@ def check_arguments(kind: type, given: Mapping[str, Any]) -> None:
     )
 
 
-def _here(name: str, taken: Collection[str]) -> str | None:
+def nearest(name: str, taken: Collection[str]) -> str | None:
     """The name that an argument has here, or may have been meant to have; None if none is near."""
-    own = [own for own in ARGUMENTS.get(name, "").split() if own in taken]
-    near = [] if name in ADVICE else difflib.get_close_matches(name, taken, 1)
-    return next(iter(own or near), None)
+    if name in ADVICE:
+        return None
+    meant = difflib.get_close_matches(name, [*taken, *ARGUMENTS], 1)
+    own = [own for each in meant for own in ARGUMENTS.get(each, each).split() if own in taken]
+    return next(iter(own or difflib.get_close_matches(name, taken, 1)), None)
 
 
 class _Signature:

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 
-from peftlite.commands import local
 from peftlite.commands.files import run_combine as run_combine
 from peftlite.commands.files import run_convert as run_convert
 from peftlite.commands.files import run_diff as run_diff
@@ -28,10 +27,6 @@ def run_train(args: Namespace) -> Outcome | int:
 
 
 def run_validate_data(args: Namespace) -> Outcome:
-    from peftlite.train.data import validate
+    from peftlite.commands import data
 
-    tokenizer = None if args.tokenizer is None else local.tokenizer(args.tokenizer)
-    report = validate(
-        args.file, args.validation, tokenizer, max_length=args.max_length, progress=True
-    )
-    return Outcome(str(report), report.as_dict(), amiss=not report.ok)
+    return data.run_validate_data(args)

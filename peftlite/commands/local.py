@@ -3,19 +3,40 @@
 from pathlib import Path
 from typing import Any
 
-from peftlite.errors import FileError, PeftliteError
+import torch
 
+from peftlite.errors import FileError, PeftliteError
+from peftlite.io.files import reason
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # what one is saved in
 
 
-def model(folder: str) -> Any:
-    """The causal language model in a folder, in evaluation mode. Raises FileError."""
-    return _from("AutoModelForCausalLM", folder, use_safetensors=True).eval()
+def model(folder: str, dtype: str = "auto") -> Any:
+    """The causal language model in a folder, in evaluation mode. Raises FileError.
+
+    Args:
+        dtype: "auto", as its files have it, for deltas know a base by its very numbers; or one of
+            DTYPES.
+    """
+    return _model("AutoModelForCausalLM", folder, dtype)
 
 
-def encoder(folder: str) -> Any:
+def encoder(folder: str, dtype: str = "auto") -> Any:
     """The model in a folder without a head, in evaluation mode. Raises FileError."""
-    return _from("AutoModel", folder, use_safetensors=True).eval()
+    return _model("AutoModel", folder, dtype)
+
+
+def device(name: str | torch.device) -> torch.device:
+    """A device by its name. Raises PeftliteError if it isn't there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise PeftliteError(f"there is no device {str(name)!r} here: {reason(error)}") from error
+
+
+def _model(auto: str, folder: str, dtype: str) -> Any:
+    return _from(auto, folder, use_safetensors=True, dtype=DTYPES.get(dtype, dtype)).eval()
 
 
 def config(folder: str) -> Any:

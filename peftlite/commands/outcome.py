@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+INTERRUPTED, CUT_OFF = 130, 141
+"""Exit codes, as shells have them: after Ctrl-C, and where whoever read the output is gone."""
+
 
 @dataclass
 class Outcome:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import partial
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 
 from peftlite.commands import local
+from peftlite.commands.config import key_and_value
 from peftlite.commands.data import as_share
-from peftlite.commands.outcome import Outcome
+from peftlite.commands.outcome import INTERRUPTED, Outcome
 from peftlite.core.attach import attach
 from peftlite.core.patch import Method
 from peftlite.errors import FileError, PeftliteError
@@ -31,13 +34,19 @@ from peftlite.train.parallel import is_first, local_device, will_shard
 from peftlite.train.state import fork_rng
 from peftlite.verbs.plan import plan
 
+NEEDED = ("model", "data", "out")
 SETTINGS = (
-    "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "patience", "autocast",
-    "parallel", "gradient_checkpointing", "seed",
+    "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "b_ratio", "schedule", "warmup",
+    "weight_decay", "clip", "metric", "patience", "valid_every", "save_every", "keep", "autocast",
+    "compile", "gradient_checkpointing", "parallel", "seed",
 )  # fmt: skip
 
 
 def run_train(args: argparse.Namespace) -> Outcome | int:
+    if lacking := [f"--{name}" for name in NEEDED if getattr(args, name) is None]:
+        raise PeftliteError(
+            f"train needs {' and '.join(lacking)}: give what it lacks, or a --config that has it"
+        )
     method, out = _method(args), Path(args.out)
     if not args.resume and Checkpoints(out, keep=1).finished():
         raise FileError(
@@ -45,11 +54,37 @@ def run_train(args: argparse.Namespace) -> Outcome | int:
             "give another folder"
         )
     trainer = _trainer(args, method, out)
-    history = trainer.fit(resume=args.resume)
+    with _ended_by_interrupt(trainer):
+        history = trainer.fit(resume=args.resume)
+    if history.stopped == "asked":
+        step = history.events[-1]["step"]
+        where = f"interrupted after step {step} of {trainer.total_steps}, which {args.out!r} keeps"
+        print(f"peftlite: {where}: --resume goes on from there", file=sys.stderr)
+        return INTERRUPTED
     if not is_first():
         return 0
     history.to_csv(out / "history.csv")
     return _outcome(trainer, history, out)
+
+
+@contextmanager
+def _ended_by_interrupt(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C ends training after the step at hand, which is kept; a second one ends it at once."""
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        trainer.stop()
+        print("\nending after this step; Ctrl-C again ends at once", file=sys.stderr)
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler
+    if ours and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is stop:
+            signal.signal(signal.SIGINT, before)
 
 
 # -- the method
@@ -65,7 +100,7 @@ def _method(args: argparse.Namespace) -> Method:
         raise PeftliteError(f"no method is called {args.method!r}; there are {named}")
     named = {name: getattr(args, name) for name in ("rank", "alpha", "targets", "exclude")}
     options = {name: value for name, value in named.items() if value is not None}
-    options |= dict(map(_option, args.set))
+    options |= dict(map(key_and_value, args.set or []))
     own = {field.name: field for field in fields(kind) if field.init}
     if unknown := [name for name in options if name not in own]:
         raise PeftliteError(f"{kind.__name__} has no {listed(unknown)}: it has {listed(own, 99)}")
@@ -78,23 +113,12 @@ def _method(args: argparse.Namespace) -> Method:
     return kind(**options)
 
 
-def _option(text: str) -> tuple[str, Any]:
-    """A name and a value, from `KEY=VALUE`: JSON, or else a word."""
-    name, given, value = text.partition("=")
-    if not given:
-        raise PeftliteError(f"{text!r} is no KEY=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
 # -- the training
 
 
 def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
     """A trainer of a new delta of the model; prints the plan and the settings."""
-    device = _device(args.device or local_device())
+    device = local.device(args.device or local_device())
     tokenizer, config = local.tokenizer(args.model), local.config(args.model)
     most = getattr(config, "max_position_embeddings", None)
     paired = args.loss == "contrastive"
@@ -102,7 +126,7 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
         _pairs if paired else _examples, tokenizer=tokenizer, length=args.max_length, most=most
     )
     train, val = _parts(args, read)
-    model = (local.encoder if paired else local.model)(args.model)
+    model = (local.encoder if paired else local.model)(args.model, args.dtype)
     if not will_shard(args.parallel, model):  # or each process takes its shard
         model = model.to(device)
     what = plan(model, method)
@@ -124,13 +148,6 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
     if is_first():
         print(what, trainer, sep="\n\n", file=sys.stderr)
     return trainer
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise PeftliteError(f"there is no device {str(name)!r} here: {error}") from error
 
 
 def _parts(

@@ -1,6 +1,9 @@
 """peftlite train: what it leaves, that it is the Trainer's own run, and how it goes on."""
 
+import dataclasses
 import json
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import peftlite as pl
 import peftlite.train.data as data
 from peftlite import cli
 from peftlite.commands import local
+from peftlite.commands.train import SETTINGS
 from peftlite.io.load import inspect
 from peftlite.train import Trainer, losses
 from peftlite.train.state import fork_rng
@@ -36,7 +40,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         command = ["train", "--model", "model", "--data", source, *SHORT, *args]
         assert cli.main(command) == code, capsys.readouterr()
         out, err = capsys.readouterr()
-        return err if code == 2 else out
+        return err if code > 1 else out
 
     return run
 
@@ -86,6 +90,31 @@ def test_says_what_it_does(run: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert "LoRA at 14 sites" in err and "batch_size" in err and "6/6" in err
 
 
+def test_settings_are_the_trainers(run: Run) -> None:
+    given = {
+        "lr": 1e-3, "lr_multiplier": 0.5, "b_ratio": 4.0, "schedule": "linear", "warmup": 0.5,
+        "weight_decay": 0.1, "clip": 0.5, "accumulate": 2, "autocast": "bf16", "patience": 2,
+        "metric": "full_valid_perplexity", "seed": 5,
+    }  # fmt: skip
+    typed = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    told = found(run, "--out", "a", "--validation", "0.2", *typed)
+    assert {name: told["settings"][name] for name in given} == given
+    told = found(run, "--out", "b", "--dtype", "bf16", "--save-every", "2", "--keep", "1")
+    assert {"dtype": "bfloat16"}.items() <= next(iter(inspect(told["delta"]).base.values())).items()
+    assert len(list(Path("b").glob("step-*"))) == 2  # one between epochs, one at an end
+
+
+def test_help_has_the_trainers_defaults() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Trainer)}
+    for name in (*SETTINGS, "accumulate"):
+        how = cli.COMMANDS["train"].arguments[f"--{name.replace('_', '-')}"]
+        stated = re.search(r"\(default: ([\w.]+)\)", how["help"])
+        if isinstance(default := defaults[name], bool):
+            assert default is False and "metavar" not in how
+        elif default not in (None, "auto"):
+            assert stated and stated[1] == f"{default:g}" if default != str(default) else default
+
+
 WRONG = {
     "--max-length 0": "--max-length must be a whole number from 1 up, not 0",
     "--lr -1": "--lr must be finite and above 0, or 'auto', not -1.0",
@@ -115,16 +144,22 @@ class Killer:
 
     def event(self, event: Any) -> None:
         if event["step"] == 5:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     def end(self, history: Any) -> None: ...
 
 
 def test_goes_on_after_a_break(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = found(run, "--out", "whole", "--name", "sql")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("peftlite.commands.train.Progress", Killer)
-        run("--out", "broken", "--name", "sql")
+        kept = run("--out", "broken", "--name", "sql", code=130)
+    assert kept.endswith(
+        "\nending after this step; Ctrl-C again ends at once\n"
+        "peftlite: interrupted after step 5 of 6, which 'broken' keeps: --resume goes on from "
+        "there\n"
+    )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not Path("broken/sql.safetensors").exists()
     assert "--resume goes on from them" in run("--out", "broken", "--name", "sql", code=2)
     again = found(run, "--out", "broken", "--name", "sql", "--resume")

@@ -1,0 +1,57 @@
+"""The errors of the command line: of configs, and of what a model is asked to write."""
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+import peftlite as pl
+from peftlite import cli
+from tests.errors.case import Case
+
+
+def typing(*argv: str) -> Any:
+    """A command as it is typed, with PATH for the path."""
+
+    def act(_: Any, path: Path) -> Any:
+        typed = [word.replace("PATH", str(path)) for word in argv]
+        args = cli._with_config(cli._parser().parse_args(typed), typed)
+        return args.run(args)
+
+    return act
+
+
+def config(text: str, says: str) -> Case:
+    """`peftlite train --config`, with a file of this text."""
+    typed = typing("train", "--config", "PATH")
+    return Case(typed, says, pl.FileError, nn.ReLU, lambda path: path.write_text(text))
+
+
+CASES = [
+    # configs
+    Case(typing("train", "--data", "x"), "train needs --model and --out: give what it lacks, or a "
+         "--config that has it", model=nn.ReLU),
+    Case(mock.patch.dict(sys.modules, yaml=None)(typing("train", "--config", "PATH")),
+         "a config needs pyyaml: pip install pyyaml", model=nn.ReLU),
+    Case(typing("train", "--config", "PATH"), "'…' can't be read as text: No such file or "
+         "directory", pl.FileError, nn.ReLU),
+    config("rank: 8\n\nleraning_rate: 1", "'…', line 3: there is no option 'leraning_rate'; there "
+           "is lr"),
+    config("bach-size: 8", "'…', line 1: there is no option 'bach-size'; there is batch_size"),
+    config("lora_alpha: 8", "'…', line 1: there is no option 'lora_alpha'; there is alpha"),
+    config("bf16: true", "'…', line 1: there is no option 'bf16'; for it, autocast='bf16'"),
+    config("config: a", "'…', line 1: there is no option 'config': there are model; data; …"),
+    config("rank: 8\nlr: 1\nrank: 9", "'…', line 3: rank is on line 1 already"),
+    config("rank: many", "'…', line 1: rank takes a whole number, not 'many'"),
+    config("a: b\nlr: much", "'…', line 1: there is no option 'a': there are …"),
+    config("lr: much", "'…', line 1: lr takes a number, not 'much'"),
+    config("seed: 0\nrank: [8, 9]", "'…', line 2: rank takes one value, not [8, 9]"),
+    config("schedule: cosin", "'…', line 1: schedule takes one of cosine, linear, constant, not "
+           "'cosin'"),
+    config("resume: 1", "'…', line 1: resume takes true or false, not 1"),
+    config("rank: 8\ndata: 'x", "'…', line …: no YAML: found unexpected end of stream"),
+    config("rank 8", "'…' isn't of options, such as `rank: 8`, a line each"),
+    config("[1, 2]", "'…' isn't of options, such as `rank: 8`, a line each"),
+]  # fmt: skip

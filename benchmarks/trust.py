@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the trials are the tests'
 from benchmarks.common import HERE, machine
 from peftlite.table import table
 from tests import golden
-from tests.trust import bases, faults, kills, malformed, merging, names, resumes, threads
+from tests.trust import bases, borders, faults, kills, malformed, merging, names, resumes, threads
 from tests.trust.tally import Tally
 
 
@@ -48,6 +48,9 @@ GOALS = (
     Goal("R9", "saves beside training", threads.saves, (5,), (60,), (2000,)),
     Goal("R13", "code and hostile names", names.r13),
     Goal("R14", "golden deltas", golden.r14),
+    Goal("R15", "files of peft", borders.peft, (600,), (50,), (1,)),
+    Goal("R15", "files of LyCORIS", borders.lycoris, (10,), (300,), (5000,)),
+    Goal("R15", "files of AdapterHub", borders.adapterhub, (5,), (100,), (2000,)),
 )
 COLUMNS = ["goal", "what", "tried", "wrong", "seconds", "notes"]
 

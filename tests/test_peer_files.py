@@ -83,6 +83,7 @@ LYCORIS = {
     "dora_tucker": dict(algo="lora", use_tucker=True, dora_wd=True),
     "loha_tucker": dict(algo="loha", use_tucker=True),
     "lokr_tucker": dict(algo="lokr", use_tucker=True, decompose_both=True),
+    "lokr_tucker_dora": dict(algo="lokr", use_tucker=True, dora_wd=True),
 }
 
 

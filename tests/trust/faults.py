@@ -111,6 +111,7 @@ def r4(cases: int) -> Tally:
 
 
 def _interrupt(verb: Verb, kind: Any, cases: int, path: Path, tally: Tally) -> None:
+    verb.act(prepared(path), path)  # what is imported at the first use of a verb, is now
     counting, model = kind(0), prepared(path)
     fingerprint._known.clear()
     with counting:

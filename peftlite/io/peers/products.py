@@ -42,7 +42,7 @@ def unrolled(made: Mapping[str, Recipe], k: int) -> dict[str, Recipe]:
     a, b = made["a"], made["b"]
 
     def inputs(get: Get) -> Tensor:
-        return torch.kron(_identity(k, x := a(get)), x)
+        return _kron(_identity(k, x := a(get)), x)
 
     return {"a": inputs, "b": lambda get: (x := b(get)).reshape(-1, k * x.shape[1])}
 
@@ -67,7 +67,12 @@ def _kronecker(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """A (i₁·r, i) and B (o, i₁·r), with o₂ for r where w2 is whole."""
     w1 = t["w1"] if "w1" in t else t["w1a"] @ t["w1b"]
     b, a = (_identity(len(t["w2"]), w1), t["w2"]) if "w2" in t else (t["w2a"], t["w2b"])
-    return torch.kron(_identity(w1.shape[1], w1), a), torch.kron(w1, b)
+    return _kron(_identity(w1.shape[1], w1), a), _kron(w1, b)
+
+
+def _kron(x: Tensor, y: Tensor) -> Tensor:
+    """torch.kron of two matrices, which on the meta device fails at some strides (2.13)."""
+    return (x[:, None, :, None] * y[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _identity(n: int, like: Tensor) -> Tensor:

@@ -197,6 +197,19 @@ def test_a_delta_of_a_wrong_guess_does_not_load(desk: Desk) -> None:
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=1e-5)
 
 
+def test_what_is_tied_is_extracted_as_one(desk: Desk) -> None:
+    model = GPT2.model()
+    model.save_pretrained("gpt2")
+    disturb(pl.attach(model, pl.FullTuning(targets="wte"), "sql"))
+    pl.save(pl.deltas(model)["sql"], "delta")
+    desk("merge", "gpt2", "delta", "-o", "tuned")
+    desk("extract", "gpt2", "tuned", "-o", "back", "--transposed")
+    found = GPT2.model()
+    pl.load(found, "back")
+    ids = GPT2.batch()
+    torch.testing.assert_close(GPT2.run(found, ids), GPT2.run(model, ids), rtol=0, atol=1e-5)
+
+
 def test_combine(desk: Desk) -> None:
     desk("combine", "base", "sql=0.5", "chat", "-o", "both", "--name", "both")
     model = LLAMA.model()
@@ -211,7 +224,7 @@ def test_combine(desk: Desk) -> None:
 
 
 def test_usage_is_shown(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in ([], ["frobnicate"], ["merge", "base"], ["convert", "a", "b", "--to", "gguf"]):
+    for wrong in ([], ["frobnicate"], ["merge", "base"], ["convert", "a", "b", "--to", "ggml"]):
         with pytest.raises(SystemExit) as error:
             cli.main(wrong)
         assert error.value.code == 2 and "usage: peftlite" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from peftlite.io.fingerprint import fingerprint, kind_of
 from peftlite.io.load import inspect, load
 from peftlite.io.merge_files import merge_files
 from peftlite.io.native import save
-from peftlite.io.standin import stand_in
+from peftlite.io.tied import base_of
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
 from peftlite.table import listed, size, table
@@ -172,12 +172,12 @@ def run_convert(args: argparse.Namespace) -> Outcome:
 
 
 def run_extract(args: argparse.Namespace) -> Outcome:
-    base = _stand_in(args.base, [], args.transposed)
+    base, tuned = (_stand_in(path, [], args.transposed) for path in (args.base, args.tuned))
     rank = {} if args.rank is None else {"rank": args.rank}
     lora = LoRA(**rank, targets=args.targets, exclude=args.exclude)
     delta = extract(
         base,
-        Checkpoint(args.tuned),
+        tuned,
         [lora] if args.ignore_rest else [lora, FullTuning()],
         args.name,
         energy=args.energy,
@@ -222,7 +222,7 @@ def _stand_in(base: str, files: list[str], transposed: bool) -> nn.Module:
             continue  # a pickle, or what the command itself will refuse
         modules |= info.modules
         transposed = transposed or info.transposed
-    return stand_in(Checkpoint(base), modules, transposed)
+    return base_of(Checkpoint(base), modules, transposed)
 
 
 def _written(out: str, data: dict[str, Any], *about: str) -> Outcome:

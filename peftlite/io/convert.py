@@ -23,7 +23,7 @@ from peftlite.io.peers.peer import ALPHA, PARTS
 from peftlite.io.peers.reading import Reading
 from peftlite.io.unpickled import Unpickled, is_pickle
 
-To = Literal["safetensors", "peftlite", "peft", "kohya", "diffusers"]
+To = Literal["safetensors", "peftlite", "peft", "kohya", "diffusers", "gguf"]
 
 
 def convert(

@@ -12,16 +12,17 @@ from peftlite.core.attach import settled, warn_of_buffers
 from peftlite.core.delta import Delta
 from peftlite.core.find import given_delta
 from peftlite.fields import check_given
-from peftlite.io import peft
+from peftlite.io import gguf, peft
 from peftlite.io.files import as_path
 from peftlite.io.peers import DIFFUSERS, KOHYA
 
-Format = Literal["peft", "kohya", "diffusers"]
+Format = Literal["peft", "kohya", "diffusers", "gguf"]
 
 _WRITERS: dict[str, Callable[..., None]] = {
     "peft": peft.write,
     "kohya": KOHYA.write,
     "diffusers": DIFFUSERS.write,
+    "gguf": gguf.write,
 }
 
 
@@ -39,12 +40,14 @@ def export(
     `PeftModel.from_pretrained(model, path)` reads it. It gets its name when it is complete; an
     older adapter there is replaced, and a folder with anything else in it is left alone.
     "kohya", "diffusers": one safetensors file, of low-rank products (kohya: LoHa and LoKr, too).
+    "gguf": one file of low-rank products in fp32, for llama.cpp's --lora; it needs the package gguf
+    and a model of transformers, whose config tells the names.
 
     Args:
         delta: a delta, or its name in `model`.
         settings: more for adapter_config.json, such as
-            {"base_model_name_or_path": "gpt2", "task_type": "CAUSAL_LM"}; for kohya and diffusers
-            more for the file's metadata, all text.
+            {"base_model_name_or_path": "gpt2", "task_type": "CAUSAL_LM"}; for the others more for
+            the file's metadata, all text.
 
     Raises:
         FileError: the path can't be written.

@@ -17,8 +17,7 @@ from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.fingerprint import difference, fingerprint, kind_of
 from peftlite.io.fitting import CheckBase, check_mode
 from peftlite.io.load import inspect, load
-from peftlite.io.standin import stand_in
-from peftlite.io.tied import as_tied, tied_embedding, with_ties
+from peftlite.io.tied import base_of
 from peftlite.verbs.merge import Receipt
 
 
@@ -56,10 +55,7 @@ def merge_files(
     """
     check_mode(check_base)
     checkpoint, info = Checkpoint(base), inspect(delta)
-    embedding = tied_embedding(checkpoint)
-    model = stand_in(checkpoint, with_ties(info.modules, checkpoint, embedding), info.transposed)
-    if embedding is not None:
-        as_tied(model, embedding)
+    model = base_of(checkpoint, info.modules, info.transposed)
     placed = load(model, delta, check_base="off")
     refuse_calls(placed)
     touched: dict[str, tuple[str, list[Patch]]] = {

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from peftlite.io.checkpoint import Checkpoint
-from peftlite.io.standin import embeds
+from peftlite.io.standin import embeds, stand_in
 
 _HEADED = re.compile(r".*(CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq).*")
 
@@ -67,8 +67,18 @@ def _is_vocabulary(checkpoint: Checkpoint, name: str, rows: int) -> bool:
     return len(shape) == 2 and shape[0] >= rows > 0 and embeds(name) and "pos" not in name
 
 
-def as_tied(model: nn.Module, name: str) -> None:
-    """Lets a stand-in say of its embedding what a model of transformers says of its own."""
+def base_of(checkpoint: Checkpoint, modules: Modules, transposed: bool = False) -> nn.Module:
+    """A stand-in of a checkpoint's tensors, the tied ones as one, with what its config.json says.
+
+    Args:
+        modules, transposed: as `stand_in` has them.
+    """
+    embedding = tied_embedding(checkpoint)
+    model = stand_in(checkpoint, with_ties(modules, checkpoint, embedding), transposed)
     its: Any = model
-    its.config = SimpleNamespace(tie_word_embeddings=True)
-    its.get_input_embeddings = lambda: model.get_submodule(name.rpartition(".")[0])
+    its.config = SimpleNamespace(
+        **{**checkpoint.config, "tie_word_embeddings": embedding is not None}
+    )
+    path = (embedding or "").rpartition(".")[0]
+    its.get_input_embeddings = lambda: model.get_submodule(path) if path else None
+    return model

@@ -141,8 +141,8 @@ CASES = [
     mlx_folder("has 'fine_tune_type' as dora, and the tensors beside it have lora: they aren't of "
                "one adapter, so save it again", fine_tune_type="dora"),
     # convert
-    converting("to must be one of 'safetensors', 'peftlite', 'peft', 'kohya', 'diffusers', not "
-               "'pt'", None, to="pt"),
+    converting("to must be one of 'safetensors', 'peftlite', 'peft', 'kohya', 'diffusers', "
+               "'gguf', not 'pt'", None, to="pt"),
     converting("'peft' goes by a model: give it with model=, or convert to 'safetensors', which "
                "leaves names as they are", None, to="peft"),
     Case(lambda model, path: convert(path, path, "peft", model=model), "convert takes a model "

@@ -18,6 +18,7 @@ from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
 from peftlite.io.files import is_finite, write_file
 from peftlite.io.peers.peer import ALPHA, RANKS, Peer
+from peftlite.io.refusal import refusal
 from peftlite.methods.dora import DoRA, DoRAPatch
 from peftlite.methods.lora import LoRA
 from peftlite.methods.low_rank import LowRankPatch
@@ -35,10 +36,7 @@ def write(peer: Peer, delta: Delta, path: Path, metadata: Mapping[str, Any]) -> 
 
 
 def _refuse(peer: Peer, item: Placed, why: str) -> PeftliteError:
-    return PeftliteError(
-        f"{item.site.address} can't go into a file of {peer.name}, since {why}: leave it out with "
-        "exclude=, or keep the delta with pl.save"
-    )
+    return refusal(item, f"a file of {peer.name}", why)
 
 
 def _check(peer: Peer, item: Placed) -> None:

@@ -13,10 +13,10 @@ from peftlite.core.delta import Delta
 from peftlite.core.merged import base_tensor
 from peftlite.core.patch import apply
 from peftlite.core.site import whole_address
-from peftlite.errors import PeftliteError
 from peftlite.io.peft.folder import PROMPTS, START, WRAPPED
 from peftlite.io.peft.form import Form
 from peftlite.io.peft.forms import FORMS
+from peftlite.io.refusal import refusal
 
 
 @dataclass
@@ -63,10 +63,7 @@ class Draft:
 
 def refuse(item: Placed, why: str) -> NoReturn:
     """Raises PeftliteError, since a site can't be in a directory of peft's."""
-    raise PeftliteError(
-        f"{item.site.address} can't go into a PEFT directory, since {why}: leave it out with "
-        "exclude=, or keep the delta with pl.save"
-    )
+    raise refusal(item, "a PEFT directory", why)
 
 
 def module_of(item: Placed) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import peftlite as pl
-from tests import methods_page
+from tests import methods_page, performance_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -76,6 +76,11 @@ def test_the_page_of_methods_is_what_they_say() -> None:
 def test_the_table_of_methods_is_the_cards() -> None:
     stale = "README's table is stale: python -m tests.made"
     assert methods_page.README.read_text() == methods_page.render_readme(), stale
+
+
+def test_the_figures_are_the_benchmarks() -> None:
+    stale = "docs/performance.md is stale: python -m tests.made"
+    assert performance_page.PAGE.read_text() == performance_page.render(), stale
 
 
 @each_page

@@ -92,6 +92,13 @@ def test_says_what_to_do_and_leaves_no_trace(case: Case, tmp_path: Path) -> None
     assert type(error) is case.kind
 
 
+def test_the_page_of_errors_shows_messages_as_they_are() -> None:
+    page = (PACKAGE.parent / "docs" / "errors.md").read_text()
+    shown = re.findall(r"^```text\n(.*?)\n```$", page, re.M | re.S)
+    lost = {" ".join(text.split()) for text in shown} - {case.says for case in CASES}
+    assert shown and not lost, lost
+
+
 def raise_statements() -> Iterator[tuple[str, int, int]]:
     """Every `raise` of an error in the package: its file, first and last line."""
     for path in PACKAGE.rglob("*.py"):

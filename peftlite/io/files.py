@@ -42,7 +42,7 @@ DTYPES = {
 }  # fmt: skip
 PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's, now and long ago
 _PICKLE = (
-    "a pickle, which may run code as it is read: pl.convert(path, 'new.safetensors') makes a "
+    "a pickle, which may run code as it is read: `peftlite convert FILE new.safetensors` makes a "
     "safetensors file of its tensors"
 )
 BEGINNINGS = (

@@ -173,7 +173,7 @@ def nest(head: dict[str, Any], _: Any) -> None:
 
 DAMAGED = "'…' is no safetensors file, or is damaged: …"
 PICKLE = (
-    "a pickle, which may run code as it is read: pl.convert(path, 'new.safetensors') makes a "
+    "a pickle, which may run code as it is read: `peftlite convert FILE new.safetensors` makes a "
     "safetensors file of its tensors"
 )
 BROKEN = "'…' has a broken header: its "

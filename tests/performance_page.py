@@ -1,0 +1,156 @@
+"""The tables of docs/performance.md, made of benchmarks/results: `python -m tests.made` writes."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
+Record = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A line for every row, and in it a figure for every column, {} standing for what it is of."""
+
+    file: str
+    columns: Sequence[str]
+    rows: dict[str, str]  # the figure, by what the page calls it
+
+    def render(self) -> str:
+        found: dict[str, Record] = {}
+        for line in records(self.file):  # the first of a figure: others are it in another unit
+            found.setdefault(line["figure"], line)
+        rows = [
+            [label, *(cell(found.get(figure.format(column))) for column in self.columns)]
+            for label, figure in self.rows.items()
+        ]
+        return grid(["", *self.columns], rows) + machine(next(iter(found.values())))
+
+
+TABLES = {
+    "attach": Table(
+        "attach", ("peftlite", "peft"), {"attach LoRA to a model of Llama 8B's shape": "{}"}
+    ),
+    "imports": Table(
+        "import_time",
+        ("peftlite", "peftlite and its first use", "peft"),
+        {"import, beyond torch's": "{} beyond torch"},
+    ),
+    "calls": Table(
+        "overhead",
+        ("base", "peftlite", "peft"),
+        {
+            "a call without gradients": "no grad, {}",
+            "a call with gradients": "grad, {}",
+            "forward and backward": "forward and backward, {}",
+        },
+    ),
+    "linear": Table(
+        "lora_linear",
+        ("peftlite", "peft", "torchtune's way", "Unsloth's way"),
+        {
+            f"{o} → {i}, {short}": f"{long} {o}->{i} t1024 r16 p0, {{}}"
+            for long, short in (("float32", "fp32"), ("bfloat16", "bf16"))
+            for o, i in ((1024, 1024), (2048, 2048), (4096, 4096))
+        },
+    ),
+    "block": Table(
+        "block",
+        ("peftlite", "peftlite fused", "peft", "peftlite compiled", "peft compiled"),
+        {"fp32": "float32 block, {}", "bf16": "bfloat16 block, {}"},
+    ),
+    "bank": Table(
+        "bank",
+        ("bank", "peft", "merged, one delta"),
+        {
+            "32 rows of 32 tokens, 16 deltas": "32 rows of 32, 16 deltas: {}",
+            "32 rows of 1 token, 16 deltas": "32 rows of 1, 16 deltas: {}",
+        },
+    ),
+    "trainer": Table(
+        "trainer_overhead", ("by hand", "Trainer", "Trainer, on disk"), {"a step": "{}"}
+    ),
+    "memory": Table(
+        "full_memory",
+        ("fp32", "bf16"),
+        {
+            "the base alone, forward": "{}, base, forward alone",
+            "LoRA r8": "{}, LoRA r8",
+            "all weights, plain torch": "{}, all weights, plain torch",
+            "`pl.FullTuning`": "{}, pl.FullTuning",
+        },
+    ),
+}
+METHODS = (
+    "full fine-tuning", "LoRA r1", "LoRA r8", "LoRA r32", "DoRA r8", "VeRA r256", "OFT b32", "IA3",
+    "BitFit", "norms", "random 2 %", "Pfeiffer", "prefix n10",
+)  # fmt: skip
+
+
+def render() -> str:
+    """The page, its tables as the results have them."""
+    tables = {name: table.render() for name, table in TABLES.items()}
+    tables |= {"quality": _quality(), "missed": _missed()}
+    return PLACE.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n{m[3]}", PAGE.read_text())
+
+
+def records(file: str) -> list[Record]:
+    with open(RESULTS / f"{file}.csv") as lines:
+        return list(csv.DictReader(lines))
+
+
+def cell(line: Record | None) -> str:
+    """The median, with its unit."""
+    if line is None:
+        return "–"
+    value, unit = float(line["median"]), line["unit"].replace("us", "µs")
+    if unit == "x":
+        return f"{value:.2f}"
+    return f"{value * 1000:.3g} ms" if unit == "s" and value < 1 else f"{value:.3g} {unit}"
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine(line: Record) -> str:
+    """Where and when it was taken."""
+    versions = ", ".join(f"{n} {line[n]}" for n in ("torch", "peft", "safetensors") if line.get(n))
+    threads = {"1": "one thread", "2": "two threads"}[line["threads"]]
+    return f"\n{line['cpu']}, {threads}, no GPU; {versions}; {line['date']}\n"
+
+
+def _quality() -> str:
+    """What of the gap between the frozen base and full fine-tuning a method closes."""
+    lines = {(line["task"], line["method"]): line for line in records("quality")}
+    tasks = list(dict.fromkeys(task for task, _ in lines))
+    rows = [[method, *_closed(lines, tasks, method)] for method in METHODS]
+    return grid(["", *(f"{task}, {what}" for task in tasks for what in ("gap", "forgets"))], rows)
+
+
+def _closed(lines: dict[tuple[str, str], Record], tasks: list[str], method: str) -> Iterator[str]:
+    for task in tasks:
+        line = lines[task, method]
+        yield f"{float(line['gap_closed']):.0%}".replace("%", " %")
+        yield f"{float(line['forgetting']):+.2f}".replace("-", "−")
+
+
+def _missed() -> str:
+    """Whatever has a bound and is beyond it."""
+    files = sorted(path.stem for path in RESULTS.glob("*.csv"))
+    lines = [
+        line for file in files for line in records(file) if "MISSED" in (line.get("bound") or "")
+    ]
+    rows = [
+        [line["figure"].replace("->", " → "), cell(line), _goal(line["bound"])] for line in lines
+    ]
+    return grid(["", "measured", "goal"], rows)
+
+
+def _goal(bound: str) -> str:
+    return bound.removesuffix(" MISSED").replace(">=", "≥").replace("<=", "≤")

@@ -18,7 +18,7 @@ from tests import methods_page, performance_page
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
-PAGES += [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")]
+PAGES += [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "notebooks/README.md")]
 PAGES += [
     ROOT / name for name in ("tests/README.md", "benchmarks/README.md", "benchmarks/NOTES.md")
 ]

@@ -1,0 +1,101 @@
+"""Runs the notebooks from clean: `python notebooks/run.py`; `--write` stores what comes of it.
+
+Each runs in a kernel of its own, on one core, in an empty folder, two at a time. What fails it is
+an error, a word on stderr, or LIMIT. Stored are outputs, and nothing that differs between runs.
+"""
+
+import argparse
+import base64
+import io
+import os
+import resource
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 120  # seconds of a processor, so that it doesn't matter what else the machine does
+CLEAN = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="such as 1; all of them if left out")
+    parser.add_argument("--write", action="store_true", help="store the outputs")
+    args = parser.parse_args()
+    paths = [p for p in sorted(HERE.glob("*.ipynb")) if _asked(p.name, args.names)]
+    with ProcessPoolExecutor(2) as pool:
+        for path, (notebook, seconds) in zip(paths, pool.map(run, paths), strict=True):
+            print(f"{path.name}: {seconds:.0f} s", flush=True)
+            if args.write:
+                nbformat.write(notebook, path)
+            check(path.name, notebook, seconds)
+
+
+def _asked(name: str, names: list[str]) -> bool:
+    return not names or name.startswith(tuple(names))
+
+
+def run(path: Path) -> tuple[nbformat.NotebookNode, float]:
+    """The notebook with its outputs, and the seconds of a processor that they took."""
+    notebook = nbformat.read(path, as_version=4)
+    for i, cell in enumerate(notebook.cells):
+        cell.update(id=f"cell-{i}", metadata={})
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)
+    settings = {"PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    settings |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    settings |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    settings |= {"PYTHONWARNINGS": "ignore:IProgress not found"}  # a bar that isn't shown
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(
+            notebook,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
+            coalesce_streams=True,
+            extra_arguments=["--Application.log_level=40"],
+        )
+        before = _seconds()
+        client.execute(env=os.environ | settings)
+    notebook.metadata = nbformat.from_dict(CLEAN)
+    for data in (output.get("data", {}) for output in _outputs(notebook)):
+        if "image/png" in data:
+            data["image/png"] = _small(data["image/png"])
+    return notebook, _seconds() - before
+
+
+def _outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def _small(png: str) -> str:
+    """The picture in 48 colours, which few pictures need more of."""
+    small = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(48).save(small, "png", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def _seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def check(name: str, notebook: nbformat.NotebookNode, seconds: float) -> None:
+    said = "".join(out.text for out in _outputs(notebook) if out.get("name") == "stderr")
+    if said:
+        raise SystemExit(f"{name} wrote to stderr:\n{said}")
+    if seconds > LIMIT:
+        raise SystemExit(f"{name} took {seconds:.0f} s of a processor, above {LIMIT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
@@ -13,20 +14,28 @@ FIELDS = {"integer", "positive", "number", "one_of"}
 class Peftlite(griffe.Extension):
     """Fences the examples, which docstrings have indented; follows `__all__ += catalog.__all__`.
 
-    A setting's default is shown as the value that it is: `8`, not `integer(8)`.
+    The default of a method's setting is the value that it is: `8`, not `integer(8)`.
     """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = EXAMPLE.sub(_fenced, obj.docstring.value)
-        value = getattr(obj, "value", None)
-        if isinstance(value, griffe.ExprCall) and str(value.function) in FIELDS and value.arguments:
-            obj.value = value.arguments[0]
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         for name in pkg["methods.catalog"].exports:
             pkg.set_member(name, griffe.Alias(name, f"peftlite.methods.catalog.{name}"))
+        for setting in _attributes(pkg["methods"]):
+            match setting.value:
+                case griffe.ExprCall(function=made, arguments=[default, *_]) if str(made) in FIELDS:
+                    setting.value = default
 
 
 def _fenced(found: re.Match[str]) -> str:
     return f"\n```python\n{textwrap.dedent(found[1]).strip()}\n```\n"
+
+
+def _attributes(room: griffe.Module) -> Iterator[griffe.Attribute]:
+    """Those of all classes in the files of a folder."""
+    own = [file for file in room.modules.values() if not file.is_alias]
+    kinds = [kind for file in own for kind in file.classes.values() if not kind.is_alias]
+    yield from (member for kind in kinds for member in kind.attributes.values())

@@ -40,13 +40,28 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=title)
 
 
 @each_page
-def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_runs(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A `text` right after a `python` is what that prints, but for its numbers."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
-    for language, code in BLOCK.findall(page.read_text()):
+    text, printed, end = page.read_text(), "", 0
+    for block in BLOCK.finditer(text):
+        language, code = block.groups()
         assert language in ("python", "sh", "text"), f"a block of {language!r} would not be run"
         if language == "python":
             exec(compile(code, str(page), "exec", dont_inherit=True), names)
+            printed, end = capsys.readouterr().out, block.end()
+        elif language == "text" and end and not text[end : block.start()].strip():
+            assert _words(code) == _words(printed)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.sub(r"-+|[\d.,]*\d", "#", text).split())
 
 
 def test_the_readme_learns_and_restores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,24 @@
-"""Plain-text tables, for everything that prints."""
+"""Tables, and what shows itself by them: said once, text for `print`, HTML in a notebook."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from typing import Any
 
+# and what it is of: 1.5 KiB, 8×4, 50 %; but 0.weight is a name
+_NUMBER = re.compile(r"[-+−~≤≥]*[\d.][\d.,]*(e[-+]?\d+)?([^\w.].*)?|[-+]?(nan|inf)")
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+
+class Table(str):
+    """A table as text, which a notebook shows as HTML: in the colours that it has itself."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Lines up `rows` under `header`: numbers to the right, words to the left."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
@@ -18,7 +32,51 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(aligned).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(header), rule, *map(line, rows)])
+    made = Table("\n".join([line(header), rule, *map(line, rows)]))
+    made.html = _html(header, rows, numeric)
+    return made
+
+
+def _html(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
+    def line(kind: str, cells: Sequence[str]) -> str:
+        sides = ("right" if right else "left" for right in numeric)
+        return "".join(
+            f'<{kind} style="text-align:{side};white-space:pre-wrap">{escape(cell)}</{kind}>'
+            for cell, side in zip(cells, sides, strict=True)
+        )
+
+    body = "".join(f"<tr>{line('td', cells)}</tr>" for cells in rows)
+    return (
+        f'<table style="font-family:monospace"><thead><tr>{line("th", header)}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+class Shown:
+    """What shows itself: by `_lines` where it is printed and in a notebook, and in one line.
+
+    `_lines` gives lines and tables, and `_summary` what stands in the brackets of its repr.
+    """
+
+    def _lines(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def _summary(self) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            part.html
+            if isinstance(part, Table)
+            else f'<div style="font-family:monospace;white-space:pre-wrap">{escape(part)}</div>'
+            for part in self._lines()
+        )
 
 
 def format_cell(value: Any) -> str:
@@ -57,4 +115,4 @@ def short(thing: Any) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell in "–-" or cell[0] in "0123456789+-−.~≤≥"
+    return not cell or cell in "–-" or _NUMBER.fullmatch(cell) is not None

@@ -12,10 +12,11 @@ from torch import nn
 
 from peftlite.bank.arena import Row
 from peftlite.bank.batches import Batches, FixedRows
+from peftlite.bank.counts import Counts
 from peftlite.bank.entry import Entry
 from peftlite.bank.room import NAME, Room, like, placed_by, wherever_mixed
 from peftlite.bank.route import Router
-from peftlite.bank.slots import Slots
+from peftlite.bank.slots import Slots, state
 from peftlite.bank.source import delta_of, reread
 from peftlite.bank.store import HostStore
 from peftlite.bank.training import training_rows
@@ -28,13 +29,13 @@ from peftlite.errors import PeftliteError
 from peftlite.io.fitting import CheckBase
 from peftlite.io.native import save
 from peftlite.methods.lora import LoRA
-from peftlite.table import short, size
+from peftlite.table import Shown, format_cell, short, size, table
 
 Source: TypeAlias = str | os.PathLike[str] | Delta | Method
 """What a delta comes of: a file, a delta of this model or a copy of it, or a method."""
 
 
-class DeltaBank:
+class DeltaBank(Shown):
     """y_j = what the model with delta k_j gives for row j, in one batch, k_j a different one each.
 
     The bank's memory is `slots` deltas on the model's device, each with room for what `methods`
@@ -175,12 +176,31 @@ class DeltaBank:
         """The deltas that it has, wherever they are."""
         return list(self._slots.known)
 
-    def __repr__(self) -> str:
+    @property
+    def counts(self) -> Counts:
+        """How often each delta was in a slot when a batch named it, came in, and left.
+
+        A `prefetch` or `pin` that brings one in counts nothing: no batch waits for it.
+        """
+        with self._slots.lock:
+            return Counts.of(self._slots.known.values())
+
+    def _summary(self) -> str:
         slots, a_slot = self._slots, size(self._arena.row_bytes)
         return (
-            f"DeltaBank({len(slots.known)} deltas, {len(slots.resident)} in {slots.count} slots of "
-            f"{a_slot}, {size(self._store.num_bytes)} on the host; room for {self._room})"
+            f"{len(slots.known)} deltas, {len(slots.resident)} in {slots.count} slots of "
+            f"{a_slot}, {size(self._store.num_bytes)} on the host; room for {self._room}"
         )
+
+    def _lines(self) -> Iterator[str]:
+        with self._slots.lock:
+            entries = [*self._slots.known.values()]
+            rows = [
+                [e.name, format_cell(e.slot), state(e), *map(str, (e.hits, e.misses, e.evictions))]
+                for e in entries
+            ]
+        yield table(["delta", "slot", "state", "hits", "misses", "evictions"], rows)
+        yield self._summary()
 
     # -- who uses it
 

@@ -51,6 +51,9 @@ class Entry:
     retired: bool = False  # dropped or replaced, and perhaps still in use
     spilled: Path | None = None
     leaves: Leaves | None = None  # on its slot's memory, while it is trained
+    hits: int = 0  # batches that found it in a slot
+    misses: int = 0  # batches that had to bring it in
+    evictions: int = 0  # times it left its slot
 
     @classmethod
     def of(cls, name: str, delta: Delta, origin: Origin | None, pinned: bool) -> Entry:

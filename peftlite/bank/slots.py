@@ -41,13 +41,29 @@ class Slots:
         self.settle(claim)
         return claim.entries
 
+    def bring(self, name: str) -> Entry:
+        """The entry of a name, held as by `hold`, though no batch is waiting: that counts nothing.
+
+        Raises PeftliteError.
+        """
+        with self.lock:
+            claim = self._claim([self.entry(name)])
+        self.settle(claim)
+        return claim.entries[0]
+
     def claim(self, names: Iterable[str], instead_of: Sequence[Entry] = ()) -> Claim:
         """The first half of `hold`: slots for all, in place of `instead_of`, which are held so far.
 
         Raises PeftliteError if a name isn't known or there are too few slots; nothing has changed.
         """
         with self.lock:
-            return self._claim([self.entry(name) for name in names], instead_of)
+            claim = self._claim([self.entry(name) for name in names], instead_of)
+            for entry in claim.entries:
+                if entry in claim.coming:
+                    entry.misses += 1
+                else:
+                    entry.hits += 1
+            return claim
 
     def settle(self, claim: Claim) -> None:
         """The second half: brings in what has to come, and waits for what others bring."""
@@ -99,6 +115,7 @@ class Slots:
         with self.lock:
             old = self.known.get(entry.name)
             if old is not None:
+                entry.hits, entry.misses, entry.evictions = old.hits, old.misses, old.evictions
                 self._retire(old)
             self.known[entry.name] = entry
             return old
@@ -118,6 +135,7 @@ class Slots:
                 raise PeftliteError(f"{name!r} is in use, so it can't leave its slot now")
             if entry.leaves is not None:
                 keep(entry)
+            entry.evictions += entry.slot is not None
             self._vacate(entry)
 
     def close(self) -> None:
@@ -165,6 +183,7 @@ class Slots:
                 "slots"
             )
         for entry in going:
+            entry.evictions += 1
             self._vacate(entry)
 
     def _going(self, count: int) -> list[Entry] | None:
@@ -217,8 +236,13 @@ def _stays(entry: Entry) -> str:
     return "pinned" if entry.pinned else "in training" if entry.leaves is not None else ""
 
 
+def state(entry: Entry) -> str:
+    """What an entry is about in its slot; nothing without one."""
+    return _stays(entry) or ("" if entry.slot is None else "idle")
+
+
 def _described(entry: Entry) -> str:
-    return f"{entry.name!r} ({_stays(entry) or 'idle'})"
+    return f"{entry.name!r} ({state(entry)})"
 
 
 def _count(entries: Iterable[Entry], change: int) -> None:

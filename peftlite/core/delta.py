@@ -23,7 +23,7 @@ from peftlite.core.tensors import shard_like
 from peftlite.core.turns import lock_of
 from peftlite.errors import PeftliteError
 from peftlite.spelling import hint
-from peftlite.table import listed, short, size, table
+from peftlite.table import Shown, Table, listed, short, size, table
 
 
 class Weighted:
@@ -60,7 +60,7 @@ class Weighted:
         return " + ".join(f"{weight:g} * {delta.name}" for delta, weight in self.terms.items())
 
 
-class Delta(Weighted):
+class Delta(Shown, Weighted):
     """A named set of patches in one model: what is trained, saved, merged and swapped."""
 
     name: str
@@ -211,14 +211,16 @@ class Delta(Weighted):
             for key, tensor in own.items():
                 tensor.copy_(shard_like(tensors[key], tensor))
 
-    def __repr__(self) -> str:
+    def _summary(self) -> str:
         kinds = ", ".join(type(method).__name__ for method in self.methods)
-        return f"Delta({self.name!r}, {kinds}, {self.num_parameters:,} parameters)"
+        return f"{self.name!r}, {kinds}, {self.num_parameters:,} parameters"
 
-    def __str__(self) -> str:
-        return f"delta {self.name!r}\n{self.describe()}"
+    def _lines(self) -> Iterator[str]:
+        yield f"delta {self.name!r}"
+        yield self.table()
+        yield self.total()
 
-    def describe(self) -> str:
+    def table(self) -> Table:
         """A table of its sites; those that differ only in a block's number share a line."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for address, placed in self.placed.items():
@@ -233,11 +235,13 @@ class Delta(Weighted):
             count = sum({id(p): p.numel() for p in of_group}.values())
             shown = pattern if len(members) > 1 else members[0]
             lines.append([shown, str(len(members)), kind, shape, f"{count:,}"])
+        return table(["site", "sites", "method", "shape", "parameters"], lines)
+
+    def total(self) -> str:
+        """How many sites each of its methods has, and its size, in a line."""
         kinds = Counter(type(placed.method).__name__ for placed in self.placed.values())
         made = ", ".join(f"{kind} at {count}" for kind, count in kinds.items())
-        head = table(["site", "sites", "method", "shape", "parameters"], lines)
-        total = f"{self.num_parameters:,} parameters, {size(self.num_bytes)}"
-        return f"{head}\n{made} sites: {total}"
+        return f"{made} sites: {self.num_parameters:,} parameters, {size(self.num_bytes)}"
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftlite.core.patch import Method
 from peftlite.io.files import Entry, numel
-from peftlite.table import size, table
+from peftlite.table import Shown, size, table
 
 
 @dataclass
@@ -65,8 +65,8 @@ def told(entries: Mapping[str, Entry]) -> dict[str, tuple[str, tuple[int, ...]]]
     return {key: (str(its.dtype).removeprefix("torch."), its.shape) for key, its in entries.items()}
 
 
-@dataclass(frozen=True)
-class Info:
+@dataclass(frozen=True, repr=False)
+class Info(Shown):
     """What a file says of itself, without a model.
 
     `format` is "peftlite" or a peer's; a peer's `methods` name its modules as the peer does.
@@ -91,16 +91,19 @@ class Info:
         """How many numbers its tensors hold."""
         return sum(numel(shape) for _, shape in self.tensors.values())
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
         kinds = ", ".join(f"{type(m).__name__} at {len(sites)} sites" for m, sites in self.methods)
+        by = f"by peftlite {self.library}" if self.library else f"of format {self.format}"
+        return f"{self.name!r}: {kinds}, {size(self.num_bytes)}, {by}"
+
+    def _lines(self) -> Iterator[str]:
         rows = [
             [key, dtype, "×".join(map(str, shape)), f"{numel(shape):,}"]
             for key, (dtype, shape) in self.tensors.items()
         ]
-        by = f"by peftlite {self.library}" if self.library else f"of format {self.format}"
-        lines = [f"{self.name!r}: {kinds}, {size(self.num_bytes)}, {by}"]
-        lines += [f"{key}: {value}" for key, value in self.notes.items()]
+        yield self._summary()
+        yield from (f"{key}: {value}" for key, value in self.notes.items())
         if self.errors:
             worst = max(self.errors, key=lambda key: self.errors[key])
-            lines.append(f"rounded to save space: by {self.errors[worst]:.3g} at most, in {worst}")
-        return "\n".join([*lines, table(["tensor", "dtype", "shape", "numbers"], rows)])
+            yield f"rounded to save space: by {self.errors[worst]:.3g} at most, in {worst}"
+        yield table(["tensor", "dtype", "shape", "numbers"], rows)

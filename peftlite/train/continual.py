@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftlite.errors import PeftliteError
-from peftlite.table import listed, short, table
+from peftlite.table import Shown, listed, short, table
 
 Scores = Mapping[str, float | Sequence[float]]
 
 
-@dataclass(frozen=True)
-class Forgetting:
+@dataclass(frozen=True, repr=False)
+class Forgetting(Shown):
     """What was forgotten, by task; it prints as a table.
 
     Attributes:
@@ -44,11 +44,14 @@ class Forgetting:
         """
         return sum(self.now[t] - score for t, score in self.learned.items()) / len(self.learned)
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
+        return f"{self.mean:.4g} on average; backward transfer {self.backward_transfer:.4g}"
+
+    def _lines(self) -> Iterator[str]:
         columns = (self.learned, self.best, self.now, self.tasks)
         rows = [[task, *(f"{column[task]:.4g}" for column in columns)] for task in self.tasks]
-        head = table(["task", "just learned", "best", "now", "forgotten"], rows)
-        return f"{head}\n{self.mean:.4g} on average; backward transfer {self.backward_transfer:.4g}"
+        yield table(["task", "just learned", "best", "now", "forgotten"], rows)
+        yield self._summary()
 
 
 def forgetting(before: Scores, after: Mapping[str, float]) -> Forgetting:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftlite.table import format_cell, table
+from peftlite.table import Shown, format_cell, table
 
 Event = dict[str, Any]
 
@@ -20,8 +20,8 @@ FIELDS = (
 """The fields of every event, None where one doesn't apply; probes and a loss's own follow."""
 
 
-@dataclass
-class History:
+@dataclass(repr=False)
+class History(Shown):
     """The events of a run, one a step, the first (step 0) from before training.
 
     Attributes:
@@ -83,7 +83,13 @@ class History:
             figure.savefig(path)
         return figure
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
+        step, epoch = (
+            (self.events[-1][name] for name in ("step", "epoch")) if self.events else (0, 0)
+        )
+        return f"{step} steps, {epoch:g} epochs, {self.stopped or 'not ended'}"
+
+    def _lines(self) -> Iterator[str]:
         rows = self.epochs
         hidden = {"total_steps", "valid_loss", "valid_mean_token_accuracy", "grad_norm", "memory"}
         shown = [
@@ -91,7 +97,7 @@ class History:
             if name not in hidden and any(row.get(name) is not None for row in rows)
         ]  # fmt: skip
         titles = [name.replace("full_valid", "valid").replace("_", " ") for name in shown]
-        return table(titles, [[format_cell(row.get(name)) for name in shown] for row in rows])
+        yield table(titles, [[format_cell(row.get(name)) for name in shown] for row in rows])
 
 
 def _columns(events: Sequence[Mapping[str, Any]]) -> list[str]:

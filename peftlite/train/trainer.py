@@ -20,7 +20,7 @@ from peftlite.fields import check_fields, integer, number, one_of, positive, set
 from peftlite.io.files import as_path
 from peftlite.io.native import base_of
 from peftlite.spelling import Spelled
-from peftlite.table import listed, short, table
+from peftlite.table import Shown, listed, short, table
 from peftlite.train import data, modes, parallel
 from peftlite.train.auto import learning_rate
 from peftlite.train.checkpoints import Checkpoints
@@ -54,7 +54,7 @@ _RATE = _or_auto(float, lambda x: 0 < x < math.inf, "finite and above 0")
 
 
 @dataclass(eq=False, repr=False)
-class Trainer(Spelled):
+class Trainer(Shown, Spelled):
     """Trains a model's delta: `pl.Trainer(model, loss, train, val).fit()`.
 
     Nothing else of the model changes: not the base, not its running statistics, not the modes of
@@ -212,12 +212,15 @@ class Trainer(Spelled):
         given = {each.name: getattr(self, each.name, None) for each in fields(Settings)}
         return Settings(**{**given, **decided})
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
+        return f"{self._epochs} epochs, {self.total_steps:,} steps of {self._batch_size} examples"
+
+    def _lines(self) -> Iterator[str]:
         def how(name: str) -> str:
             return "auto" if getattr(self, name, None) == "auto" else ""
 
         rows = [[name, str(value), how(name)] for name, value in self.settings().items()]
-        return table(["setting", "value", ""], rows)
+        yield table(["setting", "value", ""], rows)
 
     def stop(self) -> None:
         """Ends training after the step at hand; `fit(resume=True)` goes on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from peftlite.core.attach import detach
 from peftlite.errors import PeftliteError
-from peftlite.table import format_cell, listed, short, table
+from peftlite.table import Shown, Table, format_cell, listed, short, table
 from peftlite.train.events import Callback
 from peftlite.train.history import Event, History
 from peftlite.train.measure import best_of
@@ -28,8 +28,8 @@ STARTUP = 4
 """Trials that are seen to the end before one is stopped for being worse than they were."""
 
 
-@dataclass
-class Trial:
+@dataclass(repr=False)
+class Trial(Shown):
     """One choice, and how it went.
 
     Attributes:
@@ -50,9 +50,24 @@ class Trial:
         """The best of the values, by which the trial is judged; None if there is none."""
         return best_of(self.metric)(self.values, default=None)
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its cells in a table, by column."""
+        result = {self.metric or "value": self.value, "epochs": len(self.values)}
+        return {
+            "trial": self.number, **plain(self.choice), **result,
+            "state": self.state, "error": self.error,
+        }  # fmt: skip
 
-@dataclass
-class Trials:
+    def _summary(self) -> str:
+        return f"{self.number}: {_outcome(self)}"
+
+    def _lines(self) -> Iterator[str]:
+        yield _table([self.row])
+
+
+@dataclass(repr=False)
+class Trials(Shown):
     """The trials of a search, in order; it prints as a table."""
 
     trials: list[Trial] = field(default_factory=list)
@@ -68,25 +83,30 @@ class Trials:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The cells of each trial in the table, by column."""
-        metric = next((trial.metric for trial in self.trials if trial.metric), "value")
-        for t in self.trials:
-            result = {metric: t.value, "epochs": len(t.values), "state": t.state, "error": t.error}
-            yield {"trial": t.number, **plain(t.choice), **result}
+        metric = next((trial.metric for trial in self.trials if trial.metric), "")
+        return (replace(trial, metric=metric).row for trial in self.trials)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the trials to a CSV file, one a row."""
         import csv
 
         with open(path, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(self._cells())
+            rows = [*self.rows()]
+            writer = csv.DictWriter(file, (rows or [{"trial": 1}])[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
-    def __str__(self) -> str:
-        header, *rows = self._cells()
-        return table(header, [[format_cell(cell) for cell in row] for row in rows])
+    def _summary(self) -> str:
+        done = sum(trial.state == "done" for trial in self.trials)
+        return f"{len(self.trials)} trials, {done} done"
 
-    def _cells(self) -> list[list[Any]]:
-        rows = list(self.rows())
-        return [[*(rows or [{"trial": 1}])[0]], *([*row.values()] for row in rows)]
+    def _lines(self) -> Iterator[str]:
+        yield _table([*self.rows()])
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    header = [*(rows or [{"trial": 1}])[0]]
+    return table(header, [[format_cell(cell) for cell in row.values()] for row in rows])
 
 
 def search(
@@ -217,6 +237,10 @@ class _Pruner(Callback):
 
 
 def _line(trial: Trial, count: int) -> str:
+    return f"trial {trial.number} of {count}: {_outcome(trial)}"
+
+
+def _outcome(trial: Trial) -> str:
     choice = ", ".join(f"{name}={format_cell(each)}" for name, each in plain(trial.choice).items())
     outcome = trial.error or f"{trial.metric} {format_cell(trial.value)}"
-    return f"trial {trial.number} of {count}: {choice}: {outcome}, {trial.state}"
+    return f"{choice}: {outcome}, {trial.state}"

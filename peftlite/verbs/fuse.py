@@ -24,13 +24,13 @@ from peftlite.core.maps import Linear, kind_of
 from peftlite.core.turns import in_turn
 from peftlite.errors import PeftliteError
 from peftlite.methods.low_rank import LowRankPatch
-from peftlite.table import table
+from peftlite.table import Shown, table
 
 Names = Collection[str]
 
 
-@dataclass
-class Fused:
+@dataclass(repr=False)
+class Fused(Shown):
     """What `fuse` found; printing it shows a table.
 
     Attributes:
@@ -41,13 +41,16 @@ class Fused:
     groups: list[tuple[str, ...]]
     unread: list[str]
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
+        return f"{len(self.groups)} groups of maps, {len(self.unread)} modules unread"
+
+    def _lines(self) -> Iterator[str]:
         rows = [
             [group[0].rpartition(".")[0], " ".join(address.rpartition(".")[2] for address in group)]
             for group in self.groups
         ]
         rows += [[path, "? (its forward has no source: name them)"] for path in self.unread]
-        return table(["module", "maps that may share an input"], rows)
+        yield table(["module", "maps that may share an input"], rows)
 
 
 @in_turn

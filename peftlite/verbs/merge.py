@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,13 +20,13 @@ from peftlite.core.turns import in_turn
 from peftlite.core.values import applied, by_tensor, checked, refuse_calls
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
-from peftlite.table import listed, size, table
+from peftlite.table import Shown, listed, size, table
 
 Backup = Literal["device", "host", "residual", "none"]
 
 
-@dataclass(frozen=True)
-class Receipt:
+@dataclass(frozen=True, repr=False)
+class Receipt(Shown):
     """What a merge did to every tensor that it changed, by address.
 
     Attributes:
@@ -42,7 +43,11 @@ class Receipt:
     rounding: dict[str, float]
     bytes_kept: dict[str, int]
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
+        kept = f"keeping {size(sum(self.bytes_kept.values()))} for the way back"
+        return f"merged {self.name!r}, {kept if self.bytes_kept else 'for good'}"
+
+    def _lines(self) -> Iterator[str]:
         columns = {
             "tensor": list(self.max_change),
             "max |change|": [f"{change:.3g}" for change in self.max_change.values()],
@@ -50,9 +55,8 @@ class Receipt:
             "kept": [size(count) for count in self.bytes_kept.values()],
         }
         shown = {what: cells for what, cells in columns.items() if cells}
-        kept = f"keeping {size(sum(self.bytes_kept.values()))} for the way back"
-        head = f"merged {self.name!r}, {kept if self.bytes_kept else 'for good'}"
-        return f"{head}\n{table([*shown], [*zip(*shown.values(), strict=True)])}"
+        yield self._summary()
+        yield table([*shown], [*zip(*shown.values(), strict=True)])
 
 
 @in_turn

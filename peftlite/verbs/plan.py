@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +12,11 @@ from peftlite.core.assign import Placed, assign, methods_in
 from peftlite.core.attach import base_parameters, deltas
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
-from peftlite.table import listed
+from peftlite.table import Shown, listed
 
 
-@dataclass
-class Plan:
+@dataclass(repr=False)
+class Plan(Shown):
     """What `attach` would do; printing it shows a table.
 
     Attributes:
@@ -55,15 +55,18 @@ class Plan:
     def __len__(self) -> int:
         return len(self.delta.placed)
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
+        return self.delta.total()
+
+    def _lines(self) -> Iterator[str]:
         share = self.num_parameters / max(self.base_parameters, 1)
-        text = f"{self.delta.describe()} ({share:.3%} of the base's {self.base_parameters:,})"
+        yield self.delta.table()
+        yield f"{self.delta.total()} ({share:.3%} of the base's {self.base_parameters:,})"
         if larger := self.larger:
-            text += (
-                f"\nlarger than the tensors that they change are {len(larger)} of {len(self)} "
+            yield (
+                f"larger than the tensors that they change are {len(larger)} of {len(self)} "
                 f"patches: {listed(larger)}; a lower rank would do, or pl.FullTuning"
             )
-        return text
 
 
 def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:

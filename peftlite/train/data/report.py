@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from peftlite.errors import PeftliteError
-from peftlite.table import table
+from peftlite.table import Shown, table
 from peftlite.train.data.checks import check_counts
 from peftlite.train.data.jsonl import Finding, Path, Problem
 from peftlite.train.data.readers import READERS, UNUSED_TOOLS, Reader, lines_of, reader_for
@@ -60,8 +60,8 @@ class FileReport:
     problems: list[Problem] = field(default_factory=list)
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(Shown):
     """The counts and problems of one or two files, and an estimate; it prints as a table."""
 
     train: FileReport
@@ -84,12 +84,19 @@ class Report:
         """All of it, for JSON."""
         return {"ok": self.ok, **asdict(self)}
 
-    def __str__(self) -> str:
-        return "\n\n".join([self._counts(), *map(_listed, self.files)])
+    def _summary(self) -> str:
+        return ", ".join(f"{file.path}: {len(file.problems)} problems" for file in self.files)
 
-    def _counts(self) -> str:
+    def _lines(self) -> Iterator[str]:
+        yield from self._counts()
+        for file in self.files:
+            yield ""
+            yield _listed(file)
+
+    def _counts(self) -> Iterator[str]:
         if not self.train.examples:
-            return f"{self.train.path}: no examples, so there is nothing to train on"
+            yield f"{self.train.path}: no examples, so there is nothing to train on"
+            return
         counts = {
             "lines": "lines",
             "examples": "examples",
@@ -103,10 +110,9 @@ class Report:
             [text, *(f"{getattr(f, name):,}" for f in self.files)] for text, name in counts.items()
         ]
         e = self.estimate
-        return (
-            table(["", *(file.path for file in self.files)], rows)
-            + f"\n\ntraining: about {e.steps:,} steps, {e.epochs} epochs of {e.batch_size} a step"
-        )
+        yield table(["", *(file.path for file in self.files)], rows)
+        yield ""
+        yield f"training: about {e.steps:,} steps, {e.epochs} epochs of {e.batch_size} a step"
 
 
 def _listed(file: FileReport) -> str:

@@ -78,10 +78,11 @@ def check_fields(method: Any) -> None:
             check(method, each.name)
 
 
-def as_typed(value: Any) -> str:
+def as_typed(value: Any, but: Collection[str] = ()) -> str:
     """A dataclass as one would type it: its class, and the fields that aren't as by default."""
-    given = {each.name: getattr(value, each.name) for each in fields(value)}
-    typed = [f"{e.name}={given[e.name]!r}" for e in fields(value) if given[e.name] != e.default]
+    given = {e.name: getattr(value, e.name) for e in fields(value) if e.name not in but}
+    others = {e.name: e.default for e in fields(value)}
+    typed = [f"{name}={own!r}" for name, own in given.items() if own != others[name]]
     return f"{type(value).__name__}({', '.join(typed)})"
 
 

@@ -20,6 +20,7 @@ from peftlite.core.patch import Method, Patch
 from peftlite.core.residual import Residual
 from peftlite.core.site import Site
 from peftlite.core.tensors import shard_like
+from peftlite.core.tree import Tree, tree
 from peftlite.core.turns import lock_of
 from peftlite.errors import PeftliteError
 from peftlite.spelling import hint
@@ -219,6 +220,29 @@ class Delta(Shown, Weighted):
         yield f"delta {self.name!r}"
         yield self.table()
         yield self.total()
+
+    def tree(self) -> Tree:
+        """The model with the delta's patches where they sit, to print or to see in a notebook.
+
+        Blocks that are alike are folded, `layers.0-11`; parameters of the base and of the delta are
+        counted, and it says whether the delta is chosen, and what trains. Raises PeftliteError if
+        it is attached to no model.
+
+        Example:
+            model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+            print(pl.attach(model, pl.LoRA(rank=2, targets="weight"), name="sql").tree())
+        """
+        home = self.home
+        if home is None or home.root is None:
+            raise PeftliteError(
+                f"{self.name!r} is attached to no model, or that is gone: print(delta) lists its "
+                "sites; pl.load it into a model, and keep the model, to see where it sits"
+            )
+        chosen = self.name in home.choice.standing
+        how = "merged" if self.merged else "chosen" if chosen else "not chosen"
+        trains = any(p.requires_grad for p in self.parameters())
+        state = f"{how}, {'trains' if trains else 'frozen'}, {self.num_parameters:,} parameters"
+        return tree(f"delta {self.name!r}: {state}", home.root, self.placed.values())
 
     def table(self) -> Table:
         """A table of its sites; those that differ only in a block's number share a line."""

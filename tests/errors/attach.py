@@ -51,6 +51,13 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
+TREE = [
+    Case(lambda *_: pl.plan(bare(), SMALL).delta.tree(),
+         "'plan' is attached to no model, or that is gone: print(delta) lists its sites; pl.load "
+         "it into a model, and keep the model, to see where it sits"),
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class HalfMethod(pl.Method):
     """A stranger's method, half written."""
@@ -134,4 +141,4 @@ SETTINGS = [
          "Mine's patch needs a `call` to sit at norm()"),
 ]  # fmt: skip
 
-CASES = ARGUMENTS + SETTINGS
+CASES = ARGUMENTS + TREE + SETTINGS

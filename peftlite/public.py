@@ -2,6 +2,7 @@
 
 import peftlite.kernels as kernels
 import peftlite.methods as methods
+import peftlite.plot as plot
 from peftlite.core.attach import attach, deltas, detach
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method, Patch
@@ -28,7 +29,7 @@ __all__ = [
     "BaseMismatchError", "Delta", "FileError", "Fused", "Info", "Method", "Patch",
     "PeftliteError", "Plan", "Receipt", "Site", "TargetError", "attach", "check_vllm",
     "combine", "deltas", "detach", "export", "extract", "fish_scores", "fuse", "initialize",
-    "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan", "rescale",
+    "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan", "plot", "rescale",
     "resize_rank", "save", "unfuse", "unmerge", "use", "using", "view",
 ]  # fmt: skip
 __all__ += catalog.__all__

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from typing import Any
 
 # and what it is of: 1.5 KiB, 8×4, 50 %; but 0.weight is a name
@@ -41,7 +40,7 @@ def _html(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequenc
     def line(kind: str, cells: Sequence[str]) -> str:
         sides = ("right" if right else "left" for right in numeric)
         return "".join(
-            f'<{kind} style="text-align:{side};white-space:pre-wrap">{escape(cell)}</{kind}>'
+            f'<{kind} style="text-align:{side};white-space:pre-wrap">{_escaped(cell)}</{kind}>'
             for cell, side in zip(cells, sides, strict=True)
         )
 
@@ -50,6 +49,12 @@ def _html(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequenc
         f'<table style="font-family:monospace"><thead><tr>{line("th", header)}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
     )
+
+
+def _escaped(text: str) -> str:
+    from html import escape  # here: `import peftlite` has no use for it
+
+    return escape(text)
 
 
 class Shown:
@@ -74,7 +79,7 @@ class Shown:
         return "".join(
             part.html
             if isinstance(part, Table)
-            else f'<div style="font-family:monospace;white-space:pre-wrap">{escape(part)}</div>'
+            else f'<div style="font-family:monospace;white-space:pre-wrap">{_escaped(part)}</div>'
             for part in self._lines()
         )
 

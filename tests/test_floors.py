@@ -20,6 +20,7 @@ FLOORS = (
     "core",
     "methods",
     "verbs io bank",
+    "plot",
     "train",
     "public",
     "peftlite",

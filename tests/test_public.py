@@ -21,7 +21,7 @@ from torch import nn
 
 import peftlite as pl
 
-MODULES = ("kernels", "methods", "train", "data", "losses")
+MODULES = ("kernels", "methods", "plot", "train", "data", "losses")
 
 # a shape, as `(b, t, i)`, `(*stack, r, i)` or `(o)`; or words that say which it is
 SIDE = r"(?:…|\.\.\.|\*\w+|1|[a-z])"

@@ -12,6 +12,7 @@ from torch import nn
 
 import peftlite as pl
 from peftlite.bank.counts import Counts
+from peftlite.core.tree import Tree
 from peftlite.table import Shown, Table, table
 
 EVIL = "<b onclick='x'>&amp;</b>"
@@ -61,6 +62,8 @@ def trainer() -> pl.Trainer:
     return pl.Trainer(attached, pl.losses.classification, data[4:], data[:4], **options)
 
 
+MODEL = model()
+KEPT = pl.attach(MODEL, pl.LoRA(rank=2, targets="weight"), "sql")
 TRIAL = pl.Trial(1, {"lr": 0.1, EVIL: EVIL}, "loss", [0.5], "failed", EVIL)
 
 
@@ -83,6 +86,7 @@ SHOWN: dict[type, Callable[[], Any]] = {
     pl.Trials: lambda: pl.Trials([TRIAL]),
     pl.Forgetting: lambda: pl.forgetting({EVIL: 0.9}, {EVIL: 0.6}),
     pl.data.Report: report,
+    Tree: lambda: KEPT.tree(),
     Table: lambda: pl.kernels.report(delta().placed["b.weight"].site.module),
 }
 

@@ -301,7 +301,7 @@ class DeltaBank(Shown):
         While it trains it keeps its slot; `evict` ends that. Raises as `train`.
         """
         self._settled()
-        (entry,) = self._slots.hold([name])
+        entry = self._slots.bring(name)
         try:
             return iter(self._room.leaves(entry).named.items())
         finally:
@@ -334,7 +334,7 @@ class DeltaBank(Shown):
 
     def prefetch(self, name: str) -> None:
         """Brings a delta into a slot, on CUDA while other work goes on. Raises PeftliteError."""
-        self._slots.release(self._slots.hold([name]))
+        self._slots.release([self._slots.bring(name)])
 
     def evict(self, name: str) -> None:
         """Frees the slot of a delta, which stays in the bank. Raises PeftliteError if it's in use.
@@ -345,7 +345,7 @@ class DeltaBank(Shown):
 
     def pin(self, name: str) -> None:
         """Brings a delta into a slot, where it stays until `unpin`. Raises PeftliteError."""
-        (entry,) = self._slots.hold([name])
+        entry = self._slots.bring(name)
         entry.pinned = True
         self._slots.release([entry])
 

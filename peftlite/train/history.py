@@ -57,28 +57,29 @@ class History(Shown):
             writer.writeheader()
             writer.writerows(self.events)
 
+    @property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Each loss, accuracy and probe that was measured, by name, as points (step, value)."""
+        names = [
+            name for name in _columns(self.events)
+            if name.endswith(("_loss", "_accuracy"))
+            or not (name in FIELDS or name.endswith(" forgotten"))
+        ]  # fmt: skip
+        points = {
+            name: [(e["step"], e[name]) for e in self.events if e.get(name) is not None]
+            for name in names
+        }
+        return {name: each for name, each in points.items() if each}
+
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """The losses over the steps and, beside them, accuracies and probes; a matplotlib figure.
+        """The figure of `pl.plot.history`.
 
         Args:
             path: to write it to, in the format of its ending.
         """
-        from matplotlib.figure import Figure
+        from peftlite.plot import history
 
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for name in _columns(self.events):
-            axes = left if name.endswith("_loss") else right
-            if name in FIELDS and not name.endswith(("_loss", "_accuracy")):
-                continue
-            points = [(e["step"], e[name]) for e in self.events if e.get(name) is not None]
-            if points:
-                every_step = len(points) > 2 + len(self.epochs)
-                axes.plot(*zip(*points, strict=True), "-" if every_step else "o-", label=name)
-        for axes, title in ((left, "loss"), (right, "accuracy and probes")):
-            axes.set(xlabel="step", title=title)
-            if axes.lines:
-                axes.legend()
+        figure = history(self).figure
         if path is not None:
             figure.savefig(path)
         return figure

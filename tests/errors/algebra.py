@@ -94,7 +94,7 @@ CASES = [
          model=attached(bare(), pl.BitFit(targets="norm.bias"))),
     Case(combining({"sql": 1}), "'sql' changes calls, which no weight can hold: blocks.0.attn()",
          model=with_calls),
-    Case(combining({"sql": 1}), "0.weight is on the meta device and has no values to combine",
+    Case(combining({"sql": 1}), "0.weight is on the meta device and has no values",
          model=attached(linears(device="meta"), pl.LoRA(rank=2))),
     Case(combining({"sql": 1}), RESIZED, model=resized),
     Case(combining({"sql": 1}), f"'combined' would be infinite or NaN at {Q}; nothing was done",

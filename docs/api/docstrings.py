@@ -14,7 +14,7 @@ FIELDS = {"integer", "positive", "number", "one_of"}
 class Peftlite(griffe.Extension):
     """Fences the examples, which docstrings have indented; follows `__all__ += catalog.__all__`.
 
-    The default of a method's setting is the value that it is: `8`, not `integer(8)`.
+    The default of a setting is the value that it is: `8`, not `integer(8)`.
     """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
@@ -24,7 +24,7 @@ class Peftlite(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         for name in pkg["methods.catalog"].exports:
             pkg.set_member(name, griffe.Alias(name, f"peftlite.methods.catalog.{name}"))
-        for setting in _attributes(pkg["methods"]):
+        for setting in (*_attributes(pkg["methods"]), *_attributes(pkg["train"])):
             match setting.value:
                 case griffe.ExprCall(function=made, arguments=[default, *_]) if str(made) in FIELDS:
                     setting.value = default

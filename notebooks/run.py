@@ -1,7 +1,7 @@
 """Runs the notebooks from clean: `python notebooks/run.py`; `--write` stores what comes of it.
 
-Each runs in a kernel of its own, on one core, in an empty folder, two at a time. What fails it is
-an error, a word on stderr, or LIMIT. Stored are outputs, and nothing that differs between runs.
+Each runs in a kernel of its own, on one core, in an empty folder, two at a time. An error fails it,
+and so does LIMIT. Stored are outputs, and nothing that tells where and when they were made.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401  # finds its fonts once, before kernels would both do so
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
@@ -22,6 +23,15 @@ LIMIT = 120  # seconds of a processor, so that it doesn't matter what else the m
 CLEAN = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
+}
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # by a bar that isn't shown
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 
 
@@ -36,7 +46,8 @@ def main() -> None:
             print(f"{path.name}: {seconds:.0f} s", flush=True)
             if args.write:
                 nbformat.write(notebook, path)
-            check(path.name, notebook, seconds)
+            if seconds > LIMIT:
+                raise SystemExit(f"{path.name} took more than {LIMIT} s of a processor")
 
 
 def _asked(name: str, names: list[str]) -> bool:
@@ -50,10 +61,7 @@ def run(path: Path) -> tuple[nbformat.NotebookNode, float]:
         cell.update(id=f"cell-{i}", metadata={})
         if cell.cell_type == "code":
             cell.update(outputs=[], execution_count=None)
-    settings = {"PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    settings |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    settings |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    settings |= {"PYTHONWARNINGS": "ignore:IProgress not found"}  # a bar that isn't shown
+    path_too = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
@@ -64,7 +72,7 @@ def run(path: Path) -> tuple[nbformat.NotebookNode, float]:
             extra_arguments=["--Application.log_level=40"],
         )
         before = _seconds()
-        client.execute(env=os.environ | settings)
+        client.execute(env=os.environ | SETTINGS | {"PYTHONPATH": path_too})
     notebook.metadata = nbformat.from_dict(CLEAN)
     for data in (output.get("data", {}) for output in _outputs(notebook)):
         if "image/png" in data:
@@ -87,14 +95,6 @@ def _small(png: str) -> str:
 def _seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def check(name: str, notebook: nbformat.NotebookNode, seconds: float) -> None:
-    said = "".join(out.text for out in _outputs(notebook) if out.get("name") == "stderr")
-    if said:
-        raise SystemExit(f"{name} wrote to stderr:\n{said}")
-    if seconds > LIMIT:
-        raise SystemExit(f"{name} took {seconds:.0f} s of a processor, above {LIMIT}")
 
 
 if __name__ == "__main__":

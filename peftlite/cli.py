@@ -30,6 +30,7 @@ class Command:
     help: str
     arguments: Mapping[str, Mapping[str, Any]]
     run: Callable[[argparse.Namespace], Outcome | int]
+    json: bool = True  # whether it prints JSON where it is told to
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -84,6 +85,24 @@ _SVD = {
 
 _DTYPE = _one_of(("auto", "fp32", "bf16", "fp16"), "of the base; auto as its files have it", "auto")
 _DEVICE = _given(None, "such as cuda:1 (default: an accelerator if there is one, else cpu)")
+_CHECK_BASE = {
+    "--check-base": _one_of(
+        ("error", "warn", "off"),
+        "what to do if the base is not the one the delta was made for",
+        "error",
+    )
+}
+_LOADING = {**_CHECK_BASE, "--dtype": _DTYPE, "--device": _DEVICE}
+_MODEL = _given("MODEL", "a local folder of transformers")
+_PROMPTS = "a prompt a line; in a .jsonl or .json file chats, or pairs of prompt and response"
+_WRITING = {
+    "--system": _given("TEXT", "a message that opens each chat, for a template that takes one"),
+    "--max-new-tokens": _whole("N", "to write, at most", default=128),
+    "--temperature": _number("T", "above 0, draw the next token (default: take the likeliest)"),
+    "--top-p": _number("SHARE", "draw among the likeliest that have this share together"),
+    "--seed": _whole(None, "of all chance", default=0),
+    **_LOADING,
+}
 
 COMMANDS = {
     "inspect": Command(
@@ -130,11 +149,7 @@ COMMANDS = {
             "base": _given("BASE", f"the checkpoint: {_BASE}"),
             "delta": _given("DELTA", "the delta's file"),
             **_OUT,
-            "--check-base": _one_of(
-                ("error", "warn", "off"),
-                "what to do if the base is not the one the delta was made for",
-                "error",
-            ),
+            **_CHECK_BASE,
         },
         commands.run_merge,
     ),
@@ -185,16 +200,46 @@ COMMANDS = {
     "compare": Command(
         "what a model writes by itself and with each delta, side by side, the likeliest token next",
         {
-            "model": _given("MODEL", "a local folder of transformers"),
-            "deltas": _several("DELTA", "the deltas' files"),
-            "--prompts": _given(
-                "FILE",
-                "a prompt a line; in a .jsonl or .json file chats, or pairs of prompt and response",
-                required=True,
-            ),
+            "model": _MODEL,
+            "deltas": _several("DELTA", "the deltas' files, each PATH or NAME=PATH"),
+            "--prompts": _given("FILE", _PROMPTS, required=True),
             "--max-new-tokens": _whole("N", "to write, at most", default=64),
+            **_LOADING,
         },
         commands.run_compare,
+    ),
+    "generate": Command(
+        "what a model writes after prompts, by itself or with deltas",
+        {
+            "model": _MODEL,
+            "deltas": _given(
+                "DELTA", "deltas' files, each PATH or NAME=PATH; each delta answers", nargs="*"
+            ),
+            "--delta": _several("DELTA", "more of them", action="extend"),
+            "--prompt": _several("TEXT", "what to answer; - is all of stdin", action="extend"),
+            "--prompt-file": _given("FILE", f"{_PROMPTS}; - is stdin"),
+            "--use": _several(
+                "NAME",
+                "which delta answers, or base, or several at once as NAME+NAME; of several, each "
+                "answers one prompt",
+            ),
+            "--without": _flag("show what the model answers by itself, too"),
+            "--raw": _flag("go on from the text, though the tokenizer has a chat template"),
+            **_WRITING,
+        },
+        commands.run_generate,
+    ),
+    "chat": Command(
+        "a conversation with a model and deltas, which /use, /off and /load change",
+        {
+            "model": _MODEL,
+            "deltas": _given(
+                "DELTA", "deltas' files, each PATH or NAME=PATH; all answer together", nargs="*"
+            ),
+            **_WRITING,
+        },
+        commands.run_chat,
+        json=False,
     ),
     "train": Command(
         "trains a delta of a local model on chats, pairs or text; goes on after a break",
@@ -292,10 +337,13 @@ COMMANDS = {
             ),
         },
         _demo,
+        json=False,
     ),
 }
 
 _VALUE = r"""(\[[^\]]*\]|'[^']*'|"[^"]*"|[^\s,;:)]*)"""
+ALSO = {"val": "--validation", "model": "--base"}
+"""Options that have another name in Python."""
 _CODES = (
     "exit codes: 0 all well; 1 a finding, such as damage or a difference; 2 an error; "
     "130 interrupted by Ctrl-C; 141 the output's reader went away"
@@ -313,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return CUT_OFF
     except KeyboardInterrupt:
-        print("peftlite: interrupted", file=sys.stderr)
+        line = "\n" * sys.stderr.isatty()  # that ^C is on, or a bar
+        print(f"{line}peftlite: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -354,12 +403,12 @@ def _drop_output() -> None:
 
 def _as_typed(message: str, command: Command) -> str:
     """A message in the words of the command line: `max_length=8` as `--max-length 8`."""
-    for argument in command.arguments:
-        option = argument.split()[-1]
-        name = option.removeprefix("--").replace("-", "_")
-        if option.startswith("--"):
+    options = [argument.split()[-1] for argument in command.arguments]
+    options = {option[2:].replace("-", "_"): option for option in options if option[:2] == "--"}
+    for name, option in {**ALSO, **options}.items():
+        if option in options.values():
             message = re.sub(
-                rf"(?<![\w.'-]){name}(?:={_VALUE}|(?= must be ))",
+                rf"(?<![\w.'-]){name}(?:={_VALUE}|(?= must be | goes by ))",
                 lambda given, option=option: f"{option} {_bare(given[1])}".rstrip(),
                 message,
             )
@@ -383,7 +432,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         for argument, how in command.arguments.items():
             subparser.add_argument(*argument.split(), **how)
-        if command.run is not _demo:
+        if command.json:
             subparser.add_argument("--json", action="store_true", help="print JSON")
         subparser.set_defaults(run=command.run, command=name)
     return parser

@@ -14,10 +14,22 @@ from peftlite.commands.outcome import Outcome as Outcome
 # -- those that import the trainer, which no other waits for
 
 
+def run_chat(args: Namespace) -> int:
+    from peftlite.commands import chat
+
+    return chat.run_chat(args)
+
+
 def run_compare(args: Namespace) -> Outcome:
     from peftlite.commands import compare
 
     return compare.run_compare(args)
+
+
+def run_generate(args: Namespace) -> Outcome | int:
+    from peftlite.commands import generate
+
+    return generate.run_generate(args)
 
 
 def run_train(args: Namespace) -> Outcome | int:

@@ -7,9 +7,11 @@ import torch
 
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import reason
+from peftlite.table import listed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # what one is saved in
+LONGEST = 200  # letters of what transformers says of a folder
 
 
 def model(folder: str, dtype: str = "auto") -> Any:
@@ -19,12 +21,17 @@ def model(folder: str, dtype: str = "auto") -> Any:
         dtype: "auto", as its files have it, for deltas know a base by its very numbers; or one of
             DTYPES.
     """
-    return _model("AutoModelForCausalLM", folder, dtype)
+    model, found = _model("AutoModelForCausalLM", folder, dtype)
+    if lacking := sorted(found["missing_keys"]):  # which transformers makes up
+        raise FileError(
+            f"{folder!r} is no causal language model, or not all of one: it lacks {listed(lacking)}"
+        )
+    return model
 
 
 def encoder(folder: str, dtype: str = "auto") -> Any:
     """The model in a folder without a head, in evaluation mode. Raises FileError."""
-    return _model("AutoModel", folder, dtype)
+    return _model("AutoModel", folder, dtype)[0]
 
 
 def device(name: str | torch.device) -> torch.device:
@@ -33,10 +40,6 @@ def device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise PeftliteError(f"there is no device {str(name)!r} here: {reason(error)}") from error
-
-
-def _model(auto: str, folder: str, dtype: str) -> Any:
-    return _from(auto, folder, use_safetensors=True, dtype=DTYPES.get(dtype, dtype)).eval()
 
 
 def config(folder: str) -> Any:
@@ -49,6 +52,13 @@ def tokenizer(folder: str) -> Any:
     return _from("AutoTokenizer", folder)
 
 
+def _model(auto: str, folder: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """A model in evaluation mode, and what transformers tells of how it was read."""
+    options = {"use_safetensors": True, "output_loading_info": True}
+    model, found = _from(auto, folder, dtype=DTYPES.get(dtype, dtype), **options)
+    return model.eval(), found
+
+
 def _from(auto: str, folder: str, **options: Any) -> Any:
     try:
         import transformers
@@ -56,14 +66,19 @@ def _from(auto: str, folder: str, **options: Any) -> Any:
         raise PeftliteError("this needs transformers: pip install transformers") from error
     if not Path(folder).is_dir():
         raise FileError(f"there is no folder {folder!r} of a model, as save_pretrained leaves one")
+    if auto == "AutoTokenizer" and not any(map(list, map(Path(folder).glob, TOKENIZERS))):
+        raise FileError(
+            f"{folder!r} has no tokenizer: tokenizer.save_pretrained({folder!r}) puts one there"
+        )
+    said = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     try:
         return getattr(transformers, auto).from_pretrained(
             str(Path(folder)), local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # whatever transformers raises of files that it doesn't know
-        if auto == "AutoTokenizer" and not any(map(list, map(Path(folder).glob, TOKENIZERS))):
-            raise FileError(
-                f"{folder!r} has no tokenizer: tokenizer.save_pretrained({folder!r}) puts one there"
-            ) from error
         first = str(error).strip().partition("\n")[0]
+        first = first if len(first) <= LONGEST else f"{first[:LONGEST]} …"
         raise FileError(f"{folder!r} can't be read by transformers: {first}") from error
+    finally:
+        transformers.logging.set_verbosity(said)

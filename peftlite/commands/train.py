@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -45,7 +46,7 @@ SETTINGS = (
 def run_train(args: argparse.Namespace) -> Outcome | int:
     if lacking := [f"--{name}" for name in NEEDED if getattr(args, name) is None]:
         raise PeftliteError(
-            f"train needs {' and '.join(lacking)}: give what it lacks, or a --config that has it"
+            f"train needs {', '.join(lacking)}: give what it lacks, or a --config that has it"
         )
     method, out = _method(args), Path(args.out)
     if not args.resume and Checkpoints(out, keep=1).finished():
@@ -131,7 +132,7 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
         model = model.to(device)
     what = plan(model, method)
     with fork_rng(device, args.seed):
-        attach(model, method, args.name or out.resolve().name)
+        attach(model, method, args.name or re.sub(r"[^A-Za-z0-9_-]", "-", out.resolve().name))
     given = {name: getattr(args, name) for name in SETTINGS}
     pad = partial(data.collate, pad=data.as_tokenizer(tokenizer).pad)
     trainer = Trainer(
@@ -154,10 +155,18 @@ def _parts(
     args: argparse.Namespace, read: Callable[[str], data.Data]
 ) -> tuple[data.Data, data.Data | None]:
     """What to train on, and what to validate on: none, a file, or a share of the former."""
-    train, share = read(args.data), as_share(args.validation)
+    share = as_share(args.validation)
+    if share is not None and not 0 < share < 1:
+        raise PeftliteError(
+            f"--validation is a file, or a share of the data above 0 and below 1: not {share:g}"
+        )
+    paths = [args.data, *([args.validation] if args.validation and share is None else [])]
+    found = {path: read(path) for path in paths}
+    if empty := [path for path in paths if not len(found[path])]:
+        raise FileError(f"{empty[0]!r} has no examples")
     if share is None:
-        return train, None if args.validation is None else read(args.validation)
-    rest, val = train.split(share, seed=args.seed)
+        return found[args.data], found.get(args.validation)
+    rest, val = found[args.data].split(share, seed=args.seed)
     return rest, val
 
 
@@ -166,7 +175,7 @@ def _examples(path: str, tokenizer: Any, length: int | None, most: int | None) -
     reader = reader_for(path)
     if reader == "text":
         piece = min(PIECE, most or PIECE) if length is None else length
-        source = path if has_rows(path) else [plain_text(path)]
+        source = path if has_rows(path) else [*filter(str.strip, [plain_text(path)])]
         return data.text(source, tokenizer, length=piece)
     return getattr(data, reader)(path, tokenizer, max_length=most if length is None else length)
 

@@ -160,7 +160,7 @@ class Trainer(Shown, Spelled):
                 raise PeftliteError(f"{name} must be a function, not {short(function)}")
         check_loss(self.loss)
         if self.patience and self.val is None and self.metric.startswith("full_valid"):
-            raise PeftliteError(f"patience goes by {self.metric}: give val, or another metric")
+            raise PeftliteError(f"patience goes by {self.metric}: give val=, or another metric=")
         usual = data.estimate(len(self.train))
         self._epochs = usual.epochs if self.epochs == "auto" else self.epochs
         self._batch_size = usual.batch_size if self.batch_size == "auto" else self.batch_size

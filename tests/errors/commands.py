@@ -1,15 +1,20 @@
 """The errors of the command line: of configs, and of what a model is asked to write."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import peftlite as pl
 from peftlite import cli
+from peftlite.commands.chat import Chat
 from tests.errors.case import Case
+from tests.errors.train_more import folder
+from tests.train.chats import hf_tokenizer, llama
 
 
 def typing(*argv: str) -> Any:
@@ -27,6 +32,31 @@ def config(text: str, says: str) -> Case:
     """`peftlite train --config`, with a file of this text."""
     typed = typing("train", "--config", "PATH")
     return Case(typed, says, pl.FileError, nn.ReLU, lambda path: path.write_text(text))
+
+
+def asking(*argv: str) -> Any:
+    """`peftlite generate`, with the small model beside the path."""
+
+    def act(_: Any, path: Path) -> Any:
+        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8")):
+            return typing("generate", str(path.parent / "files"), *argv)(_, path)
+
+    return act
+
+
+def answering(*argv: str, says: str, kind: Any = pl.PeftliteError, file: Any = None) -> Case:
+    return Case(asking(*argv), says, kind, nn.ReLU, file or folder())
+
+
+def untold(path: Path) -> None:
+    """A model whose tokenizer has no chat template."""
+    llama().save_pretrained(path)
+    hf_tokenizer().save_pretrained(path)
+
+
+def headless(path: Path) -> None:
+    BertModel(BertConfig(30, 8, 1, 1, 8)).save_pretrained(path)
+    hf_tokenizer().save_pretrained(path)
 
 
 CASES = [
@@ -53,5 +83,24 @@ CASES = [
     config("resume: 1", "'…', line 1: resume takes true or false, not 1"),
     config("rank: 8\ndata: 'x", "'…', line …: no YAML: found unexpected end of stream"),
     config("rank 8", "'…' isn't of options, such as `rank: 8`, a line each"),
+    Case(typing("chat", "PATH"), "'…' has no chat template, by which a chat is written: peftlite "
+         "generate goes on from a text; or set tokenizer.chat_template, for one to pl.data.CHATML, "
+         "and tokenizer.save_pretrained('…')", model=nn.ReLU, file=untold),
+    Case(typing("generate", "PATH", "--prompt", "a"), "'…' is no causal language model, or not all "
+         "of one: it lacks cls.predictions.bias; …", pl.FileError, nn.ReLU, headless),
+    answering(says="there is nothing to answer: give a --prompt, or a --prompt-file"),
+    answering("--prompt", "-", says="stdin can't be read as text: …", kind=pl.FileError),
+    answering("--prompt", "a", "--system", "b", "--raw", says="--system opens a chat, and --raw is "
+              "given: write it into the prompt"),
+    answering("--prompt", "a", "b", "c", "--use", "base", "base", says="--use has 2 names for 3 "
+              "prompts: give one for all, or one for each"),
+    answering("--prompt", "a", "--use", "sql+b", says="no delta is called 'sql'; there are base"),
+    answering("--prompt", "", "--raw", says="the prompt has 0 tokens, and this model takes 1 to "
+              "4095"),
+    answering("base=x", "--prompt", "a", says="'base' is taken: give another, NAME=x"),
+    Case(lambda *_: Chat(None, "base", []).take("/load "),  # type: ignore
+         "/load takes the path of a delta's file", model=nn.ReLU),
+    Case(lambda *_: Chat(None, "base", []).take("/exit"),  # type: ignore
+         "there is no /exit: there are /use, /off, /load, /reset, /help, /quit", model=nn.ReLU),
     config("[1, 2]", "'…' isn't of options, such as `rank: 8`, a line each"),
 ]  # fmt: skip

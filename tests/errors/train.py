@@ -148,7 +148,7 @@ CASES = [
          "one of tensors"),
     Case(fitting(train=DataLoader(TEXTS)), f"train {NO_DATASET}a DataLoader: give its dataset, and "
          "its collate_fn as collate="),
-    Case(fitting(patience=1), "patience goes by full_valid_loss: give val, or another metric"),
+    Case(fitting(patience=1), "patience goes by full_valid_loss: give val=, or another metric="),
     Case(fitting(metric="skill"), "no metric is called 'skill'; there are step; total_steps; …"),
     Case(fitting(), "to train one, it has to be chosen and trainable; chosen are 'chat' of 'sql'; "
          "'chat': pl.use(model, name), and pl.deltas(model)[name].requires_grad_()", model=frozen),

@@ -13,7 +13,7 @@ from torch import Generator
 import peftlite as pl
 import peftlite.train.data as data
 from peftlite.commands import local
-from peftlite.commands.compare import _questions
+from peftlite.commands.questions import questions
 from peftlite.train.data import augment
 from peftlite.train.data.packing import fill
 from tests.errors.case import Case, linears
@@ -104,7 +104,7 @@ CASES = [
          lambda path: llama().save_pretrained(path)),
     on(mock.patch.dict(sys.modules, transformers=None)(lambda: local.tokenizer("base")),
        "this needs transformers: pip install transformers"),
-    Case(lambda _, path: list(_questions(str(path))), "'…' can't be read as text: …", pl.FileError,
+    Case(lambda _, path: list(questions(str(path))), "'…' can't be read as text: …", pl.FileError,
          linears, lambda path: path.write_bytes(b"\xff")),
     # weights and augmentations
     on(lambda: data.collate([{"x": torch.ones(1)}, {"x": torch.ones(2)}]), "what has no input_ids "

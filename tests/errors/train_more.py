@@ -134,6 +134,9 @@ CASES = [
     Case(training("--method", "ia3", "--rank", "4"), "IA3 has no rank: it has targets; …"),
     Case(training("--method", "adalora"), "AdaLoRA needs total_steps: give --set total_steps=…"),
     Case(training("--set", "dropout"), "'dropout' is no KEY=VALUE"),
+    Case(training("--validation", "2"), "--validation is a file, or a share of the data above 0 "
+         "and below 1: not 2", file=folder()),
+    Case(training(), "'…' has no examples", pl.FileError, file=folder("")),
     Case(training("--device", "gpu"), "there is no device 'gpu' here: …"),
     Case(training(), "'…' has problems: line 1: …'messages'…", pl.FileError, file=folder()),
     Case(training(name="data.txt"), "'…data.txt' can't be read as text: …", pl.FileError,

@@ -120,6 +120,7 @@ WRONG = {
     "--lr -1": "--lr must be finite and above 0, or 'auto', not -1.0",
     "--rank 0": "--rank must be a whole number from 1 up, not 0",
     "--batch-size 0": "--batch-size must be a whole number from 1 up, or 'auto', not 0",
+    "--patience 1": "--patience goes by full_valid_loss: give --validation, or another --metric",
     "--set dropout=2": "dropout must be in [0, 1), not 2",
 }
 

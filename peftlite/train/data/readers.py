@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from peftlite.errors import FileError
+from peftlite.io.files import reason
 from peftlite.train.data.checks import CHAT, PAIR, TEXT
 from peftlite.train.data.jsonl import Kind, Line, Path, scan
 from peftlite.train.data.rows import Row, reader_of
@@ -108,4 +109,4 @@ def plain_text(path: Path) -> str:
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except (OSError, ValueError) as error:
-        raise FileError(f"{os.fspath(path)!r} can't be read as text: {error}") from error
+        raise FileError(f"{os.fspath(path)!r} can't be read as text: {reason(error)}") from error

@@ -1,7 +1,10 @@
 """Every page for people: its code runs, its links lead somewhere, the files it names are there."""
 
+import io
 import pkgutil
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,7 +16,9 @@ import pytest
 import torch
 
 import peftlite as pl
+from peftlite import cli
 from tests import methods_page, performance_page
+from tests.train.chats import hf_tokenizer, llama, rows, write
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -52,7 +57,8 @@ def test_the_code_runs(
     text, printed, end = page.read_text(), "", 0
     for block in BLOCK.finditer(text):
         language, code = block.groups()
-        assert language in ("python", "sh", "text"), f"a block of {language!r} would not be run"
+        known = language in ("python", "sh", "text", "yaml")
+        assert known, f"a block of {language!r} would not be run"
         if language == "python":
             exec(compile(code, str(page), "exec", dont_inherit=True), names)
             printed, end = capsys.readouterr().out, block.end()
@@ -62,6 +68,25 @@ def test_the_code_runs(
 
 def _words(text: str) -> str:
     return " ".join(re.sub(r"-+|[\d.,]*\d", "#", text).split())
+
+
+@pytest.mark.heavy
+def test_the_command_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the page on them, one after another, on a small model and short chats."""
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("llama")
+    hf_tokenizer(pl.data.CHATML).save_pretrained("llama")
+    short = [row for row in rows() if len(str(row)) < 600]
+    write(Path("train.jsonl"), short[:10])
+    write(Path("val.jsonl"), short[10:12])
+    Path("questions.txt").write_text("What is a join?\nAnd a view?\n")
+    for language, code in BLOCK.findall((ROOT / "docs/cli.md").read_text()):
+        if language == "yaml":
+            Path("run.yaml").write_text(code)
+        for line in code.splitlines() if language == "sh" else ():
+            name, *words = shlex.split(line, comments=True)
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Hello.\n/off\nHello.\n"))
+            assert name == "peftlite" and cli.main(words) == (words[0] == "diff"), line
 
 
 def test_the_readme_learns_and_restores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """What is local: a folder of transformers, with nothing fetched or run."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +73,27 @@ def _from(auto: str, folder: str, **options: Any) -> Any:
         raise FileError(
             f"{folder!r} has no tokenizer: tokenizer.save_pretrained({folder!r}) puts one there"
         )
-    said = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     try:
-        return getattr(transformers, auto).from_pretrained(
-            str(Path(folder)), local_files_only=True, trust_remote_code=False, **options
-        )
+        with _quiet(transformers.logging):
+            return getattr(transformers, auto).from_pretrained(
+                str(Path(folder)), local_files_only=True, trust_remote_code=False, **options
+            )
     except Exception as error:  # whatever transformers raises of files that it doesn't know
         first = str(error).strip().partition("\n")[0]
         first = first if len(first) <= LONGEST else f"{first[:LONGEST]} …"
         raise FileError(f"{folder!r} can't be read by transformers: {first}") from error
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """No warnings of transformers, whose causes are looked for here; bars on a terminal alone."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        transformers.logging.set_verbosity(said)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,14 @@ def alone() -> Iterator[None]:
     left = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
     torch.set_grad_enabled(True)
     assert left == (True, 1, torch.float32), "a test left torch otherwise than it found it"
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is heard, as it isn't by what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ def test_chat_goes_on_after_a_wrong_line(run: Run) -> None:
 
 
 def test_an_interrupt_ends_a_chat_or_in_a_terminal_an_answer(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, interrupts: None
 ) -> None:
     monkeypatch.setattr(Stream, "put", lambda *_: signal.raise_signal(signal.SIGINT))
     typed = "Why?\n/use lost\n"

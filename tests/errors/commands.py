@@ -61,7 +61,7 @@ def headless(path: Path) -> None:
 
 CASES = [
     # configs
-    Case(typing("train", "--data", "x"), "train needs --model and --out: give what it lacks, or a "
+    Case(typing("train", "--data", "x"), "train needs --model, --out: give what it lacks, or a "
          "--config that has it", model=nn.ReLU),
     Case(mock.patch.dict(sys.modules, yaml=None)(typing("train", "--config", "PATH")),
          "a config needs pyyaml: pip install pyyaml", model=nn.ReLU),

@@ -150,7 +150,7 @@ class Killer:
     def end(self, history: Any) -> None: ...
 
 
-def test_goes_on_after_a_break(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_after_a_break(run: Run, monkeypatch: pytest.MonkeyPatch, interrupts: None) -> None:
     whole = found(run, "--out", "whole", "--name", "sql")
     with monkeypatch.context() as patch:
         patch.setattr("peftlite.commands.train.Progress", Killer)

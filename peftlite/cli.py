@@ -69,7 +69,7 @@ _whole, _number = partial(_given, type=int), partial(_given, type=float)
 _several = partial(_given, nargs="+")
 
 _OUT = {"-o --out": _given("OUT", "what to write", required=True)}
-_FILE = _given("FILE", "a delta's file, peftlite's or a peer's")
+_FILE = _given("FILE", "a delta's file, peftlite's or a peer's, or ORG/NAME[@REVISION] on the hub")
 _BASE = "a safetensors file, or a folder of shards with their index"
 _TRANSPOSED = {
     "--transposed": _flag(

@@ -14,6 +14,7 @@ from peftlite.io.load import inspect, load
 from peftlite.io.merge_files import merge_files
 from peftlite.io.native import save
 from peftlite.io.peft.vllm import check_vllm
+from peftlite.io.push import push
 from peftlite.methods import catalog
 from peftlite.methods.catalog import *  # noqa: F403
 from peftlite.methods.fish import fish_scores
@@ -29,7 +30,7 @@ __all__ = [
     "BaseMismatchError", "Delta", "FileError", "Fused", "Info", "Method", "Patch",
     "PeftliteError", "Plan", "Receipt", "Site", "TargetError", "attach", "check_vllm",
     "combine", "deltas", "detach", "export", "extract", "fish_scores", "fuse", "initialize",
-    "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan", "plot", "rescale",
-    "resize_rank", "save", "unfuse", "unmerge", "use", "using", "view",
+    "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan", "plot", "push",
+    "rescale", "resize_rank", "save", "unfuse", "unmerge", "use", "using", "view",
 ]  # fmt: skip
 __all__ += catalog.__all__

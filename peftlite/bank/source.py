@@ -17,9 +17,9 @@ from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
 from peftlite.core.site import whole_address
 from peftlite.errors import BaseMismatchError, FileError, PeftliteError
-from peftlite.io.files import as_path
 from peftlite.io.fingerprint import fingerprints
 from peftlite.io.fitting import CheckBase, check_mode
+from peftlite.io.hub import located
 from peftlite.io.load import read
 from peftlite.table import listed, short
 
@@ -47,7 +47,7 @@ def delta_of(
     """
     check_mode(check_base)
     if isinstance(source, str | os.PathLike):
-        origin = Origin.of(as_path(source))  # as it is before it's read
+        origin = Origin.of(located(source).path)  # as it is before it's read
         return read(model, origin.path, check_base), origin
     if isinstance(source, Delta):
         return _ours(model, source, check_base), None

@@ -70,6 +70,7 @@ class Info(Shown):
     """What a file says of itself, without a model.
 
     `format` is "peftlite" or a peer's; a peer's `methods` name its modules as the peer does.
+    `source` is the file's name on the hub, of its commit, if that is where it's from.
     `modules` tells of what kind is the module around each tensor that is changed (see standin.py);
     where it doesn't, `transposed` says whether a matrix is (i, o).
     """
@@ -80,6 +81,7 @@ class Info(Shown):
     num_bytes: int
     format: str = "peftlite"
     library: str = ""
+    source: str = ""
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     transposed: bool = False
@@ -102,6 +104,8 @@ class Info(Shown):
             for key, (dtype, shape) in self.tensors.items()
         ]
         yield self._summary()
+        if self.source:
+            yield f"fetched from {self.source}"
         yield from (f"{key}: {value}" for key, value in self.notes.items())
         if self.errors:
             worst = max(self.errors, key=lambda key: self.errors[key])

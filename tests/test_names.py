@@ -1,5 +1,6 @@
 """Names in files: torch's wrappers, modules that were renamed, experts that became a parameter."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,14 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     at = rewritten(tmp_path / "sql", tmp_path / "less", lambda held: held.pop(lost))
     with pytest.raises(pl.FileError, match=r"lacks text\.moe\.experts\.1\.w1$"):
         pl.load(made(New), at)
+
+
+def test_an_expert_has_the_rank_of_the_settings(tmp_path: Path) -> None:
+    saved(SETTINGS["experts"], tmp_path / "sql")
+    config = tmp_path / "sql/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": {"w2": 7}}))
+    with pytest.raises(pl.FileError, match=r"'r' as 7 for text\.moe\.experts\.0\.w2, .* have \d:"):
+        pl.load(made(New), tmp_path / "sql")
 
 
 STARTS = {

@@ -129,6 +129,71 @@ def test_lokr_of_any_sizes(o: int, i: int, how: dict[str, Any], path: Path) -> N
     assert_equal(kind, again, theirs)
 
 
+TURNS = {
+    "diag-oft": dict(algo="diag-oft"),
+    "diag-oft, scaled": dict(algo="diag-oft", rescaled=True),
+    "diag-oft, bounded": dict(algo="diag-oft", constraint=0.05),
+    "boft": dict(algo="boft"),
+    "boft, scaled": dict(algo="boft", rescaled=True),
+    "boft, bounded": dict(algo="boft", constraint=0.05, rescaled=True),
+    "ia3": dict(algo="ia3"),
+    "ia3, of inputs": dict(algo="ia3", train_on_input=True),
+}
+
+
+class Turned(nn.Module):
+    """Linear maps and a convolution, of whose outputs some can't be turned in blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 24, (2, 3), padding=1), nn.Linear(24, 16)
+        self.down = nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(F.gelu(self.conv(x)).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("how", TURNS.values(), ids=TURNS)
+def test_lycoris_rotations_and_scales(how: dict[str, Any], path: Path) -> None:
+    """What isn't a product of factors, running and merged, and back."""
+    kind = Kind("turned", Turned, floats(x=(3, 4, 4)))
+    theirs, ours = kind.model(), kind.model()
+    network = create_lycoris(theirs, linear_dim=6, linear_alpha=1, warn_on_unmatched=False, **how)
+    network.apply_to()
+    drawn(*network.eval().parameters())
+    network.save_weights(path, None, {})
+    delta = pl.load(ours, path)
+    assert_equal(kind, ours, theirs)
+    for n, layer in enumerate(network.loras):
+        merged, _ = layer.get_merged_weight()
+        own = ours.get_submodule(("conv", "up", "down")[n]).weight
+        assert (own - merged.view(own.shape)).abs().max() <= TOLERANCE
+    written = path.with_name("ours.safetensors")
+    pl.export(delta, written, "kohya")
+    again, back = kind.model(), kind.model()
+    network = create_lycoris(again, linear_dim=6, linear_alpha=1, warn_on_unmatched=False, **how)
+    network.apply_to()
+    assert not network.load_weights(written)
+    if "bounded" not in how:
+        assert_equal(kind, again, theirs)
+    pl.load(back, written)
+    assert_equal(kind, back, theirs)
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+def test_lycoris_blocks_of_one(rescaled: bool, path: Path) -> None:
+    """5 outputs are 5 blocks, which can't be turned, but scaled."""
+    kind = Kind("five", lambda: nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 5)), floats(input=(4,)))
+    theirs, ours = kind.model(), kind.model()
+    network = create_lycoris(theirs, linear_dim=4, algo="diag-oft", rescaled=rescaled)
+    network.apply_to()
+    drawn(*network.eval().parameters())
+    network.save_weights(path, None, {})
+    delta = pl.load(ours, path)
+    assert_equal(kind, ours, theirs)
+    assert ("1.weight" in delta.placed) is rescaled
+
+
 class Normed(nn.Module):
     """A norm between two linear maps."""
 

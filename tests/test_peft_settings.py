@@ -305,6 +305,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "one_layer": dict(target_modules=["q", "k"], layers_to_transform=1, layers_pattern=["layers"]),
     "parameters": dict(target_parameters=["experts.up", "experts.down"], target_modules=["q"]),
     "biases": dict(target_modules=["q", "mha"], bias="lora_only"),
+    "all_biases": dict(target_modules=["q", "mha"], bias="all"),
 }
 
 
@@ -313,9 +314,11 @@ def test_a_module_without_its_tensors_is_missed(name: str, tmp_path: Path) -> No
     base = net()
     expected = saved(tmp_path, lora(**NAMED[name]), base)
     assert error(tmp_path, base, expected) <= 1e-6
-    gone = {"parameters": "experts.", "biases": "q.base_layer.bias"}
+    gone = {"parameters": "experts.", "biases": "q.base_layer.bias", "all_biases": "k.bias"}
     drop(tmp_path, f"layers.1.{gone.get(name, 'q.')}")
-    with pytest.raises(pl.FileError, match=r"lacks the tensors of \d mod.*layers\.1\.(q|experts)"):
+    with pytest.raises(
+        pl.FileError, match=r"lacks the tensors of \d mod.*layers\.1\.(q|k|experts)"
+    ):
         pl.load(base, tmp_path)
     assert not pl.deltas(base)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,13 @@ from peftlite.core.site import Site
 from peftlite.core.tensors import wide
 from peftlite.fields import integer
 from peftlite.methods.oft import (
-    RotationMethod,
     RotationPatch,
+    SidedMethod,
     block_near,
     cayley,
     skew,
     turn_blocks,
+    turned,
 )
 
 
@@ -26,10 +26,10 @@ class BOFTPatch(RotationPatch):
     """`q` (*stack, m, blocks, k(k−1)/2) holds the Q of every block; `s` (*stack, n) the scales."""
 
     def __init__(self, site: Site, method: BOFT, block: int):
-        super().__init__(site)
+        super().__init__(site, method.outputs)
         self.has_call = False  # it would have to tell the bias, which isn't scaled, from what is
         self.block = block
-        n = site.tensor.numel() // math.prod(self.stack) // self.size
+        n = turned(self.layout, outputs=True)
         shape = (*self.stack, method.m, self.size // block, block * (block - 1) // 2)
         self.q: nn.Parameter = trainable(*shape, site=site, dtype=method.dtype)
         self.s: nn.Parameter = trainable(*self.stack, n, site=site, dtype=method.dtype)
@@ -46,7 +46,7 @@ class BOFTPatch(RotationPatch):
         for i, factor in enumerate(factors):
             near = self._swap(x + change, 2, 2**i)  # the half-blocks that factor i joins
             change = change + self._swap(turn_blocks(near, factor), 2**i, 2)
-        s = self.s[..., None]
+        s = self.s[..., None, :] if self.outputs else self.s[..., None]
         return s * change + (s - 1) * x
 
     def _swap(self, x: Tensor, p: int, q: int) -> Tensor:
@@ -57,7 +57,7 @@ class BOFTPatch(RotationPatch):
 
 
 @dataclass(frozen=True)
-class BOFT(RotationMethod):
+class BOFT(SidedMethod):
     """W' = diag(s) W Rᵀ, R = B_m … B₁; B_i turns pairs of half-blocks that are 2ⁱ⁻¹ apart.
 
     Liu et al., arXiv:2311.06243, §4. Each B is one of OFT's rotations in blocks, with the inputs
@@ -70,6 +70,7 @@ class BOFT(RotationMethod):
         block_size: b, the size of the blocks; where it doesn't fit the inputs, the nearest that
             does: an even size from 2 up for m > 1, whose product with 2^(m−1) divides them.
         m: the number of butterfly factors. The inputs must be a multiple of 2ᵐ for m > 1.
+        outputs: W' = diag(s) R W instead, R (o, o): neurons are mixed, as by LyCORIS's.
     """
 
     block_size: int = integer(4, least=2)
@@ -79,7 +80,7 @@ class BOFT(RotationMethod):
 
     def build(self, site: Site) -> BOFTPatch:
         self.check(site)
-        rest, left_over = divmod(site.layout.neuron, 2 ** (self.m - 1))
+        rest, left_over = divmod(self.size(site), 2 ** (self.m - 1))
         block = block_near(rest, self.block_size, step=1 if self.m == 1 else 2)
         if left_over or block is None:
             raise self.refuse(site)

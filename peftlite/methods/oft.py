@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,22 @@ from peftlite.fields import integer, positive
 
 
 class RotationPatch(Patch):
-    """W' = WP, with P orthogonal: what OFT, BOFT and HRA share.
+    """W' = WP, with P orthogonal: what OFT, BOFT and HRA share; or PᵀW, of the outputs.
 
     A neuron is a row of W: all the weights of one output, a kernel's taps included; of an
     embedding, one vector. On linear maps the inputs are turned in its place: y = W(Px).
     """
 
+    outputs: bool
     stack: tuple[int, ...]
     size: int
 
-    def __init__(self, site: Site):
+    def __init__(self, site: Site, outputs: bool = False):
         super().__init__()
         self.layout: Layout = site.layout
-        self.stack, self.size = self.layout.stack, self.layout.neuron
-        if not site.rides:
+        self.outputs = outputs
+        self.stack, self.size = self.layout.stack, turned(self.layout, outputs)
+        if outputs or not site.rides:
             self.has_call = False  # a kernel's inputs overlap; a part's are other parts' as well
 
     def turn(self, x: Tensor, transposed: bool = False) -> Tensor:
@@ -40,7 +43,8 @@ class RotationPatch(Patch):
         raise NotImplementedError
 
     def value(self, w: Tensor) -> Tensor:
-        change = self.turn(self.layout.neurons(w.to(wide(w))))
+        rows = self.layout.neurons(w.to(wide(w)))
+        change = self.turn(rows.mT).mT if self.outputs else self.turn(rows)
         return (w + self.layout.from_neurons(change)).to(w.dtype)
 
     def call(self, inner: Map, input: Tensor) -> Tensor:
@@ -57,7 +61,29 @@ class RotationMethod(WeightMethod, abstract=True):
         return super().default(site) and self.accepts(site)
 
     def accepts(self, site: Site) -> bool:
-        return super().accepts(site) and site.layout.neuron >= 2
+        return super().accepts(site) and self.size(site) >= 2
+
+    def size(self, site: Site) -> int:
+        """How many numbers are turned."""
+        return site.layout.neuron
+
+
+@dataclass(frozen=True, kw_only=True)
+class SidedMethod(RotationMethod, abstract=True):
+    """A method that turns the inputs of a weight, or its outputs."""
+
+    outputs: bool = False
+
+    added: ClassVar[Mapping[str, Any]] = {"outputs": False}
+
+    def size(self, site: Site) -> int:
+        return turned(site.layout, self.outputs)
+
+
+def turned(layout: Layout, outputs: bool) -> int:
+    """How many numbers of a matrix are turned: a neuron's, or one of every neuron."""
+    n = math.prod(layout.shape[len(layout.stack) :])
+    return n // layout.neuron if outputs else layout.neuron
 
 
 def skew(q: Tensor, k: int) -> Tensor:
@@ -107,7 +133,7 @@ class OFTPatch(RotationPatch):
     eps: float | None
 
     def __init__(self, site: Site, method: OFT):
-        super().__init__(site)
+        super().__init__(site, method.outputs)
         self.terms, self.eps = method.neumann_terms, method.eps
         self.block: int = block_near(self.size, method.block_size) or self.size
         shape = (*self.stack, self.size // self.block, self.block * (self.block - 1) // 2)
@@ -127,7 +153,7 @@ class OFTPatch(RotationPatch):
 
 
 @dataclass(frozen=True)
-class OFT(RotationMethod):
+class OFT(SidedMethod):
     """W' = W Rᵀ, R = diag(R₁, R₂, …), Rⱼ = (I−Qⱼ)(I+Qⱼ)⁻¹ with Qⱼᵀ = −Qⱼ, zero at first.
 
     Qiu et al., arXiv:2306.07280, §3; on linear maps the inputs are turned, y = W(Rᵀx): Qiu et al.,
@@ -142,6 +168,7 @@ class OFT(RotationMethod):
             peft's default approximates (I−Q)⁻¹, and so turns the other way than its exact map.
         eps: ε of COFT: keeps the Frobenius norm of all Q together within it, and of each block
             within its even share.
+        outputs: W' = R W instead, R (o, o): neurons are mixed, as by LyCORIS's Diag-OFT.
     """
 
     block_size: int = integer(32, least=2)

@@ -14,6 +14,12 @@ CARDS = (
                 pl.OFT(block_size=5, neumann_terms=3, eps=0.3, targets=anywhere),
                 only=("gpt_tied", "experts", "conv_transpose", "embedding", "raw", "bilinear"),
             ),
+            Row(
+                "oft_outputs",
+                pl.OFT(block_size=4, outputs=True, targets=anywhere),
+                only=("gpt", "conv2d_grouped", "experts"),
+                way="value",
+            ),
             Row("oft_rows", pl.OFT(block_size=4, targets=FUSED), only=("gpt_fused",), way="parts"),
         ),
         golden=pl.OFT(block_size=2),
@@ -29,6 +35,7 @@ CARDS = (
             Row(
                 "boft_butterfly", pl.BOFT(block_size=2, m=2), only=("gpt", "gpt_fused", "hf_llama")
             ),
+            Row("boft_outputs", pl.BOFT(block_size=2, m=2, outputs=True), only=("gpt",)),
             Row(
                 "boft_refused",
                 pl.BOFT(m=2),

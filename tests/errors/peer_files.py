@@ -105,11 +105,20 @@ CASES = [
               "lora_up.weight"),
     peer_file(pair() | {"lycoris_0.hada_w1_a": torch.ones(4, 2)}, "kohya", "lycoris_0 has "
               "hada_w1_a, lora_down.weight, lora_up.weight: together these are no method here"),
-    peer_file({"lycoris_0.oft_blocks": torch.zeros(2, 2, 2)}, "kohya", "lycoris_0 is by Diag-OFT "
-              "or BOFT of LyCORIS, of a layer's outputs, which no method here is: " + MERGE),
+    peer_file({"lycoris_0.a1.weight": torch.zeros(2, 2)}, "kohya", "lycoris_0 is by GLoRA, which "
+              "no method here is: " + MERGE),
+    peer_file({"lycoris_0.oft_blocks": torch.zeros(2, 2, 2)}, "kohya", "lycoris_0 can't be: it has "
+              "no alpha, which bounds its rotation"),
+    peer_file({"lycoris_0.on_input": torch.tensor(0), "lycoris_0.diff": torch.ones(4, 4),
+               "lycoris_0.alpha": torch.ones(1)}, "kohya", "lycoris_0 has alpha beside on_input, "
+              "which can't be read"),
     peer_file(pair() | {"lycoris_0.dora_scale": torch.ones(1, 4)}, "kohya", "lycoris_0 is by DoRA "
               "with a norm for every input (wd_on_output=False), and here DoRA has one for every "
               "output: " + MERGE),
+    Case(pl.load, "'…' is of torchtune, and 0 is an embedding by DoRA with a norm for every row, "
+         "and here DoRA has one for every column: " + MERGE, pl.FileError,
+         lambda: nn.Sequential(nn.Embedding(4, 4)), peers(pair("0.lora_a.weight 0.lora_b.weight")
+                                                        | {"0.magnitude": torch.ones(4)})),
     Case(pl.load, "'…' is of kohya, and has lycoris_1.diff_b, and 1.weight has no bias beside it",
          pl.FileError, lambda: linears(bias=False), peers({"lycoris_1.diff_b": torch.ones(4)})),
     peer_file(pair() | {"lycoris_0.alpha": torch.tensor(-1.0)}, "kohya", "lycoris_0 can't be: "
@@ -162,7 +171,13 @@ CASES = [
     converting("alpha= and parts= are for files that don't say them, and '…' is of no such format",
                lambda path: path.write_bytes(good()), parts=["q"]),
     # export
-    into_kohya(pl.IA3(targets="0"), linears(), "there it has LoRA, DoRA, LoHa, LoKr, and no IA3"),
+    into_kohya(pl.FourierFT(targets="0"), linears(), "there it has LoRA, DoRA, LoHa, LoKr, OFT, "
+               "BOFT, IA3, and no FourierFT"),
+    into_kohya(pl.OFT(block_size=2, targets="0"), linears(), "there a rotation is of outputs, "
+               "exact, and without a bound"),
+    into_kohya(pl.OFT(block_size=4, outputs=True, targets="0"), linears(), "there 1 blocks of 4 "
+               "are of 1 factors if they are 2ⁿ, and blocks of one factor are no larger than their "
+               "number"),
     into_kohya(pl.LoRA(rank=1, targets="0.weight[0:2]"), linears(), WHOLE),
     into_kohya(pl.LoRA(rank=1, targets="0"), nn.Sequential(nn.Embedding(4, 4)), WHOLE),
     into_kohya(pl.LoRA(rank=1, targets="0"), nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)),

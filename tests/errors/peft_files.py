@@ -355,6 +355,7 @@ CASES = [
               on("weight_norm")),
     exporting(pl.FullTuning(targets="a.weight"), cannot("a.weight", "its module has two names, and "
               "another module has its weight"), Thrice),
+    exporting(pl.BOFT(m=1, outputs=True), "peft has no BOFT of a weight's outputs"),
     exporting(pl.OFT(neumann_terms=1),
               "peft has no OFT with neumann_terms=1, but from 2 up, and exact"),
     exporting([pl.OFT(targets="q_proj", block_size=4), pl.OFT(targets="v_proj", block_size=8)],

@@ -45,6 +45,16 @@ def test_the_equation(size: int, block_size: int, m: int) -> None:
     close(changed, patch.s.detach()[:, None] * (w @ r.T), 1e-12)
 
 
+def test_of_outputs_the_rows_are_mixed() -> None:
+    """W' = diag(s) R W, the transposed of what it makes of Wᵀ but for s."""
+    with seeded(7):
+        model = nn.Linear(9, 16).double()
+        patch = disturb(pl.attach(model, BOFT(m=3, outputs=True))).placed["weight"].patch
+    r = factor(patch, 2, 16) @ factor(patch, 1, 16) @ factor(patch, 0, 16)
+    w = model.weight.raw.detach()
+    close(model.weight.detach(), patch.s.detach()[:, None] * (r @ w), 1e-12)
+
+
 def test_enough_factors_reach_every_input() -> None:
     """§4: each factor doubles what an input reaches; log₂(d/b) + 1 of them make R dense."""
     for m in range(1, 5):

@@ -56,6 +56,19 @@ def test_the_equation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_the_equation_of_outputs(name: str) -> None:
+    """W' = R W: the neurons of a matrix are mixed."""
+    with seeded():
+        model = KIND[name].model(torch.float64)
+        delta = disturb(pl.attach(model, OFT(block_size=4, outputs=True, targets=anywhere)))
+    for placed in delta.placed.values():
+        w, patch, site = placed.site.tensor, placed.patch, placed.site
+        turned = [rotation(patch, q) for q in patch.q.reshape(-1, *patch.q.shape[-2:])]
+        r = torch.stack(turned) if patch.stack else turned[0]
+        close(rows_of(patch.value(w), site), r @ rows_of(w, site), 1e-12)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_lengths_and_angles_of_neurons_stay(name: str) -> None:
     """§3: the hyperspherical energy is that of the base, since R is orthogonal."""
     with seeded():

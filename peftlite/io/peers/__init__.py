@@ -14,7 +14,7 @@ from peftlite.core.site import Site
 from peftlite.io.content import Content, Info, told
 from peftlite.io.files import Tensors
 from peftlite.io.peers import writing
-from peftlite.io.peers.peer import ALPHA, PEERS, Peer
+from peftlite.io.peers.peer import PEERS, Peer
 from peftlite.io.peers.reading import Reading
 
 
@@ -27,7 +27,7 @@ class Format:
     def recognises(self, path: Path, file: Tensors | None) -> bool:
         """Whether a file (None: it's a folder) is of this format, going by what it holds."""
         named = filter(None, map(self.peer.split, file.entries if file else ()))
-        return any(name != ALPHA for _, name in named)
+        return any(name not in self.peer.alone for _, name in named)
 
     def open(self, path: Path) -> Tensors:
         """A file's tensors and metadata. Raises FileError."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from peftlite.core.patch import Method
+from peftlite.io.peers.turns import TURNS, Turn
 from peftlite.methods.dora import DoRA
 from peftlite.methods.full import FullTuning
 from peftlite.methods.loha import LoHa
@@ -43,6 +44,7 @@ class Peer:
         older: what it called them once, with the name of now.
         dense: what it calls the difference of a whole tensor of a module: the tensor, our method.
         cores: what it calls the core of a kernel's factors, and which of ours takes it in.
+        turns: what it has that is no product of factors, by our method.
         lacks: what it calls a parameter of a method that isn't here, and that method's name.
         starts: what its modules' names may begin with, and what may stand there in a model: on
             reading the first that does, on writing the longest.
@@ -52,7 +54,7 @@ class Peer:
             as it also is where keys are missing.
         fuses: whether A and B may be those of several parts of a weight, one after another.
         unrolls: whether A and B of a kernel are those of its rows, one after another.
-        turns: whether A and B lie as the weight does, where that has its inputs first.
+        flips: whether A and B lie as the weight does, where that has its inputs first.
         norms: which dimension of DoRA's norms is the outputs': 0 for any weight, or 1 for a
             convolution's, where those of a matrix have no other.
         groups: whether it takes convolutions of several groups.
@@ -63,6 +65,7 @@ class Peer:
     older: Mapping[str, str] = field(default_factory=dict)
     dense: Mapping[str, tuple[str, type[Method]]] = field(default_factory=dict)
     cores: Mapping[str, str] = field(default_factory=dict)
+    turns: Mapping[type[Method], Turn] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
     starts: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": [""]})
     reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -70,18 +73,28 @@ class Peer:
     alpha: Literal["key", "rank"] | None = None
     fuses: bool = False
     unrolls: bool = False
-    turns: bool = False
+    flips: bool = False
     norms: int = 0
     groups: bool = True
 
     def split(self, key: str) -> tuple[str, str] | None:
         """A key as the names of a module and of a parameter; None if it isn't the peer's."""
         known = [name for names in self.methods.values() for name in names.values()]
-        more = *self.dense, *self.cores, *self.lacks, *([ALPHA] if self.alpha else [])
+        more = *self.dense, *self.cores, *self.lacks, *self._turned, *self.alone
         for name in (*known, *self.older, *more):
             if key.endswith(f".{name}"):
                 return key.removesuffix(f".{name}"), self.older.get(name, name)
         return None
+
+    @property
+    def _turned(self) -> list[str]:
+        return [turn.mark for turn in self.turns.values()]
+
+    @property
+    def alone(self) -> list[str]:
+        """What it calls tensors that say nothing by themselves."""
+        names = {name: None for turn in self.turns.values() for name in turn.others}
+        return [*names] or ([ALPHA] if self.alpha else [])
 
     def paths(self, module: str) -> Iterator[str]:
         """What a module may be called in a model, its steps joined as the peer joins them."""
@@ -134,10 +147,9 @@ PEERS = (
             "w_norm": ("weight", NormTuning),
             "b_norm": ("bias", NormTuning),
         },
+        turns=TURNS,
         cores={"lora_mid.weight": "a", "hada_t1": "w1b", "hada_t2": "w2b", "lokr_t2": "w2b"},
         lacks={
-            "oft_blocks": "Diag-OFT or BOFT of LyCORIS, of a layer's outputs",
-            "on_input": "(IA)³ of LyCORIS",
             "lambda_layer": "T-LoRA",
             **{f"{factor}.weight": "GLoRA" for factor in ("a1", "a2", "b1", "b2")},
         },
@@ -188,7 +200,7 @@ PEERS = (
     Peer(
         "minlora",
         {LoRA: _lora(*(f"parametrizations.weight.0.lora_{factor}" for factor in "AB"))},
-        turns=True,
+        flips=True,
     ),
     Peer("loralib", {LoRA: _lora("lora_A", "lora_B")}, fuses=True, unrolls=True),
 )

@@ -15,6 +15,7 @@ from peftlite.errors import FileError
 from peftlite.io.files import Entry, Tensors, fitting
 from peftlite.io.peers.peer import ALPHA, CONFIG, PARTS, RANKS, Kind, Peer
 from peftlite.io.peers.products import Recipe, decomposed, tucker, unrolled
+from peftlite.io.peers.turns import Turn
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Layer
 from peftlite.io.peft.forms import FORMS
@@ -131,6 +132,8 @@ class Reading:
             self._read_dense(name, theirs, keys.pop(theirs), site)
         if not keys.keys() - {ALPHA}:
             return
+        if turn := next((t for t in self.peer.turns.values() if t.mark in keys), None):
+            return self._read_turn(name, keys, turn, site)
         kind, own = self._kind(name, keys)
         recipes = self._made(name, own, keys, site)
         t = {p: recipe(self._lying) for p, recipe in recipes.items()}
@@ -152,6 +155,17 @@ class Reading:
             for p, recipe in recipes.items():
                 part = cut.get(p, _same)
                 self._add(f"{address}:{p}", lambda get, r=recipe, c=part: c(r(get)))
+
+    def _read_turn(self, name: str, keys: dict[str, str], turn: Turn, site: Site | None) -> None:
+        """Adds what is no product of factors."""
+        if others := keys.keys() - {turn.mark, *turn.others}:
+            raise self._refuse(f"{name} has {min(others)} beside {turn.mark}, which can't be read")
+        if made := turn.read(keys, self.file):
+            method, recipes = made
+            address = site.address if site else name
+            self.methods.setdefault(method, []).append(address)
+            for p, recipe in recipes.items() if site else ():
+                self._add(f"{address}:{p}", recipe)
 
     def _add(self, parameter: str, recipe: Recipe) -> None:
         self.entries[parameter] = Entry.of(recipe(self._lying))
@@ -189,13 +203,19 @@ class Reading:
     ) -> dict[str, Recipe]:
         """What makes our parameters, each in our shape."""
         lie = {p: self._lying(key) for p, key in own.items()}
+        if "m" in lie and site is not None and site.layout.embeds:
+            raise self._refuse(
+                f"{name} is an embedding by DoRA with a norm for every row, and here DoRA has one "
+                "for every column: merge it there, and pl.extract makes a delta of the model "
+                "before and after"
+            )
         if "m" in lie and self.peer.norms == 0 and len(lie["m"]) < lie["m"].numel():
             raise self._refuse(
                 f"{name} is by DoRA with a norm for every input (wd_on_output=False), and here "
                 "DoRA has one for every output: merge it there, and pl.extract makes a delta of "
                 "the model before and after"
             )
-        turned = self.peer.turns and (site.layout.transposed if site else _as_weight(**lie))
+        turned = self.peer.flips and (site.layout.transposed if site else _as_weight(**lie))
         views = {p: self._view(p, turned) for p in own}
         made: dict[str, Recipe] = {
             p: lambda get, key=key, view=views[p]: view(get(key)) for p, key in own.items()

@@ -61,8 +61,8 @@ def _tensors(peer: Peer, delta: Delta) -> dict[str, Tensor]:
     for address, item in delta.placed.items():
         _check(peer, item)
         kind, own = _own(item.patch, item.method)
-        if kind not in peer.methods:
-            known = ", ".join(each.__name__ for each in peer.methods)
+        if kind not in {**peer.methods, **peer.turns}:
+            known = ", ".join(each.__name__ for each in (*peer.methods, *peer.turns))
             raise _refuse(peer, item, f"there it has {known}, and no {kind.__name__}")
         modules.append((peer.module(address.removesuffix(".weight")), item, kind, own))
     most = max(_rank(own) or 0 for *_, own in modules)
@@ -96,6 +96,11 @@ def _named(
 ) -> dict[str, Tensor]:
     """One module's tensors by the peer's names; `most` is the highest rank of all modules."""
     patch: Any = item.patch
+    if kind in peer.turns:
+        try:
+            return {name: x.clone() for name, x in peer.turns[kind].write(item).items()}
+        except ValueError as error:
+            raise _refuse(peer, item, str(error)) from error
     rank, scale, names = _rank(own), patch.scale, peer.methods[kind]
     if peer.alpha == "rank" or rank is None:  # what is read has the scale 1
         last = "b" if "b" in own else "w2"

@@ -40,6 +40,7 @@ class Layer:
         inner: whether it's the last map of an attention, which peft changes with the first.
         old: whether a stack's factors are as they were before peft 0.19.
         blocks: of how many blocks a factor may be that is saved as those alone (BD-LoRA).
+        expert: whether it's of one expert, which has a site with the others.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Layer:
     inner: bool = False
     old: bool = False
     blocks: int = 1
+    expert: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -84,7 +86,7 @@ def embeds(module: nn.Module) -> bool:
 
 def agreed(config: Config, layer: Layer, name: str, says: float, found: float) -> int:
     """A size of a module's tensors, which has to be what a setting says. Raises FileError."""
-    if layer.site is not None and says != found:
+    if (layer.site is not None or layer.expert) and says != found:
         raise FileError(
             f"{config.path!r} has {name!r} as {says:g} for {layer.name}, and the tensors there "
             f"have {found:g}: they aren't of one adapter, so save it again"

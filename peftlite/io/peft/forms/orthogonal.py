@@ -56,6 +56,7 @@ class OFTForm(Form):
         )
 
     def settings(self, method: OFT, patch: Any) -> dict[str, Any]:
+        _of_inputs(method)
         neumann = method.neumann_terms
         if neumann == 1:
             raise PeftliteError("peft has no OFT with neumann_terms=1, but from 2 up, and exact")
@@ -83,6 +84,11 @@ class OFTForm(Form):
         embeds = layer.site.layout.embeds
         name = "oft_embedding_R.weight" if embeds else "oft_R.weight"
         return name, (terms is not None) is not embeds
+
+
+def _of_inputs(method: OFT | BOFT) -> None:
+    if method.outputs:
+        raise PeftliteError(f"peft has no {type(method).__name__} of a weight's outputs")
 
 
 def _block(config: Config, layer: Layer, found: int) -> int:
@@ -124,6 +130,7 @@ class BOFTForm(Form):
         return BOFT(block_size=block, m=m)
 
     def settings(self, method: BOFT, patch: Any) -> dict[str, Any]:
+        _of_inputs(method)
         return {
             "boft_block_size": patch.block, "boft_block_num": 0,
             "boft_n_butterfly_factor": method.m,

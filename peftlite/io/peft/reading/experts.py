@@ -95,7 +95,7 @@ def _check(adapter: Adapter, wanted: Sequence[str], keys: Mapping[str, str]) -> 
 
 def _method(adapter: Adapter, module: str, keys: Mapping[str, str]) -> LoRA:
     t = adapter.meta({f"lora_{x}.weight": keys[f"{module}.lora_{x}.weight"] for x in "AB"})
-    method: LoRA = FORMS["LORA"].method(adapter.config, Layer(module), t)
+    method: LoRA = FORMS["LORA"].method(adapter.config, Layer(module, expert=True), t)
     if method.init != "kaiming":
         raise ValueError(f"{module} begins as a part of a weight that this model has whole")
     return method

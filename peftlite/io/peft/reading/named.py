@@ -86,14 +86,15 @@ def _not_given(adapter: Adapter, paths: Sequence[str], claims: Sequence[Claim]) 
 
 
 def _not_shifted(adapter: Adapter, paths: Sequence[str], claims: Sequence[Claim]) -> Iterator[str]:
-    """The biases of the adapter's own modules that `bias` names and the file has no tensor of.
-
-    With "all", those that the file leaves out are the base's.
-    """
-    own = (adapter.config.data.get("bias") or "none") not in ("none", "all")
+    """The biases that `bias` names, all or the adapter's own, and the file has no tensor of."""
+    said = adapter.config.data.get("bias") or "none"
     changed = {claim.module for claim in claims}
     given = {address for claim in claims for _, address in claim.placed}
-    for path in paths if own else ():
+    if said == "all":
+        named = {address for address in adapter.sites if f".{address}".endswith(".bias")}
+        sites = {adapter.sites[address] for address in given & adapter.sites.keys()}
+        yield from sorted(address for address in named if adapter.sites[address] not in sites)
+    for path in paths if said not in ("none", "all") else ():
         inner = f"{path}.out_proj" if never_run(adapter, f"{path}.out_proj") else path
         address = f"{inner}.bias"
         if path in changed and address in adapter.sites and address not in given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
         for path in modules.keys() - biases
         if not any(path.startswith(f"{other}.") for other in modules)
     )
+    if draft.config.get("bias") == "all":
+        _write_other_biases(draft, {*paths, *biases})
     copied = {path: head for path in paths if (head := _head(path, draft.task))}
     if draft.kind != ALONE:
         copied = {path: path for path in paths} | copied
@@ -68,20 +70,35 @@ def _write_biases(
     bias = draft.form.bias if draft.form else None
     paths = {path for path, own in slots.items() if bias and own == {"bias"}}
 
-    def wrapped(path: str) -> bool:  # by itself, or with its attention
-        return bool({path, path.rpartition(".")[0]} & draft.targets)
-
     if paths:
         layers = {module_of(item): item.site.module for item in draft.delta.placed.values()}
         own = {path for path, its in layers.items() if getattr(its, "bias", None) is not None}
-        exactly = paths == {path for path in own if wrapped(path)}
+        exactly = paths == {path for path in own if _wrapped(draft, path)}
         draft.config["bias"] = bias if exactly else "all"
     for path in paths:
-        outer, _, name = path.rpartition(".")
-        layer = f"{outer}.base_layer.{name}" if outer in draft.targets else path
-        layer += ".base_layer" if wrapped(path) else ""
-        draft.tensors[f"{draft.key(layer)}.bias"] = values[f"{path}.bias"]
+        draft.tensors[_bias_key(draft, path)] = values[f"{path}.bias"]
     return paths
+
+
+def _write_other_biases(draft: Draft, written: Collection[str]) -> None:
+    """Adds the biases that stay as they are, since with "all" peft has every one in the file."""
+    root = draft.delta.home and draft.delta.home.root
+    for path, module in walk(root) if root else ():
+        inside = any(path == own or path.startswith(f"{own}.") for own in written)
+        if not inside and module._parameters.get("bias") is not None:
+            draft.tensors[_bias_key(draft, path)] = raw(module, "bias")
+
+
+def _wrapped(draft: Draft, path: str) -> bool:
+    """Whether peft wraps a module, by itself or with its attention."""
+    return bool({path, path.rpartition(".")[0]} & draft.targets)
+
+
+def _bias_key(draft: Draft, path: str) -> str:
+    outer, _, name = path.rpartition(".")
+    layer = f"{outer}.base_layer.{name}" if outer in draft.targets else path
+    layer += ".base_layer" if _wrapped(draft, path) else ""
+    return f"{draft.key(layer)}.bias"
 
 
 def _write_module(

@@ -30,6 +30,7 @@ from adapters import (
     IA3Config,
     LoRAConfig,
     ParBnConfig,
+    PrefixTuningConfig,
     SeqBnConfig,
 )
 
@@ -93,6 +94,16 @@ ROWS = (
         "norm_first",
         BnConfig(False, True, 4, "gelu", True, False, residual_before_ln=False),
         ("hf_bert", "hf_distilbert", "hf_gpt2", "hf_llama"),
+    ),
+    Row(
+        "prefix",
+        PrefixTuningConfig(prefix_length=3, bottleneck_size=5),
+        ("hf_bert", "hf_roberta", "hf_gpt2", "hf_gptj", "hf_llama", "hf_vit", "hf_bart"),
+    ),
+    Row(
+        "prefix_flat",
+        PrefixTuningConfig(prefix_length=3, flat=True, leave_out=[1]),
+        ("hf_bert", "hf_gpt2", "hf_bart"),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""AdapterHub's folders, as adapters' save_adapter leaves them: LoRA, (IA)³, bottlenecks, heads.
+"""AdapterHub's folders, as adapters' save_adapter leaves them: methods of its own, and heads.
 
 A key is a module's path, what is kept there, the adapter's name, and a parameter's:
 `bert.encoder.layer.0.attention.self.query.loras.NAME.lora_A`.
@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.core.patch import Method
 from peftlite.core.site import CALL, Site
 from peftlite.errors import FileError
+from peftlite.io import prefixes
 from peftlite.io.content import Content, Info, told
 from peftlite.io.files import Entry, Tensors, fitting
 from peftlite.io.peft import folder as peft
 from peftlite.io.peft.config import Config
 from peftlite.io.unpickled import Unpickled
+from peftlite.methods.attention import key_heads
 from peftlite.methods.bottleneck import BottleneckAdapter
 from peftlite.methods.full import FullTuning
 from peftlite.methods.ia3 import IA3
 from peftlite.methods.lora import LoRA
+from peftlite.methods.prefix import PrefixTuning
 from peftlite.table import listed, short
 
 MODELS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -45,6 +49,7 @@ _HARMLESS = {
         adapter_residual_before_ln inv_adapter_reduction_factor hypercomplex_nonlinearity
         factorized_phm_W factorized_phm_rule shared_W_phm shared_phm_rule learn_phm phm_dim
         phm_rank phm_bias phm_c_init phm_init_range""",
+    "prefix_tuning": "encoder_prefix cross_prefix dropout shared_gating bottleneck_size",
 }
 
 _ENDS = ("before", "after")
@@ -120,9 +125,12 @@ class Reading:
         self.entries: dict[str, Entry] = {}
         self.made: dict[str, Make] = {}
         self.about = Config(_settings(self.where), self.where)
+        self.model = model
         self.config, self.kind = self._configured()
         self.file = _open(folder, MODELS)
-        take = {"lora": self._low_rank, "bottleneck": self._bottleneck}[self.kind]
+        take = {
+            "lora": self._low_rank, "bottleneck": self._bottleneck, "prefix_tuning": self._prefix,
+        }[self.kind]  # fmt: skip
         for path, keys in self._modules().items():
             with fitting(path, self._refuse):
                 take(path, keys)
@@ -146,8 +154,11 @@ class Reading:
 
     def _modules(self) -> dict[str, dict[str, str]]:
         """The keys of each module, by the names of parameters there."""
-        name = re.escape(self.about.take("name", "", str))
-        pattern = re.compile(rf"(.*)\.(?:{_KINDS})\.{name}\.(.+)")
+        name = self.about.take("name", "", str)
+        if self.kind == "prefix_tuning":
+            with fitting("the pool of prefixes", self._refuse):
+                return prefixes.pooled(self.file, name)
+        pattern = re.compile(rf"(.*)\.(?:{_KINDS})\.{re.escape(name)}\.(.+)")
         modules: dict[str, dict[str, str]] = {}
         for key in self.file.entries:
             found = pattern.fullmatch(key)
@@ -273,8 +284,8 @@ class Reading:
             raise self._refuse(f"has 'reduction_factor' as {short(said)}, and {path} {r} of {o}")
         return r
 
-    def _activation(self) -> Any:
-        name = self.config.take("non_linearity", "relu", str).lower()
+    def _activation(self, default: str = "relu") -> Any:
+        name = self.config.take("non_linearity", default, str).lower()
         name = name if self.about.take("version", "", str) else _RENAMED.get(name, name)
         if name not in _ACTIVATIONS:
             raise self._refuse(
@@ -310,6 +321,43 @@ class Reading:
         if place.norm is None:
             return "houlsby", place.sum
         return "pfeiffer" if after else "houlsby", place.norm
+
+    # -- prefixes
+
+    def _prefix(self, place: str, keys: Mapping[str, str]) -> None:
+        """[P_k; K] and [P_v; V] in the attentions of a kind, which are a part of its table."""
+        kind, n = (
+            self.about.take("model_type", "", str),
+            int(self.config.number("prefix_length", 30)),
+        )
+        names = (prefixes.CONTROL,) if self.config.flag("flat") else prefixes.NETWORK
+        self._tensors(keys, *names)
+        out = self.config.take("leave_out", [], list)
+        act = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu}[
+            self._activation("tanh")
+        ]
+        method = PrefixTuning(prefix_length=n)
+        if self.there is None:
+            self.methods.setdefault(method, []).append(place)
+            return
+        if kind not in prefixes.MODELS:
+            raise self._refuse(
+                f"its prefixes are for a model of the type {kind!r}, where adapters computes "
+                f"another attention: these can be read: {', '.join(prefixes.MODELS)}"
+            )
+        found = prefixes.attentions(self.model, [*dict.fromkeys(self.there.values())], place)
+        sites = [site for number, site in found if number not in out]
+        for i, site in enumerate(sites):
+            h, d = key_heads(site.module)
+
+            def part(get: Callable[[str], Tensor], i: int = i, h: Any = h, d: Any = d) -> Tensor:
+                rows = prefixes.table(keys, get, act).view(n, len(sites), 2, h, d)
+                return rows[:, i].permute(1, 2, 0, 3)
+
+            entry = Entry.of(part(lambda key: self.file.entries[key].meta))
+            self._add(method, site.address, prefix=(entry, lambda part=part: part(self.file.get)))
+        if not sites:
+            raise self._refuse(f"its {place} is of attention that this model hasn't")
 
     # -- the head
 

@@ -14,6 +14,8 @@ from tests.errors.case import Case, linears
 
 LORA = {"architecture": "lora", "r": 2, "alpha": 4}
 SCALE = {**LORA, "composition_mode": "scale"}
+PREFIX = {"architecture": "prefix_tuning", "flat": True, "prefix_length": 2}
+POOL = {"0.prefix_tunings.a.self_prefix.control_trans": torch.ones(8)}
 SIZES = {"reduction_factor": 2, "non_linearity": "relu"}
 
 
@@ -30,11 +32,16 @@ BOTTLENECK = ones(
 
 
 def folder(
-    says: str, config: Any, tensors: dict[str, Tensor], head: str = "", other: bool = False
+    says: str,
+    config: Any,
+    tensors: dict[str, Tensor],
+    head: str = "",
+    other: bool = False,
+    kind: str = "bert",
 ) -> Case:
     def write(path: Path) -> None:
         path.mkdir()
-        said = {"config": config, "name": "a", "model_type": "bert", "version": "adapters.1.3.0"}
+        said = {"config": config, "name": "a", "model_type": kind, "version": "adapters.1.3.0"}
         (path / "adapter_config.json").write_text(json.dumps(said))
         safetensors.torch.save_file(tensors, path / "adapter.safetensors")
         if head:
@@ -47,9 +54,9 @@ def folder(
 
 CASES: list[Case | Callable[[], Case]] = [
     folder(
-        "has the architecture 'union', which can't be read; these can: lora, bottleneck; where "
-        "it changes weights, model.merge_adapter there, and pl.extract makes a delta of the "
-        "model before and after",
+        "has the architecture 'union', which can't be read; these can: lora, bottleneck, "
+        "prefix_tuning; where it changes weights, model.merge_adapter there, and pl.extract makes "
+        "a delta of the model before and after",
         {"architecture": "union"},
         BOTTLENECK,
     ),
@@ -57,6 +64,26 @@ CASES: list[Case | Callable[[], Case]] = [
         "has 0.loras.b.lora_A in its tensors, which can't be read",
         LORA,
         {"0.loras.b.lora_A": torch.ones(2, 4)},
+    ),
+    folder(
+        "the pool of prefixes can't be: it has 0.gates.a.weight in its tensors, which can't be "
+        "read",
+        PREFIX,
+        POOL | {"0.gates.a.weight": torch.ones(1)},
+    ),
+    folder(
+        "the pool of prefixes can't be: it has 1.pool.prefix_tunings.a.self_prefix.control_trans "
+        "beside another 0.prefix_tunings.a.self_prefix.control_trans",
+        PREFIX,
+        POOL | {"1.pool.prefix_tunings.a.self_prefix.control_trans": torch.zeros(8)},
+    ),
+    folder("its self_prefix is of attention that this model hasn't", PREFIX, POOL),
+    folder(
+        "its prefixes are for a model of the type 't5', where adapters computes another "
+        "attention: these can be read: bert, …",
+        PREFIX,
+        POOL,
+        kind="t5",
     ),
     folder("0 can't be: alpha must be …", {**LORA, "alpha": -1}, ones((2, 4), (4, 2))),
     folder(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,11 +45,14 @@ def select(
             raise TargetError(
                 f"{type(method).__name__} takes none of this model's sites by default; {hint}"
             )
+        hidden = [s for s in everything if s.linear and _quantized(s) and method.default(s)]
+        _check_codes(f"{type(method).__name__} by default", picked, hidden, left_out)
     else:
         patterns = _patterns(targets)
         if not patterns:
             raise TargetError("targets is empty; leave it out for the method's own choice")
-        picked = {s.address: (s, True) for p in patterns for s in _matches(everything, p, method)}
+        matched = (s for p in patterns for s in _matches(everything, p, method, left_out))
+        picked = {s.address: (s, True) for s in matched}
     chosen = [pair for pair in picked.values() if not {*_addresses(pair[0])} & left_out]
     if not chosen:
         raise TargetError(f"exclude={exclude!r} leaves {type(method).__name__} no site to take")
@@ -80,7 +83,12 @@ def _patterns(targets: Targets) -> list[Any]:
     return list(targets) if isinstance(targets, list | tuple | set | frozenset) else [targets]
 
 
-def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) -> list[Site]:
+def _matches(
+    everything: Sequence[Site],
+    pattern: Any,
+    method: Method | None,
+    left_out: Collection[str] = (),
+) -> list[Site]:
     """The sites that one pattern names; `method` says which of a module's it takes, None all."""
 
     def takes(site: Site) -> bool:
@@ -120,7 +128,21 @@ def _matches(everything: Sequence[Site], pattern: Any, method: Method | None) ->
         )
     if not found:
         raise TargetError(f"{_show(pattern)} matches nothing; {_hint(everything, text)}")
+    hidden = [s for s in refused if method and s.linear and _quantized(s) and method.accepts(s)]
+    _check_codes(_show(pattern), found, hidden, left_out)
     return found
+
+
+def _check_codes(
+    what: str, found: Collection[Any], hidden: Sequence[Site], left_out: Collection[str]
+) -> None:
+    """Raises TargetError if some of what is meant can't be taken, its weights being codes."""
+    lost = [site for site in hidden if site.address not in left_out]
+    if lost:
+        raise TargetError(
+            f"{what} is for {len(lost)} sites more than the {len(found)} that can be taken: "
+            f"{_quantized(lost[0])}; or say what to take with targets= and exclude="
+        )
 
 
 def _matcher(text: Any, is_path: bool) -> Callable[[str], bool]:

@@ -34,10 +34,16 @@ def quantising(model: nn.Module, _: Path) -> None:
         pl.detach(model, "sql")
 
 
+def half_packed() -> nn.Module:
+    """A base of which one layer is left as it was, and a head."""
+    return nn.Sequential(packed()[0], *linears())
+
+
 BYTES = (
     "0.weight is of bitsandbytes, a Packed, whose codes its own layers alone can read: take a base "
     "that isn't quantised, or that torchao's quantize_ made"
 )
+OR = "or say what to take with targets= and exclude="
 CODES = "0.weight is quantised, a Coded, and "
 NO_NUMBERS = (
     "Coded holds codes for numbers: what a delta makes of it fits none of them. Keep it attached, "
@@ -64,6 +70,11 @@ CASES = [
          "exclude=, or keep the delta with pl.save", model=with_biases),
     Case(attaching(pl.LoRA()), f"LoRA takes none of this model's sites by default; {BYTES}",
          pl.TargetError, model=packed),
+    Case(attaching(pl.LoRA()), f"LoRA by default is for 1 sites more than the 1 that can be "
+         f"taken: "
+         f"{BYTES}; {OR}", pl.TargetError, model=half_packed),
+    Case(attaching(pl.LoRA(targets="*")), f"'*' is for 1 sites more than the 2 that can be taken: "
+         f"{BYTES}; {OR}", pl.TargetError, model=half_packed),
     Case(attaching(pl.LoRA(targets="0")), "'0' matches 0(); 0.weight; 0.bias; but " + BYTES,
          pl.TargetError, model=packed),
     Case(attaching(pl.LoRA(targets="0.weight")), BYTES, pl.TargetError, model=packed),

@@ -1,6 +1,8 @@
 """The command line: what each command prints, finds and writes, in words, in JSON and in codes."""
 
+import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -233,12 +235,32 @@ def test_usage_is_shown(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert error.value.code == 0 and capsys.readouterr().out == f"{pl.__version__}\n"
 
 
+class Gone(io.StringIO):
+    """What a pipe is whose reader has left."""
+
+    def write(self, _: str) -> int:
+        raise BrokenPipeError
+
+
+def test_every_end_has_its_code(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, interrupts: None
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        assert cli.main(["inspect", "sql"]) == 141
+    monkeypatch.setattr("peftlite.commands.files.inspect", lambda _: signal.raise_signal(2))
+    desk.capsys.readouterr()
+    assert cli.main(["inspect", "sql"]) == 130
+    assert desk.capsys.readouterr() == ("", "peftlite: interrupted\n")
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_reads_well(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"{cli.COMMANDS[name].help}. " in text and "exit codes: 0 all well" in text
+    assert "(default: None)" not in text
 
 
 @pytest.mark.heavy

@@ -39,7 +39,7 @@ def run_chat(args: argparse.Namespace) -> int:
         try:
             if not chat.take(line):
                 break
-        except (PeftliteError, OSError) as error:
+        except PeftliteError as error:
             _tell(f"peftlite: {error}")
             failed = True
         except KeyboardInterrupt:

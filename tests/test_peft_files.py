@@ -102,6 +102,8 @@ ROWS = (
     ), ("hf_bert",)),
     Row("lokr_factor", peft.LoKrConfig, dict(r=2, alpha=3, decompose_factor=8), ("hf_bert",)),
     Row("lokr_convs", peft.LoKrConfig, dict(r=9, alpha=3), ("conv2d",), ["0", "2"]),
+    # whose taps are mixed with the inputs, as no Kronecker product has them
+    Row("lokr_conv1d", peft.LoKrConfig, dict(r=9, alpha=3), ("conv1d",), ["0", "2"], same=False),
     Row("lokr_tucker", peft.LoKrConfig, dict(r=1, alpha=3, use_effective_conv2d=True),
         ("conv2d",), ["0", "2"], same=False),
     Row("oft", peft.OFTConfig, dict(oft_block_size=4, use_cayley_neumann=False)),
@@ -120,6 +122,7 @@ ROWS = (
     Row("boft_convs", peft.BOFTConfig, dict(boft_block_size=4), ("conv2d",), ["0", "2"],
         same=False),
     Row("hra", peft.HRAConfig, dict(r=4)),
+    Row("hra_orthogonal", peft.HRAConfig, dict(r=4, apply_GS=True), ("hf_bert",), same=False),
     Row("hra_convs", peft.HRAConfig, dict(r=4), ("conv2d",), ["0", "2"]),
     Row("vera", peft.VeraConfig, dict(r=6), conv1d=True),
     Row("vera_drawn", peft.VeraConfig, dict(r=6, save_projection=False), ("hf_bert",), same=False),

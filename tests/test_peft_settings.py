@@ -292,6 +292,21 @@ def test_an_attention_is_as_peft_runs_it(name: str, tmp_path: Path) -> None:
         assert error(tmp_path, base, expected) <= 1e-6
 
 
+def test_an_attention_that_is_tuned_as_a_norm(tmp_path: Path) -> None:
+    """peft has the adapter's name in the names of what is inside."""
+    base = net()
+    expected = saved(tmp_path, peft.LNTuningConfig(target_modules=["mha"]), base)
+    assert error(tmp_path, base, expected) <= 1e-6
+
+
+def test_a_base_that_goes_without_its_last_singular_components(tmp_path: Path) -> None:
+    """Which peft finds, and takes out, in fp32."""
+    base = net()
+    kasa = lora(kasa_config=peft.KasaConfig(), use_rslora=True, rank_pattern={"layers.0.q": 1})
+    expected = saved(tmp_path, kasa, base)
+    assert error(tmp_path, base, expected) <= 1e-5
+
+
 # -- what is named
 
 

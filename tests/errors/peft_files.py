@@ -243,11 +243,6 @@ CASES = [
     }), IN + "changes 0, which peft's LORA runs without its padding_mode='circular', as no change "
         "of a weight does; what peft merges, if it can, is another change, which pl.extract takes "
         "from the merged model", model=circular),
-    bad_file(adapter({"peft_type": "LOKR", "target_modules": None}, {
-        "base_model.model.0.lokr_w1": torch.ones(4, 4),
-        "base_model.model.0.lokr_w2": torch.ones(4, 4, 3),
-    }), IN + "has odd tensors: 0 is a Conv1d, the taps of whose lokr_w2 peft mixes up, unless it's "
-        "of a low rank", model=conv),
     of("SHIRA", IN + "has odd tensors: its shira_indices are beyond the weight, or name an entry "
        "twice", {"shira_weight": torch.ones(56),
                    "shira_indices": torch.stack([torch.full((56,), 99), torch.arange(56)])}),

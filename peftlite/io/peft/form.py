@@ -41,6 +41,7 @@ class Layer:
         old: whether a stack's factors are as they were before peft 0.19.
         blocks: of how many blocks a factor may be that is saved as those alone (BD-LoRA).
         expert: whether it's of one expert, which has a site with the others.
+        orthogonal: whether HRA's vectors are made orthogonal before they reflect.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Layer:
     old: bool = False
     blocks: int = 1
     expert: bool = False
+    orthogonal: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -102,10 +104,11 @@ def rank_of(config: Config, layer: Layer, found: float, default: int = 8) -> int
 
 def flagged(config: Config, layer: Layer, name: str, tensor: str, t: Tensors) -> bool:
     """A setting that says whether a module has a tensor, and has to be right. Raises FileError."""
-    flag = config.flag(name)
+    says = config.take(name, False, bool, dict)
+    flag = says is True or isinstance(says, dict)
     if flag is not (tensor in t):
         raise FileError(
-            f"{config.path!r} has {name!r} as {flag}, and {layer.path} has "
+            f"{config.path!r} has {name!r} as {short(says)}, and {layer.path} has "
             f"{'no' if flag else 'a'} {tensor}: they aren't of one adapter, so save it again"
         )
     return flag

@@ -45,6 +45,7 @@ class LoRAForm(Form):
     names: ClassVar[tuple[tuple[str, str], ...]] = (
         ("lora_A.weight", "a"), ("lora_embedding_A", "a"), ("lora_B.weight", "b"),
         ("lora_embedding_B", "b"), ("lora_magnitude_vector", "m"), ("lora_B.bias", ""),
+        ("lora_diag", ""),
         *((name, "") for name in UNUSED),
     )  # fmt: skip
     layers: ClassVar[tuple[type[maps.Map], ...]] = (
@@ -70,13 +71,17 @@ class LoRAForm(Form):
         stacked = layer.stacked and layer.site.whole.dim() == 3
         flagged(config, layer, "lora_bias", "lora_B.bias", t)
         dora = flagged(config, layer, "use_dora", "lora_magnitude_vector", t)
-        return (DoRA if dora else LoRA)(
+        method = (DoRA if dora else LoRA)(
             rank=rank_of(config, layer, len(a) / (len(layer.site.whole) if stacked else 1)),
             alpha=config.patterned("alpha_pattern", layer.name, config.number("lora_alpha", 8)),
             dropout=config.number("lora_dropout", 0.0),
             scaling="rslora" if config.flag("use_rslora") else "alpha/r",
             init=init if init in ("pissa", "olora") else "kaiming",
         )
+        if not flagged(config, layer, "kasa_config", "lora_diag", t):
+            return method
+        rank = 2 * method.rank  # it takes as much out of W
+        return replace(method, rank=rank, alpha=method.scale * rank, scaling="alpha/r")
 
     def settings(self, method: LoRA, patch: Any) -> dict[str, Any]:
         r = patch.factors()[0].shape[-2]
@@ -119,11 +124,13 @@ class LoRAForm(Form):
         return found
 
     def parts(self, method: LoRA, t: Tensors, layer: Layer) -> Parts:
-        bias = t.pop("lora_B.bias", None)
+        bias, diag = t.pop("lora_B.bias", None), t.pop("lora_diag", None)
         for name in UNUSED:
             t.pop(name, None)
         on_meta = all(x.is_meta for x in t.values())
         found = super().parts(method, t, layer)
+        if diag is not None:
+            found[0][1].update(_truncating(found[0][1], diag, method.scale, layer.site))
         if method.init != "kaiming":
             found[0][1].update(self._start(method, layer.site, on_meta))
         if bias is not None and layer.site.slot != "in_proj_weight":  # where peft never adds it
@@ -162,6 +169,19 @@ class LoRAForm(Form):
         # of one matrix that is (i, o), peft adds the change of one that is (o, i)
         turned = getattr(module, "is_transposed", False) and site.layout.stack == (1,)
         return super().taken(site) or (site.tensor.dim() in (2, 3) and not turned)
+
+
+@torch.no_grad()
+def _truncating(its: Mapping[str, Any], diag: Tensor, scale: float, site: Site) -> Tensors:
+    """KaSA's s·B diag(λ) A without the r last of W's singular components, as one product."""
+    (a_key, a), (b_key, b) = sorted(its.items())
+    r, w = len(diag), site.tensor.to(a.device, torch.float32)
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    b_last, a_last = u[:, -r:] * s[-r:] / -scale, v[-r:]
+    return {
+        a_key: torch.cat([diag[:, None] * a, a_last.to(a.dtype)]),
+        b_key: torch.cat([b, b_last.to(b.dtype)], 1),
+    }
 
 
 def _whole(x: Tensor, columns: int, blocks: int) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from peftlite.core import maps
 from peftlite.core.patch import Method
@@ -166,7 +167,21 @@ class HRAForm(Form):
         return {"r": method.rank}
 
     def ours(self, t: Tensors, layer: Layer) -> Tensors:
-        return {"u": t.pop("hra_u").mT}
+        u = t.pop("hra_u")
+        return {"u": (_orthonormal(u) if layer.orthogonal else u).mT}
 
     def theirs(self, patch: Any, layer: Layer) -> Tensors:
         return {"hra_u": patch.u.detach().mT}
+
+
+def _orthonormal(u: Tensor) -> Tensor:
+    """The columns of u (i, r) by Gram and Schmidt, step by step as peft has them.
+
+    Of such, all reflections together are I − 2UUᵀ.
+    """
+    found: list[Tensor] = []
+    for x in u.split(1, dim=1):
+        for q in found:
+            x = x - (q.mT @ x) * q
+        found.append(x / x.norm())
+    return torch.cat(found, dim=1)

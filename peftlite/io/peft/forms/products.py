@@ -13,7 +13,8 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Tensors, agreed, fit, rank_of
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, agreed, fit, rank_of
+from peftlite.methods.full import FullTuning
 from peftlite.methods.hira import HiRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr, split
@@ -160,11 +161,17 @@ class LoKrForm(Form):
             "decompose_factor": _factor(method, patch), "decompose_both": method.decompose_both,
         }  # fmt: skip
 
+    def parts(self, method: LoKr, t: Tensors, layer: Layer) -> Parts:
+        if len(layer.taps) != 1 or "lokr_w2" not in t:
+            return super().parts(method, t, layer)
+        own = self.ours(t, layer)  # its taps among its inputs, in the order that peft has them
+        w1 = own["w1"] if "w1" in own else own["w1a"] @ own["w1b"]
+        d = method.scale * torch.kron(w1[None], own["w2"]).reshape(layer.site.whole.shape)
+        return [(FullTuning(), {f"{layer.site.slot}:difference": d})]
+
     def ours(self, t: Tensors, layer: Layer) -> Tensors:
         found = flat(super().ours(t, layer), "core", "w2")
-        if layer.taps and "w2" in found:
-            if len(layer.taps) == 1:
-                raise ValueError(_MIXED_UP.format(layer.path))
+        if len(layer.taps) > 1 and "w2" in found:
             found["w2"] = fit(found["w2"], -1, -1, *layer.taps).flatten(1)
         return found
 

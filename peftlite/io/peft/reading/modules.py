@@ -114,7 +114,9 @@ def _layer(adapter: Adapter, path: str, t: Mapping[str, Tensor]) -> Layer:
     slots = (f"{path}.in_proj_weight", f"{path}.weight")
     site = next((adapter.seen(address) for address in slots if address in adapter.sites), None)
     blocks = adapter.config.take("use_bdlora", {}, dict).get("nblocks", 1)
-    return Layer(path, site, inner=last and never_run(adapter, path), blocks=blocks)
+    orthogonal = adapter.kind == "HRA" and adapter.config.flag("apply_GS")
+    inside = last and never_run(adapter, path)
+    return Layer(path, site, inner=inside, blocks=blocks, orthogonal=orthogonal)
 
 
 def _parameters(adapter: Adapter, path: str) -> list[Site]:

@@ -31,8 +31,10 @@ def read_replaced(adapter: Adapter, left: Left) -> Iterator[Claim]:
         if adapter.kind == ALONE and LAYER in rest:
             flat = len(adapter.file.entries[key].shape) == 1
             method = NormTuning() if flat else FullTuning()
-            module = address.partition(LAYER)[0]
-            yield _change(adapter, key, method, address.replace(LAYER, "."), module)
+            module, _, inner = address.partition(LAYER)
+            if "." in inner and f"{module}.{inner}" not in adapter.sites:
+                inner = inner.partition(".")[2]  # behind the adapter's name
+            yield _change(adapter, key, method, f"{module}.{inner}", module)
         elif _replaced(adapter, address):
             _check_prompt(adapter, address)
             yield _change(adapter, key, FullTuning(), address)

@@ -120,6 +120,8 @@ def _write_module(
             if is_quantized(tensor) and slot in part._parameters:
                 refuse(item, f"that takes a copy of {address}, which is quantised")
             rest = address.removeprefix(f"{path}.")
+            if layer.endswith(LAYER) and "." in rest:  # where peft keeps an adapter's name
+                rest = f"default.{rest}"
             draft.tensors[f"{draft.key(layer)}{rest}"] = values.get(address, tensor)
 
 

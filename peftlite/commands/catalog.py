@@ -89,10 +89,14 @@ _LOADING = {**_CHECK_BASE, "--dtype": _DTYPE, "--device": _DEVICE}
 _MODEL = _given("MODEL", "a local folder of transformers")
 _PROMPTS = "a prompt a line; in a .jsonl or .json file chats, or pairs of prompt and response"
 _WRITING = {
-    "--system": _given("TEXT", "a message that opens each chat, for a template that takes one"),
+    "--system": _given(
+        "TEXT", "a message that opens each chat, for a template that takes one (default: none)"
+    ),
     "--max-new-tokens": _whole("N", "to write, at most", default=128),
     "--temperature": _number("T", "above 0, draw the next token (default: take the likeliest)"),
-    "--top-p": _number("SHARE", "draw among the likeliest that have this share together"),
+    "--top-p": _number(
+        "SHARE", "draw among the likeliest that have this share together (default: 1)"
+    ),
     "--seed": _whole(None, "of all chance", default=0),
     **_LOADING,
 }
@@ -206,7 +210,7 @@ COMMANDS = {
         {
             "model": _MODEL,
             "deltas": _given(
-                "DELTA", "deltas' files, each PATH or NAME=PATH; each delta answers", nargs="*"
+                "DELTA", "deltas, each PATH or NAME=PATH, which all answer each prompt", nargs="*"
             ),
             "--delta": _several("DELTA", "more of them", action="extend"),
             "--prompt": _several("TEXT", "what to answer; - is all of stdin", action="extend"),
@@ -214,7 +218,7 @@ COMMANDS = {
             "--use": _several(
                 "NAME",
                 "which delta answers, or base, or several at once as NAME+NAME; of several, each "
-                "answers one prompt",
+                "answers one prompt (default: each delta)",
             ),
             "--without": _flag("show what the model answers by itself, too"),
             "--raw": _flag("go on from the text, though the tokenizer has a chat template"),
@@ -227,7 +231,7 @@ COMMANDS = {
         {
             "model": _MODEL,
             "deltas": _given(
-                "DELTA", "deltas' files, each PATH or NAME=PATH; all answer together", nargs="*"
+                "DELTA", "deltas, each PATH or NAME=PATH, which answer together", nargs="*"
             ),
             **_WRITING,
         },
@@ -295,6 +299,9 @@ COMMANDS = {
             ),
             "--save-every": _whole(
                 "N", "steps between checkpoints within an epoch (default: at epochs alone)"
+            ),
+            "--check-every": _whole(
+                "N", "steps between looks at whether the loss is finite (default: 1; 16 on a GPU)"
             ),
             "--keep": _whole("N", "checkpoints that stay, and the best one (default: 3)"),
             "--dtype": _DTYPE,

@@ -38,8 +38,8 @@ from peftlite.verbs.plan import plan
 NEEDED = ("model", "data", "out")
 SETTINGS = (
     "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "b_ratio", "schedule", "warmup",
-    "weight_decay", "clip", "metric", "patience", "valid_every", "save_every", "keep", "autocast",
-    "compile", "gradient_checkpointing", "parallel", "seed",
+    "weight_decay", "clip", "metric", "patience", "valid_every", "save_every", "check_every",
+    "keep", "autocast", "compile", "gradient_checkpointing", "parallel", "seed",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import io
 import os
 import resource
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import matplotlib.font_manager  # noqa: F401  # finds its fonts once, before kernels would both do so
@@ -42,7 +42,9 @@ def main() -> None:
     args = parser.parse_args()
     paths = [p for p in sorted(HERE.glob("*.ipynb")) if _asked(p.name, args.names)]
     with ProcessPoolExecutor(2) as pool:
-        for path, (notebook, seconds) in zip(paths, pool.map(run, paths), strict=True):
+        runs = {pool.submit(run, path): path for path in paths}
+        for done in as_completed(runs):
+            path, (notebook, seconds) = runs[done], done.result()
             print(f"{path.name}: {seconds:.0f} s", flush=True)
             if args.write:
                 nbformat.write(notebook, path)

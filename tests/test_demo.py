@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def test_prints_a_table_and_every_law(capsys: pytest.CaptureFixture[str], base: 
     assert losses["names"][2] < losses["base"][2] - 1
     assert len(re.findall(r"^holds  .*\d", out, re.M)) == 8
     assert "8 of 8 laws hold" in out and "FAILS" not in out
+    # what it says of its columns, and what it says to type, is so
+    for column in ("trainable", "file", "bits on", "swap"):
+        assert re.search(f"^  {column} .* {{2,}}", out, re.M) and f" {column}" in out
+    (told,) = re.findall(r"^  peftlite (inspect .*)$", out, re.M)
+    assert cli.main(shlex.split(told)) == 0 and "LoRA at" in capsys.readouterr().out
     assert all(f"{bar}: 100%" in err for bar in ("pretrain the base", "delta docs", "delta names"))
 
 

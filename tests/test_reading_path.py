@@ -22,7 +22,7 @@ import peftlite as pl
 from tests.zoo import KINDS
 
 PACKAGE = Path(pl.__file__).parent
-GROUND = {"__init__", "public", "errors", "fields", "spelling", "table"}
+GROUND = {"__init__", "public", "errors", "fields", "progress", "spelling", "table"}
 GPT = next(kind for kind in KINDS if kind.name == "gpt")
 
 

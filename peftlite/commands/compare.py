@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from tqdm import tqdm
-
 from peftlite.commands.answers import BASE, Writer
 from peftlite.commands.outcome import Outcome
 from peftlite.commands.questions import questions
+from peftlite.progress import bar
 from peftlite.table import table
 
 
@@ -17,7 +16,7 @@ def run_compare(args: argparse.Namespace) -> Outcome:
     asked = list(questions(args.prompts))
     writer = Writer(args)
     names = [BASE, *writer.deltas]
-    for question in tqdm(asked, "compare", unit="prompt", disable=None, leave=False):
+    for question in bar(asked, "compare", unit="prompt", leave=False):
         for name in names:
             question.answers[name] = writer.answer(question.prompt, name, question.tools)
     known = [(q.answers, q.wanted.strip()) for q in asked if q.wanted is not None]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from peftlite.commands.outcome import Outcome
 from peftlite.core.patch import Method
@@ -28,6 +27,7 @@ from peftlite.io.native import save
 from peftlite.io.tied import base_of
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
+from peftlite.progress import bar
 from peftlite.table import listed, size, table
 from peftlite.verbs.combine import combine
 from peftlite.verbs.extract import extract
@@ -150,8 +150,8 @@ def _tensors(path: str, info: Info, label: str = "") -> Iterator[tuple[str, Tens
 
 
 def _with_bar(items: Any, label: str) -> Any:
-    """The items, with a bar on a terminal."""
-    return tqdm(items, desc=label, unit="tensor", disable=None if label else True, leave=False)
+    """The items, with a bar if it has a label."""
+    return bar(items, label, unit="tensor", disable=not label, leave=False)
 
 
 # -- making

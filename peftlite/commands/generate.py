@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from tqdm import tqdm
-
 from peftlite.commands.answers import BASE, Prompt, Writer
 from peftlite.commands.outcome import Outcome
 from peftlite.commands.questions import Question, questions
 from peftlite.errors import FileError, PeftliteError
+from peftlite.progress import bar
 
 
 def run_generate(args: argparse.Namespace) -> Outcome | int:
@@ -31,7 +30,7 @@ def run_generate(args: argparse.Namespace) -> Outcome | int:
         writer.answer(prompts[0], choices[0][0], asked[0].tools, show)
         print()
         return 0
-    for question, prompt, names in tqdm(jobs, "generate", unit="prompt", disable=None, leave=False):
+    for question, prompt, names in bar(jobs, "generate", unit="prompt", leave=False):
         for name in names:
             question.answers[name] = writer.answer(prompt, name, question.tools)
     found = [{"prompt": question.prompt, "answers": question.answers} for question in asked]

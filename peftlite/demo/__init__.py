@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import peftlite as pl
-from peftlite.demo import gpt, laws, training
+from peftlite.demo import gpt, laws, training, words
 from peftlite.demo.text import Text, texts
 from peftlite.demo.training import Recipe, pretrain
+from peftlite.fields import as_typed
+from peftlite.progress import bar
 from peftlite.table import size, table
 
 BASE, DELTAS = "base", ("docs", "names")
@@ -67,7 +69,8 @@ def run(cache: Path, fresh: bool = False, settings: Settings = SETTINGS) -> int:
     folder = cache / f"demo-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.safetensors" for name in (BASE, *DELTAS)}
-    print(_headline(corpus, digest), flush=True)
+    print(_headline(corpus, digest))
+    print(words.COMING.format(method=as_typed(settings.lora)), flush=True)
 
     torch.manual_seed(0)
     base = gpt.GPT(settings.dim, settings.layers, settings.heads)
@@ -87,8 +90,8 @@ def run(cache: Path, fresh: bool = False, settings: Settings = SETTINGS) -> int:
     loaded = copy.deepcopy(base)
     for name in DELTAS:
         pl.load(loaded, files[name], name=name)
-    print("\nheld-out text in bits per byte, and the median time of pl.use:")
-    print(f"\n{_scores(loaded, corpus, files, settings)}\n", flush=True)
+    scores = _scores(loaded, corpus, files, settings)
+    print(f"{words.COLUMNS}\n{scores}\n{words.WHY}", flush=True)
 
     kept = []
     for law in laws.measure(base, trained, loaded, untrained, x):
@@ -96,6 +99,7 @@ def run(cache: Path, fresh: bool = False, settings: Settings = SETTINGS) -> int:
         kept.append(law.holds)
     print(f"\n{sum(kept)} of {len(kept)} laws hold; {time.perf_counter() - began:.0f} s")
     print(f"the base and its deltas are in {folder}")
+    print(words.NEXT.format(file=shlex.quote(str(files[DELTAS[0]]))))
     return 0 if all(kept) else 1
 
 
@@ -106,7 +110,7 @@ def _scores(
     counts = {name: delta.num_parameters for name, delta in pl.deltas(model).items()}
     counts[BASE] = sum(p.numel() for p in model.parameters()) - sum(counts.values())
     rows = []
-    for name, file in tqdm(files.items(), desc="held out", unit="model"):
+    for name, file in bar(files.items(), "held out", unit="model"):
         with pl.using(model, None if name == BASE else name):
             losses = [
                 training.held_out(model, text.held, settings.base.context, settings.windows)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from peftlite.io.files import write_file
+from peftlite.progress import bar
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def train(
         parameters, recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, recipe.pace)
-    bar = tqdm(range(recipe.steps), desc=label, unit="step")
-    for _ in bar:
+    steps = bar(range(recipe.steps), label, unit="step")
+    for _ in steps:
         starts = torch.randint(len(text) - recipe.context, (recipe.batch,), generator=draw)
         loss = bits(model, windows(text, starts, recipe.context))
         adamw.zero_grad()
@@ -57,7 +57,7 @@ def train(
         nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
         adamw.step()
         schedule.step()
-        bar.set_postfix_str(f"{loss.item():.2f} bits per byte", refresh=False)
+        steps.set_postfix_str(f"{loss.item():.2f} bits per byte", refresh=False)
 
 
 def pretrain(

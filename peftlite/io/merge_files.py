@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from peftlite.core.patch import Patch
 from peftlite.core.site import whole_address
@@ -18,6 +17,7 @@ from peftlite.io.fingerprint import difference, fingerprint, kind_of
 from peftlite.io.fitting import CheckBase, check_mode
 from peftlite.io.load import inspect, load
 from peftlite.io.tied import base_of
+from peftlite.progress import bar
 from peftlite.verbs.merge import Receipt
 
 
@@ -38,7 +38,7 @@ def merge_files(
 
     Args:
         check_base: what to do if a tensor isn't the one that the delta was made for.
-        progress: whether to show a bar, on a terminal.
+        progress: whether to show a bar.
 
     Raises:
         BaseMismatchError: the delta was made for other weights.
@@ -74,9 +74,9 @@ def merge_files(
         value, change[key] = checked(placed.name, key, patches, w)
         return value
 
-    title, hidden = f"merge {placed.name}", None if progress else True  # None: without a terminal
-    with tqdm(None, title, checkpoint.num_bytes, unit="B", unit_scale=True, disable=hidden) as bar:
-        checkpoint.rewrite(out, merged, bar.update)
+    how = {"total": checkpoint.num_bytes, "unit": "B", "unit_scale": True, "leave": False}
+    with bar(None, f"merge {placed.name}", **how, disable=not progress) as done:
+        checkpoint.rewrite(out, merged, done.update)
     return Receipt(placed.name, change, {}, {})
 
 

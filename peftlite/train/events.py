@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftlite.io.files import replacing, writing_to
+from peftlite.progress import bar
 from peftlite.train.history import FIELDS, Event, History
 from peftlite.train.measure import Metrics
 from peftlite.train.settings import Training
@@ -140,15 +141,13 @@ def _plain(value: Any) -> Any:
 
 
 class Progress(Callback):
-    """A progress bar, in a terminal or a notebook."""
+    """A progress bar; in a file, a line every so often."""
 
     bar: Any
 
     def start(self, trainer: Training, history: History) -> None:
-        from tqdm.auto import tqdm
-
         done = history.events[-1]["step"] if history.events else 0
-        self.bar = tqdm(total=trainer.total_steps, initial=done, desc="train", unit="step")
+        self.bar = bar(None, "train", total=trainer.total_steps, initial=done, unit="step")
 
     def event(self, event: Event) -> None:
         shown = {"loss": "train_loss", "valid": "full_valid_loss"}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from peftlite.errors import PeftliteError
+from peftlite.progress import bar
 from peftlite.table import Shown, table
 from peftlite.train.data.checks import check_counts
 from peftlite.train.data.jsonl import Finding, Path, Problem
@@ -209,12 +210,10 @@ class _Seen:
 def _read(
     path: Path, tokenizer: Tokenizer, max_length: int | None, progress: bool
 ) -> tuple[FileReport, _Seen]:
-    from tqdm.auto import tqdm
-
     report, seen = FileReport(str(path)), _Seen()
     reader = READERS[reader_for(path)]
-    lines = tqdm(lines_of(path, reader.kind), str(path), unit="line", leave=False,
-                 disable=None if progress else True)  # fmt: skip
+    lines = bar(lines_of(path, reader.kind), str(path), unit="line", leave=False,
+                disable=not progress)  # fmt: skip
     for line in lines:
         report.lines += 1
         report.problems += line.problems

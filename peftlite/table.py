@@ -38,10 +38,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def _html(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
     def line(kind: str, cells: Sequence[str]) -> str:
-        sides = ("right" if right else "left" for right in numeric)
+        # words may be broken between lines, numbers not
+        spaces = {"th": "pre-wrap", "td": "pre"}[kind]
+        styles = ("text-align:left;white-space:pre-wrap", f"text-align:right;white-space:{spaces}")
         return "".join(
-            f'<{kind} style="text-align:{side};white-space:pre-wrap">{_escaped(cell)}</{kind}>'
-            for cell, side in zip(cells, sides, strict=True)
+            f'<{kind} style="{styles[right]}">{_escaped(cell)}</{kind}>'
+            for cell, right in zip(cells, numeric, strict=True)
         )
 
     body = "".join(f"<tr>{line('td', cells)}</tr>" for cells in rows)

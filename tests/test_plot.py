@@ -176,7 +176,7 @@ def test_bank_has_bars_of_what_it_counts() -> None:
     assert widths == [[2, 0], [0, 1], [1, 1]]
     assert [bar.get_x() for bar in ax.containers[1]] == [2, 0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["chat", "sql"]
-    assert ax.get_title() == "2 hits, 1 misses (66.7% hits), 2 evictions"
+    assert ax.get_title() == "hits 2, misses 1, evictions 2; 66.7% hits"
 
 
 def test_a_bank_of_many_deltas_sums_the_least_named() -> None:
@@ -220,7 +220,8 @@ def test_it_takes_the_style_and_leaves_no_trace(name: str) -> None:
     assert to_rgb(ax.figure.get_facecolor()) == (0, 0, 0)
     # cells of the heat map have colours of their own, and so the text in them
     texts = [*(ax.texts if name != "similarity" else []), ax.xaxis.label, ax.title]
-    texts += ax.get_legend().texts if ax.get_legend() else []
+    legends = [each for each in (ax.get_legend(), *ax.figure.legends) if each]
+    texts += [text for each in legends for text in each.texts]
     assert {to_rgb(text.get_color()) for text in texts} == {(1, 1, 1)}
     assert (
         "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()

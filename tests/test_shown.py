@@ -129,6 +129,10 @@ def test_a_repr_is_a_line(kind: type, tmp_path: Path, monkeypatch: pytest.Monkey
     assert line.startswith(f"{kind.__name__}(") and "\n" not in line and len(line) < 200
 
 
+def test_a_site_says_its_address_and_no_module() -> None:
+    assert repr(KEPT.placed["b.weight"].site) == "Site('b.weight')"
+
+
 def test_all_that_shows_itself_is_here() -> None:
     assert {*Shown.__subclasses__()} <= {*SHOWN}
 

@@ -37,11 +37,8 @@ class Counts(Shown):
         return hits / named if named else None
 
     def _summary(self) -> str:
-        hits, misses, evictions = (
-            sum(each.values()) for each in (self.hits, self.misses, self.evictions)
-        )
-        rate = "" if self.hit_rate is None else f" ({self.hit_rate:.1%} hits)"
-        return f"{hits:,} hits, {misses:,} misses{rate}, {evictions:,} evictions"
+        sums = ", ".join(f"{name} {sum(each.values()):,}" for name, each in vars(self).items())
+        return sums if self.hit_rate is None else f"{sums}; {self.hit_rate:.1%} hits"
 
     def _lines(self) -> Iterator[str]:
         counts = (self.hits, self.misses, self.evictions)

@@ -28,7 +28,7 @@ from peftlite.table import short
 CALL = "()"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Site:
     """A place in a model where a patch can sit.
 
@@ -47,6 +47,9 @@ class Site:
     head: bool = False
     index: Index = None
     on: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Site({self.address!r})"
 
     @property
     def module(self) -> nn.Module:

@@ -13,7 +13,7 @@ import numpy as np
 
 from peftlite.core.delta import Delta
 from peftlite.errors import PeftliteError
-from peftlite.plot.drawing import axes, legend, panels, styles
+from peftlite.plot.drawing import axes, ink, legend, panels, styles
 from peftlite.table import short
 from peftlite.verbs.measure import cosines, sizes
 
@@ -47,7 +47,7 @@ def change(delta: Delta, ax: Axes | None = None) -> Axes:
     norms = _by_kind({address: each.norm for address, each in found.items()})
     ranks = _by_kind({a: each.rank for a, each in found.items() if each.rank is not None})
     shown = {"‖ΔW‖": norms, **({"effective rank": ranks} if ranks else {})}
-    ax = axes(ax, 8, 5)
+    alone, ax = ax is None, axes(ax, 8, 5)
     looks = dict(zip(norms, styles(), strict=False))
     drawn = panels(ax, [1] * len(shown))
     for panel, (what, values) in zip(drawn, shown.items(), strict=True):
@@ -56,7 +56,11 @@ def change(delta: Delta, ax: Axes | None = None) -> Axes:
         panel.set_ylabel(what)
         panel.set_ylim(bottom=0)
     _name_layers(drawn[-1], layers)
-    legend(ax, beside=True)
+    if alone:  # beside all panels, else it takes its height of the first
+        handles = ax.get_legend_handles_labels()
+        ax.figure.legend(*handles, loc="outside right upper", frameon=False, labelcolor=ink(ax))
+    else:
+        legend(ax)
     ax.set_title(f"delta {delta.name!r}", loc="left")
     return ax
 

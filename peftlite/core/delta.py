@@ -242,7 +242,8 @@ class Delta(Shown, Weighted):
         how = "merged" if self.merged else "chosen" if chosen else "not chosen"
         trains = any(p.requires_grad for p in self.parameters())
         state = f"{how}, {'trains' if trains else 'frozen'}, {self.num_parameters:,} parameters"
-        return tree(f"delta {self.name!r}: {state}", home.root, self.placed.values())
+        with self.turn():
+            return tree(f"delta {self.name!r}: {state}", home.root, self.placed.values())
 
     def table(self) -> Table:
         """A table of its sites; those that differ only in a block's number share a line."""

@@ -21,7 +21,6 @@ import peftlite as pl
 from peftlite.demo import gpt, laws, training, words
 from peftlite.demo.text import Text, texts
 from peftlite.demo.training import Recipe, pretrain
-from peftlite.fields import as_typed
 from peftlite.progress import bar
 from peftlite.table import size, table
 
@@ -70,7 +69,7 @@ def run(cache: Path, fresh: bool = False, settings: Settings = SETTINGS) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.safetensors" for name in (BASE, *DELTAS)}
     print(_headline(corpus, digest))
-    print(words.COMING.format(method=as_typed(settings.lora)), flush=True)
+    print(words.COMING.format(rank=settings.lora.rank), flush=True)
 
     torch.manual_seed(0)
     base = gpt.GPT(settings.dim, settings.layers, settings.heads)

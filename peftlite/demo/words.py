@@ -3,8 +3,8 @@
 COMING = """
 What is coming, in some two minutes on two CPU cores and with nothing to download:
   1. A small language model, the base, learns Python's own source code.
-  2. It is frozen, and two deltas are trained on it, each a {method}: docs on English, the text
-     of Python's help, and names on the names of Unicode's characters.
+  2. It is frozen, and two deltas are trained on it, each a LoRA of rank {rank}: docs on English,
+     the text of Python's help, and names on the names of Unicode's characters.
   3. They are saved, loaded into a fresh copy of the base, and measured on text that was held out.
   4. What every delta promises is checked, number by number.
 """
@@ -19,10 +19,10 @@ Each line is the base, by itself or with one delta:
 """
 
 WHY = """
-A delta is better than the base on the text that it learned, and worse on the others: it was
-trained on that text alone, and the weights that it changes serve all three. Nothing in its training
-asked for the rest to be kept; a probe shows what is lost as it happens (docs/training.md). It is
-the delta that forgets: the base has kept every bit, and pl.use(model, None) has it back.
+A delta is better than the base on the text that it learned, and as a rule worse on the others: it
+was trained on that text alone, and the weights that it changes serve all three. Nothing in its
+training asked for the rest to be kept; a probe shows what is lost as it happens. It is the delta
+that forgets: the base has kept every bit, and pl.use(model, None) has it back.
 
 What every delta promises, on these very models:
 """

@@ -35,8 +35,13 @@ else:
     def _unknown(name: str) -> str:
         from peftlite.spelling import hint
 
-        known = [] if name.startswith("_") else __getattr__("__all__")
-        return f"module {__name__!r} has no attribute {name!r}{hint(name, known)}"
+        start = f"module {__name__!r} has no attribute {name!r}"
+        if name.startswith("_"):
+            return start
+        from peftlite.compat.peft import __all__ as theirs
+
+        also = f", or peftlite.compat.peft.{name}" if name in theirs else ""
+        return f"{start}{hint(name, __getattr__('__all__'))}{also}"
 
     def __dir__() -> list[str]:
         return [*__getattr__("__all__"), "__version__"]

@@ -1,5 +1,6 @@
 """The public names but the trainer's and the bank's, each from its home."""
 
+import peftlite.compat as compat
 import peftlite.kernels as kernels
 import peftlite.methods as methods
 import peftlite.plot as plot
@@ -29,8 +30,8 @@ from peftlite.verbs.use import use, using, view
 __all__ = [
     "BaseMismatchError", "Delta", "FileError", "Fused", "Info", "Method", "Patch",
     "PeftliteError", "Plan", "Receipt", "Site", "TargetError", "attach", "check_vllm",
-    "combine", "deltas", "detach", "export", "extract", "fish_scores", "fuse", "initialize",
-    "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan", "plot", "push",
-    "rescale", "resize_rank", "save", "unfuse", "unmerge", "use", "using", "view",
+    "combine", "compat", "deltas", "detach", "export", "extract", "fish_scores", "fuse",
+    "initialize", "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan", "plot",
+    "push", "rescale", "resize_rank", "save", "unfuse", "unmerge", "use", "using", "view",
 ]  # fmt: skip
 __all__ += catalog.__all__

@@ -22,6 +22,7 @@ FLOORS = (
     "verbs io bank",
     "plot",
     "train",
+    "compat",
     "public",
     "peftlite",
     "commands demo",

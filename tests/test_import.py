@@ -50,7 +50,7 @@ def test_imports_what_is_used() -> None:
 def test_shows_public_names_alone() -> None:
     names = dir(pl)
     modules = {name for name in names if isinstance(getattr(pl, name), ModuleType)}
-    assert modules == {"data", "kernels", "losses", "methods", "plot"}
+    assert modules == {"compat", "data", "kernels", "losses", "methods", "plot"}
     assert {*pl.__all__} == {*names} - {"__version__"}
     assert all(name in pl.__all__ for name in pl.Method.known if hasattr(pl, name))
 

@@ -273,6 +273,9 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     return eager
 
 
+_COMMON = ("cache_position",)  # what all rows have in common, however long it is
+
+
 def by_rows(
     run: Callable[..., Any], choice: Choice, rows: NamesByRow, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
@@ -282,7 +285,9 @@ def by_rows(
     back must again have one row per row that went in.
     """
     b = len(rows.rows)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    common = {name: x for name, x in kwargs.items() if name in _COMMON}
+    own_kwargs = {name: x for name, x in kwargs.items() if name not in common}
+    leaves, spec = pytree.tree_flatten((args, own_kwargs))
     split = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == b for leaf in leaves]
     if not any(split):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -299,7 +304,7 @@ def by_rows(
         ]
         some_args, some_kwargs = pytree.tree_unflatten(part, spec)
         with choice.scope(names):
-            results.append((len(picked), run(*some_args, **some_kwargs)))
+            results.append((len(picked), run(*some_args, **some_kwargs, **common)))
         order += picked
     back = torch.tensor(order).argsort()
     flat = [pytree.tree_flatten(result) for _, result in results]

@@ -46,6 +46,7 @@ class Patches(nn.Module):
         self.choice = choice
         self.registry: Any = None  # what the model knows of its deltas, on its root alone
         self.still = False  # whether the module keeps the base's statistics, in training too
+        self.face: type | None = None  # a class that is laid over the model's own
         self.kind: type[Map] | None = None
         self.own_forward: Callable[..., Any] | None = None  # the module's, where it has one
         # torch's fused transformer layer bypasses its parts unless one of them has a hook
@@ -201,19 +202,28 @@ def _assigned(module: Any, slot: str, value: Tensor) -> Tensor:
 _classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
 
 
-def host_class(base: type, slots: frozenset[str], root: bool = False, still: bool = False) -> type:
+def host_class(
+    base: type,
+    slots: frozenset[str],
+    root: bool = False,
+    still: bool = False,
+    face: type | None = None,
+) -> type:
     """A subclass of `base` that reads `slots` through patches; one each, so graphs are shared.
 
     Args:
         root: whether its calls are the model's.
         still: whether its running statistics stay those of the base in training.
+        face: a class whose attributes come before those of `base`.
     """
-    key = id(base), slots, root, still
+    key = id(base), slots, root, still, face
     made = _classes.get(key)
     return _classes.setdefault(key, _host_class(base, *key[1:])) if made is None else made
 
 
-def _host_class(base: type, slots: frozenset[str], root: bool, still: bool) -> type:
+def _host_class(
+    base: type, slots: frozenset[str], root: bool, still: bool, face: type | None
+) -> type:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hosted = self.peftlite
@@ -246,7 +256,7 @@ def _host_class(base: type, slots: frozenset[str], root: bool, still: bool) -> t
 
     outer: Any = _announced(forward) if root else forward
     outer.__signature__ = inspect.signature(base.forward)
-    made_of = (base, slots, root, still)
+    made_of = (base, slots, root, still, face)
     body: dict[str, Any] = {"forward": outer, "_made_of": made_of, "__module__": base.__module__}
     body |= {slot: _property(base, slot) for slot in slots if slot != CALL}
     if issubclass(base, nn.RNNBase):
@@ -255,7 +265,7 @@ def _host_class(base: type, slots: frozenset[str], root: bool, still: bool) -> t
         body["use_nested_tensor"] = property(lambda self: False, lambda self, _: None)
     if still:
         body["training"] = _TRAINING
-    made = type(base.__name__, (Host, base), body)
+    made = type(base.__name__, (Host, base) if face is None else (Host, face, base), body)
     made.__qualname__ = base.__qualname__
     return made
 
@@ -484,6 +494,12 @@ def make_root(module: nn.Module, choice: Choice, registry: Any) -> None:
     _swap_class(module)
 
 
+def lay_over(root: Any, face: type) -> None:
+    """Lays a class over that of a model with deltas, until the last of them is off."""
+    root.peftlite.face = face
+    _swap_class(root)
+
+
 def settle(root: nn.Module, choice: Choice, deltas: bool) -> None:
     """Makes hosts of what has to know of deltas in the model, if there are any, and else frees it.
 
@@ -524,4 +540,4 @@ def _swap_class(module: Any) -> None:
     if "_made_of" in type(module).__dict__:
         hosted, base = module.peftlite, base_class(module)
         root = hosted.registry is not None
-        module.__class__ = host_class(base, hosted.slots, root, hosted.still)
+        module.__class__ = host_class(base, hosted.slots, root, hosted.still, hosted.face)

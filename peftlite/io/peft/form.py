@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -86,8 +86,15 @@ def embeds(module: nn.Module) -> bool:
     return kind_of(module) is maps.Embedding or (scaled and not module.max_norm)
 
 
-def agreed(config: Config, layer: Layer, name: str, says: float, found: float) -> int:
+def size_of(t: Tensors, *names: str, dim: int = 0) -> int | None:
+    """A size of the tensor that has one of these names; None where there are none yet."""
+    return t[next((n for n in names if n in t), names[0])].shape[dim] if t else None
+
+
+def agreed(config: Config, layer: Layer, name: str, says: float, found: float | None) -> int:
     """A size of a module's tensors, which has to be what a setting says. Raises FileError."""
+    if found is None:
+        return cast(int, says)  # the method looks at it
     if (layer.site is not None or layer.expert) and says != found:
         raise FileError(
             f"{config.path!r} has {name!r} as {says:g} for {layer.name}, and the tensors there "
@@ -96,7 +103,7 @@ def agreed(config: Config, layer: Layer, name: str, says: float, found: float) -
     return int(found)
 
 
-def rank_of(config: Config, layer: Layer, found: float, default: int = 8) -> int:
+def rank_of(config: Config, layer: Layer, found: float | None, default: int = 8) -> int:
     """The rank of a module's tensors, which has to be that of the settings. Raises FileError."""
     says = config.patterned("rank_pattern", layer.name, config.number("r", default))
     return agreed(config, layer, "r", says, found)
@@ -106,7 +113,7 @@ def flagged(config: Config, layer: Layer, name: str, tensor: str, t: Tensors) ->
     """A setting that says whether a module has a tensor, and has to be right. Raises FileError."""
     says = config.take(name, False, bool, dict)
     flag = says is True or isinstance(says, dict)
-    if flag is not (tensor in t):
+    if t and flag is not (tensor in t):
         raise FileError(
             f"{config.path!r} has {name!r} as {short(says)}, and {layer.path} has "
             f"{'no' if flag else 'a'} {tensor}: they aren't of one adapter, so save it again"
@@ -143,7 +150,10 @@ class Form:
     """What `bias=` says where the biases of its modules are trained."""
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> Any:
-        """Ours, from the settings and the shapes of peft's tensors; None if it changes nothing."""
+        """Ours, from the settings and the shapes of peft's tensors; None if it changes nothing.
+
+        Without tensors it is an adapter that begins, whose sizes the settings alone say.
+        """
         raise NotImplementedError
 
     def settings(self, method: Any, patch: Any) -> dict[str, Any]:

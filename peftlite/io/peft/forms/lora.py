@@ -25,6 +25,7 @@ from peftlite.io.peft.form import (
     fit,
     flagged,
     rank_of,
+    size_of,
 )
 from peftlite.io.peft.forms.vectors import added_bias
 from peftlite.methods.adalora import AdaLoRA
@@ -59,7 +60,7 @@ class LoRAForm(Form):
     bias: ClassVar[str | None] = "lora_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoRA:
-        a = t["lora_embedding_A" if "lora_embedding_A" in t else "lora_A.weight"]
+        n = size_of(t, "lora_A.weight", "lora_embedding_A")
         init = config.take("init_lora_weights", True, bool, str)
         if init not in (*PLAIN, "pissa", "olora"):
             raise FileError(
@@ -72,7 +73,7 @@ class LoRAForm(Form):
         flagged(config, layer, "lora_bias", "lora_B.bias", t)
         dora = flagged(config, layer, "use_dora", "lora_magnitude_vector", t)
         method = (DoRA if dora else LoRA)(
-            rank=rank_of(config, layer, len(a) / (len(layer.site.whole) if stacked else 1)),
+            rank=rank_of(config, layer, n and n / (len(layer.site.whole) if stacked else 1)),
             alpha=config.patterned("alpha_pattern", layer.name, config.number("lora_alpha", 8)),
             dropout=config.number("lora_dropout", 0.0),
             scaling="rslora" if config.flag("use_rslora") else "alpha/r",
@@ -205,11 +206,11 @@ class AdaLoRAForm(Form):
         config.leave(
             "alpha_pattern", "use_rslora", "use_qalora", "kasa_config", "monteclora_config"
         )
-        rank, first = len(t["lora_A"]), config.number("init_r", 12)
+        found, first = size_of(t, "lora_A"), config.number("init_r", 12)
         config.number("lora_alpha", 8)
         kept = config.take("rank_pattern", {}, dict).get(f"{layer.path}.lora_E")
         says = sum(map(bool, kept)) if isinstance(kept, list) else first
-        agreed(config, layer, "init_r" if kept is None else "rank_pattern", says, rank)
+        rank = agreed(config, layer, "init_r" if kept is None else "rank_pattern", says, found)
         if not rank:  # all of it was cut
             return None
         warmup, last = (int(config.number(name, 0)) for name in ("tinit", "tfinal"))

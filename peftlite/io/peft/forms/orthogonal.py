@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from peftlite.core import maps
 from peftlite.core.patch import Method
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Parts, Tensors, agreed, fit
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, agreed, fit, size_of
 from peftlite.methods.boft import BOFT
 from peftlite.methods.hra import HRA
 from peftlite.methods.oft import OFT, skew
@@ -45,12 +45,12 @@ class OFTForm(Form):
                 "series: train it anew"
             )
         eps = config.number("eps", 6e-5)
-        q = t["oft_embedding_R.weight" if "oft_embedding_R.weight" in t else "oft_R.weight"]
-        block = (1 + math.isqrt(1 + 8 * q.shape[-1])) // 2
+        found = size_of(t, "oft_R.weight", "oft_embedding_R.weight", dim=-1)
+        block = _block(config, layer, found and (1 + math.isqrt(1 + 8 * found)) // 2)
         site, shares = layer.site, config.flag("block_share")
         shared = site.layout.neuron // block if shares and site else 1
         return OFT(
-            block_size=_block(config, layer, block),
+            block_size=block,
             neumann_terms=max(int(terms), 4) - 2 if neumann else None,
             # peft bounds all of a layer's blocks together, and one that is shared by itself
             eps=eps * math.sqrt(shared) if config.flag("coft") else None,
@@ -92,7 +92,7 @@ def _of_inputs(method: OFT | BOFT) -> None:
         raise PeftliteError(f"peft has no {type(method).__name__} of a weight's outputs")
 
 
-def _block(config: Config, layer: Layer, found: int) -> int:
+def _block(config: Config, layer: Layer, found: int | None) -> int:
     """The size of OFT's blocks, which has to be what the settings come to. Raises FileError."""
     count, size = config.number("r", 0), config.number("oft_block_size", 32)
     if bool(count) is bool(size):
@@ -101,10 +101,12 @@ def _block(config: Config, layer: Layer, found: int) -> int:
             "takes one"
         )
     if layer.site is None:
-        return found
+        return found or 0
     n, says = layer.site.layout.neuron, count or size
     if n % says:  # peft takes the nearest that divides
         says = min((k for k in range(1, n + 1) if n % k == 0), key=lambda k: (abs(k - says), k))
+    if found is None:
+        return int(n // says if count else says)
     name, blocks = ("r", n // found) if count else ("oft_block_size", found)
     agreed(config, layer, name, says, blocks)
     return found
@@ -119,14 +121,23 @@ class BOFTForm(Form):
     bias: ClassVar[str | None] = "boft_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> BOFT:
-        m, count, block, _ = t["boft_R"].shape
-        for name, default, found in (
-            ("boft_block_size", 4, block), ("boft_block_num", 0, count),
-        ):  # fmt: skip
-            if says := config.number(name, default):
-                agreed(config, layer, name, says, found)
+        size, count = config.number("boft_block_size", 4), config.number("boft_block_num", 0)
+        factors = config.number("boft_n_butterfly_factor", 1)
+        if not t:
+            n = layer.site.layout.neuron
+            if bool(size) is bool(count) or n % (size or count):
+                raise FileError(
+                    f"{config.path!r} has 'boft_block_size' as {size:g} and 'boft_block_num' as "
+                    f"{count:g}: one of them is 0, and the other divides the {n} inputs of "
+                    f"{layer.name}"
+                )
+            return BOFT(block_size=int(size or n // count), m=cast(int, factors))
+        m, found, block, _ = t["boft_R"].shape
+        if size:
+            agreed(config, layer, "boft_block_size", size, block)
+        if count:
+            agreed(config, layer, "boft_block_num", count, found)
         if m > 1:  # peft has one factor where its extension for CUDA is missing
-            factors = config.number("boft_n_butterfly_factor", 1)
             agreed(config, layer, "boft_n_butterfly_factor", factors, m)
         return BOFT(block_size=block, m=m)
 
@@ -161,7 +172,9 @@ class HRAForm(Form):
     bias: ClassVar[str | None] = "hra_only"
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> HRA:
-        return HRA(rank=agreed(config, layer, "r", config.number("r", 8), t["hra_u"].shape[-1]))
+        return HRA(
+            rank=agreed(config, layer, "r", config.number("r", 8), size_of(t, "hra_u", dim=-1))
+        )
 
     def settings(self, method: HRA, patch: Any) -> dict[str, Any]:
         return {"r": method.rank}

@@ -13,7 +13,7 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Parts, Tensors, agreed, fit, rank_of
+from peftlite.io.peft.form import Form, Layer, Parts, Tensors, agreed, fit, rank_of, size_of
 from peftlite.methods.full import FullTuning
 from peftlite.methods.hira import HiRA
 from peftlite.methods.loha import LoHa
@@ -31,7 +31,7 @@ class LoHaForm(Form):
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> LoHa:
         alpha = config.patterned("alpha_pattern", layer.name, config.number("alpha", 8))
-        return LoHa(rank=rank_of(config, layer, len(t["hada_w1_b"])), alpha=alpha)
+        return LoHa(rank=rank_of(config, layer, size_of(t, "hada_w1_b")), alpha=alpha)
 
     def settings(self, method: LoHa, patch: Any) -> dict[str, Any]:
         return {"r": method.rank, "alpha": method.scale * method.rank}
@@ -66,8 +66,8 @@ class HiRAForm(Form):
     convs: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> HiRA:
-        a = t["hira_embedding_A" if "hira_embedding_A" in t else "hira_A"]
-        rank = agreed(config, layer, "r", config.number("r", 32), len(a))
+        found = size_of(t, "hira_A", "hira_embedding_A")
+        rank = agreed(config, layer, "r", config.number("r", 32), found)
         return HiRA(rank=rank, dropout=config.number("hira_dropout", 0.0))
 
     def settings(self, method: HiRA, patch: Any) -> dict[str, Any]:
@@ -145,13 +145,17 @@ class LoKrForm(Form):
         for name in ("lokr_w1_b", "lokr_w2_b"):
             if name in t:
                 agreed(config, layer, "r", rank, len(t[name]))
-        w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-        for n, first in zip(_both(layer.site.layout) if layer.site else (), w1.shape, strict=False):
-            agreed(config, layer, "decompose_factor", _first(n, factor), first)
+        says = [_first(n, factor) for n in (_both(layer.site.layout) if layer.site else ())]
+        first = says
+        if t:
+            w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+            first = [*w1.shape]
+        for its, found in zip(says, first, strict=False):
+            agreed(config, layer, "decompose_factor", its, found)
         return LoKr(
             rank=int(rank),
             alpha=config.patterned("alpha_pattern", layer.name, config.number("alpha", 8)),
-            factor=None if factor == -1 else tuple(w1.shape),
+            factor=None if factor == -1 else (first[0], first[1]),
             decompose_both=config.flag("decompose_both"),
         )
 

@@ -14,7 +14,7 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Tensors, agreed
+from peftlite.io.peft.form import Form, Layer, Tensors, agreed, size_of
 from peftlite.methods.vblora import VBLoRA
 from peftlite.methods.vera import VeRA
 
@@ -31,7 +31,7 @@ class VeRAForm(Form):
         config.flag("save_projection")
         seed = config.take("projection_prng_key", 0, int)
         initial = config.number("d_initial", 0.1)
-        rank = agreed(config, layer, "r", config.number("r", 256), len(t["vera_lambda_d"]))
+        rank = agreed(config, layer, "r", config.number("r", 256), size_of(t, "vera_lambda_d"))
         return VeRA(rank=rank, seed=seed, d_initial=initial)
 
     def settings(self, method: VeRA, patch: Any) -> dict[str, Any]:
@@ -75,9 +75,9 @@ class VBLoRAForm(Form):
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> VBLoRA:
         compact = config.flag("save_only_topk_weights")
-        a = t["vblora_logits_A_topk_indices" if compact else "vblora_logits_A"]
+        a = "vblora_logits_A_topk_indices" if compact else "vblora_logits_A"
         return VBLoRA(
-            rank=agreed(config, layer, "r", config.number("r", 4), len(a)),
+            rank=agreed(config, layer, "r", config.number("r", 4), size_of(t, a)),
             num_vectors=int(config.number("num_vectors", 256)),
             vector_length=int(config.number("vector_length", 256)),
             topk=int(config.number("topk", 2)),

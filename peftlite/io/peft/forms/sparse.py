@@ -11,7 +11,7 @@ import torch
 from peftlite.core import maps
 from peftlite.core.patch import Method
 from peftlite.io.peft.config import Config
-from peftlite.io.peft.form import Form, Layer, Tensors, agreed
+from peftlite.io.peft.form import Form, Layer, Tensors, agreed, size_of
 from peftlite.methods.fourier import FourierFT
 from peftlite.methods.shira import SHiRA
 
@@ -27,7 +27,7 @@ class FourierFTForm(Form):
         table, says = "n_frequency_pattern", config.number("n_frequency", 1000)
         says = config.patterned(table, layer.name, says, r".*\.{}")
         return FourierFT(
-            n=agreed(config, layer, "n_frequency", says, len(t["fourierft_spectrum"])),
+            n=agreed(config, layer, "n_frequency", says, size_of(t, "fourierft_spectrum")),
             alpha=config.number("scaling", 150.0),
             seed=config.take("random_loc_seed", 777, int),
         )
@@ -58,9 +58,9 @@ class SHiRAForm(Form):
     )
 
     def method(self, config: Config, layer: Layer, t: Tensors) -> SHiRA:
-        count, width = t["shira_weight"].numel(), sum(layer.site.shape) if layer.site else 1
+        count, width = size_of(t, "shira_weight"), sum(layer.site.shape) if layer.site else 1
         says = config.number("r", 32)
-        agreed(config, layer, "r", says, count / width)
+        agreed(config, layer, "r", says, count and count / width)
         return SHiRA(rank=int(says))
 
     def settings(self, method: SHiRA, patch: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from peftlite.io.files import Entry, Tensors, reason
 from peftlite.io.names import Names, Spelling
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.folder import PROMPTS, START, WRAPPED, open_folder
+from peftlite.io.peft.targets import replaced
 
 Make = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 Left = Mapping[str, str]
@@ -128,7 +129,7 @@ class Adapter:
 
     def replaces(self, path: str) -> bool:
         """Whether a module, or one around it, is one that was saved as it was in the end."""
-        return any(f"{name}." in f"{path}." for name in self.config.names("modules_to_save"))
+        return replaced(self.config, path)
 
     @contextlib.contextmanager
     def fitting(self) -> Iterator[None]:

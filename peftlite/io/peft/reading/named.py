@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from torch import nn
-
-from peftlite.core import maps
-from peftlite.core.maps import kind_of
 from peftlite.errors import FileError
-from peftlite.io.peft.config import Config, ends
-from peftlite.io.peft.folder import CLASSIFIER, CONFIG, TOKENS
+from peftlite.io.peft.config import ends
+from peftlite.io.peft.folder import CONFIG, TOKENS
 from peftlite.io.peft.reading.adapter import Adapter, Claim, never_run
+from peftlite.io.peft.targets import first_names, targeted
 from peftlite.table import listed
 
 
 def check_named(adapter: Adapter, claims: Sequence[Claim]) -> None:
     """Raises FileError if a module that the settings name has no tensors."""
-    # each by its first name
-    paths = [*{id(m): path for path, m in reversed([*adapter.modules.items()])}.values()]
+    paths = first_names(adapter.modules)
     lost = [
         *_not_replaced(adapter, paths, claims),
         *_not_changed(adapter, paths, claims),
@@ -54,20 +48,11 @@ def _not_replaced(adapter: Adapter, paths: Sequence[str], claims: Sequence[Claim
 def _not_changed(adapter: Adapter, paths: Sequence[str], claims: Sequence[Claim]) -> Iterator[str]:
     """The modules that target_modules names and the file has no tensor of."""
     config, changed = adapter.config, {claim.module for claim in claims}
-    names = _names(config, "target_modules")
-    if isinstance(names, str) and names.lower() == "all-linear":
-        names = [*_linear(adapter)]
     tying = config.flag("ensure_weight_tying")
-    for path in filter(None, paths):
+    for path in targeted(config, adapter.model, adapter.modules, paths):
         site = adapter.sites.get(f"{path}.weight")
         tied = tying and site is not None and len(site.owners) > 1
-        if path in changed or tied or adapter.replaces(path):
-            continue
-        if _among(config, "exclude_modules", _names(config, "exclude_modules"), path):
-            continue
-        if _among(config, "target_modules", names, path) and (
-            path in names or isinstance(names, str) or _in_layers(config, path)
-        ):
+        if not (path in changed or tied):
             yield path
 
 
@@ -99,45 +84,3 @@ def _not_shifted(adapter: Adapter, paths: Sequence[str], claims: Sequence[Claim]
         address = f"{inner}.bias"
         if path in changed and address in adapter.sites and address not in given:
             yield address
-
-
-def _names(config: Config, setting: str) -> Any:
-    """The names in a setting, or its regex."""
-    if isinstance(config.data.get(setting), str):
-        return config.take(setting, "", str)
-    return config.names(setting)
-
-
-def _among(config: Config, setting: str, names: Any, path: str) -> bool:
-    """Whether names, or a regex, are of a module, as peft sees it."""
-    if isinstance(names, str):
-        return bool(names) and config.matches(setting, names, path)
-    return any(ends(path, name) for name in names)
-
-
-def _in_layers(config: Config, path: str) -> bool:
-    """Whether a module is in the numbered layers that the settings say; all, if they say none."""
-    layers = config.take("layers_to_transform", [], list, int)
-    if layers == []:
-        return True
-    named = _names(config, "layers_pattern")
-    patterns = [named] if isinstance(named, str) else named
-    starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns if pattern]
-    for start in starts or [r".*?\.[^.]*"]:
-        for number in re.finditer(r"\.(\d+)(?=\.)", path):
-            if config.matches("layers_pattern", start, path[: number.start()]):
-                return int(number[1]) in (layers if isinstance(layers, list) else [layers])
-    return False
-
-
-def _linear(adapter: Adapter) -> Iterator[str]:
-    """The modules that peft takes for "all-linear"."""
-    model: Any = adapter.model
-    pretrained = any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
-    out = model.get_output_embeddings() if pretrained else None
-    if pretrained and out is None and adapter.config.data.get("task_type") == "SEQ_CLS":
-        out = next((its for name in CLASSIFIER if (its := getattr(model, name, None))), None)
-    for path, module in adapter.modules.items():
-        linear = isinstance(module, nn.Linear) or kind_of(module) is maps.TransposedLinear
-        if linear and module is not out:
-            yield path

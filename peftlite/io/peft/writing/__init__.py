@@ -22,7 +22,7 @@ from peftlite.io.peft.writing.base import about
 from peftlite.io.peft.writing.draft import Draft, refuse
 from peftlite.io.peft.writing.modules import write_modules
 from peftlite.io.peft.writing.prompts import check_task, write_prompts
-from peftlite.io.peft.writing.replaced import write_replaced
+from peftlite.io.peft.writing.replaced import write_heads, write_replaced
 from peftlite.io.peft.writing.shifts import are_shifts, write_shifts
 from peftlite.io.peft.writing.tokens import rows_of, write_tokens
 from peftlite.methods.full import AddPatch
@@ -79,6 +79,7 @@ def plan(delta: Delta, task: Any = None) -> tuple[dict[str, Any], dict[str, Tens
             raise PeftliteError(f"{item.site.address} is on the meta device: it has no values")
     with torch.no_grad():
         draft = _draft(delta, task)
+        write_heads(draft, placed[0])
     return {**draft.config, "peft_type": draft.kind}, draft.tensors
 
 
@@ -94,7 +95,7 @@ def _draft(delta: Delta, task: Any) -> Draft:
     rows = {item: rows for item in others if (rows := rows_of(item)) is not None}
     replaced = [item for item in others if item not in rows]
     if not own and not rows and are_shifts(replaced):
-        return write_shifts(Draft(delta, kind="BEFT"), replaced)
+        return write_shifts(Draft(delta, "BEFT", task), replaced)
     for item in replaced:
         if not isinstance(item.patch, AddPatch):
             refuse(item, f"peft has no {type(item.method).__name__} there")

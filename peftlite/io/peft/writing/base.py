@@ -7,12 +7,22 @@ from typing import Any
 from peftlite.core.delta import Delta
 from peftlite.core.host import base_class
 from peftlite.core.site import walk
+from peftlite.io.peft.forms import FORMS
+from peftlite.io.peft.writing.draft import module_of
+from peftlite.io.peft.writing.replaced import head_of
+
+CLASSES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+METHODS = {kind for form in FORMS.values() for kind in form.kinds}
 
 
 def about(delta: Delta) -> dict[str, Any]:
     """Where the base is, and its task, as far as a model of transformers says them.
 
-    The tasks that need a head of the adapter's own are the user's to say.
+    For the tasks that have heads peft takes these whole, beside a method that is elsewhere.
     """
     root = None if delta.home is None else delta.home.root
     if root is None:
@@ -27,4 +37,8 @@ def about(delta: Delta) -> dict[str, Any]:
         found["task_type"] = "CAUSAL_LM"
     elif generates and getattr(config, "is_encoder_decoder", False):
         found["task_type"] = "SEQ_2_SEQ_LM"
+    elif task := next((task for end, task in CLASSES.items() if name.endswith(end)), None):
+        own = [item for item in delta.placed.values() if type(item.method) in METHODS]
+        if own and not any(head_of(module_of(item), task) for item in own):
+            found["task_type"] = task
     return found

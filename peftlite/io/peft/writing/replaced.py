@@ -15,6 +15,7 @@ from peftlite.io.peft.folder import ALONE, CLASSIFIER, LAYER, PROMPTS
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 
 HEADS = {"SEQ_CLS": CLASSIFIER, "TOKEN_CLS": CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
+HEADLESS = (*PROMPTS, "TRAINABLE_TOKENS")
 
 
 def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
@@ -42,7 +43,7 @@ def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
     )
     if draft.config.get("bias") == "all":
         _write_other_biases(draft, {*paths, *biases})
-    copied = {path: head for path in paths if (head := _head(path, draft.task))}
+    copied = {path: head for path in paths if (head := head_of(path, draft.task))}
     if draft.kind != ALONE:
         copied = {path: path for path in paths} | copied
     elif len(copied) == len(paths):  # peft has no adapter of a classifier alone
@@ -56,11 +57,30 @@ def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:
         draft.config["target_modules"] = targets
 
 
-def _head(path: str, task: Any) -> str | None:
+def head_of(path: str, task: Any) -> str | None:
     """The head that a module is, or is in, which peft saves whole for a task, by a name's end."""
     steps = path.split(".")
     ends = (n for n, step in enumerate(steps, 1) if step.endswith(HEADS.get(task, ())))
     return next((".".join(steps[:n]) for n in ends), None)
+
+
+def write_heads(draft: Draft, item: Placed) -> None:
+    """Adds the heads that peft asks for by a task, and that aren't there yet."""
+    root = None if draft.delta.home is None else draft.delta.home.root
+    if root is None or draft.task not in HEADS or draft.kind in HEADLESS:
+        return
+    there = {*(draft.config.get("modules_to_save") or ()), *(draft.config["target_modules"] or ())}
+    modules = [(path, module) for path, module in walk(root) if path not in there]
+    heads = {path: module for path, module in modules if head_of(path, draft.task) == path}
+    values = {
+        whole_address(address): draft.value(its)
+        for address, its in draft.delta.placed.items()
+        if not its.site.is_call and head_of(module_of(its), draft.task)
+    }
+    for path, module in heads.items():
+        _write_module(draft, path, f"{path}.", module, values, item)
+    if saved := sorted({*(draft.config.get("modules_to_save") or ()), *heads}):
+        draft.config["modules_to_save"] = saved
 
 
 def _write_biases(

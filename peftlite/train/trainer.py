@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
@@ -25,8 +25,9 @@ from peftlite.train import data, modes, parallel
 from peftlite.train.auto import learning_rate
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Callback, Log, Progress
+from peftlite.train.given import check_dataset, check_length, held
 from peftlite.train.history import History
-from peftlite.train.loader import Collate, Loader, check_dataset
+from peftlite.train.loader import Collate, Loader
 from peftlite.train.loop import Run
 from peftlite.train.measure import Loss, Validator, check_loss
 from peftlite.train.parallel import Parallel, Processes
@@ -64,10 +65,12 @@ class Trainer(Shown, Spelled):
     Args:
         model: any module with a delta that is chosen and trainable, as `pl.attach` leaves it.
         loss: `f(model, batch)`, a mean over the batch, as a tensor or a dict (see `pl.losses`).
-        train, val: datasets: a length, and examples by index.
+        train, val: datasets: a length, and examples by index; or streams, as torch's
+            `IterableDataset`, which begin anew each time. `val` is read to its end and held.
         delta: the name of the delta to train, or names; all that are chosen and trainable if None.
         epochs: passes over `train`; "auto" and for `batch_size` go by the number of examples, as
             `pl.data.estimate` says.
+        examples: of an epoch, for a `train` without a length; the next one goes on from there.
         batch_size: examples per step of the optimizer.
         accumulate: parts that a step's batch comes in: less memory, and the same gradients.
         lr: the peak of the learning rate; "auto" goes by the methods and the model's width, see
@@ -87,7 +90,8 @@ class Trainer(Shown, Spelled):
         gradient_checkpointing: compute the blocks' activations again instead of keeping them.
         compile: train `torch.compile(model)`.
         collate: a batch of examples; `pl.data.collate` pads, and stacks what isn't text.
-        shuffle: whether an epoch comes in an order of its own.
+        num_workers: processes that make batches ahead; the numbers are the same with any.
+        shuffle: whether an epoch comes in an order of its own; a stream always has its own.
         valid_every: steps from one loss on a batch of `val` to the next; None for none.
         metric: by which an epoch is the best, any field of its event; a name that ends in "loss"
             or "perplexity" is to fall, others are to rise.
@@ -121,6 +125,7 @@ class Trainer(Shown, Spelled):
     _: KW_ONLY
     delta: str | Sequence[str] | None = None
     epochs: int | Auto = field(default="auto", metadata=_COUNT)
+    examples: int | None = integer(None)
     batch_size: int | Auto = field(default="auto", metadata=_COUNT)
     accumulate: int = integer(1)
     lr: float | Auto = field(default="auto", metadata=_RATE)
@@ -136,6 +141,7 @@ class Trainer(Shown, Spelled):
     gradient_checkpointing: bool = False
     compile: bool = False
     collate: Collate = data.collate
+    num_workers: int = integer(0, least=0)
     shuffle: bool = True
     valid_every: int | None = integer(None)
     metric: str = "full_valid_loss"
@@ -152,16 +158,18 @@ class Trainer(Shown, Spelled):
     def __post_init__(self) -> None:
         self.stopping: bool = False
         check_fields(self)
-        check_dataset("train", self.train)
-        if self.val is not None:
-            check_dataset("val", self.val)
         for name, function in {"loss": self.loss, "collate": self.collate, **self.probes}.items():
             if not callable(function):
                 raise PeftliteError(f"{name} must be a function, not {short(function)}")
         check_loss(self.loss)
         if self.patience and self.val is None and self.metric.startswith("full_valid"):
             raise PeftliteError(f"patience goes by {self.metric}: give val=, or another metric=")
-        usual = data.estimate(len(self.train))
+        check_dataset("train", self.train, self.collate)
+        self._examples = check_length(self.train, self.examples)
+        if self.val is not None:
+            check_dataset("val", self.val, self.collate)
+        self._val = held("val", self.val)
+        usual = data.estimate(self._examples)
         self._epochs = usual.epochs if self.epochs == "auto" else self.epochs
         self._batch_size = usual.batch_size if self.batch_size == "auto" else self.batch_size
         self._lr = (
@@ -197,7 +205,7 @@ class Trainer(Shown, Spelled):
     @property
     def total_steps(self) -> int:
         """Steps of the optimizer, in all."""
-        return self._epochs * math.ceil(len(self.train) / self._batch_size)
+        return self._epochs * math.ceil(self._examples / self._batch_size)
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON holds it."""
@@ -206,7 +214,7 @@ class Trainer(Shown, Spelled):
     def _settings(self) -> Settings:
         decided = {
             "epochs": self._epochs, "batch_size": self._batch_size, "lr": self._lr,
-            "examples": len(self.train), "steps": self.total_steps, "processes": self._processes,
+            "examples": self._examples, "steps": self.total_steps, "processes": self._processes,
             "choice": [*require(self.model)[1].choice.standing],
         }  # fmt: skip
         given = {each.name: getattr(self, each.name, None) for each in fields(Settings)}
@@ -262,8 +270,8 @@ class Trainer(Shown, Spelled):
         ):
             run = self._run(model, deltas, device, store, processes)
             if state is not None:
-                run.restore({**state, "random": state["random"][processes.rank]})
-            with run.log.opened(self, run.step):
+                run.resume(state)
+            with run.log.opened(self, run.step), closing(run.loader):
                 run.train()
                 if store is not None and run.best["name"]:
                     run.history.best = store.folder / run.best["name"]
@@ -292,16 +300,21 @@ class Trainer(Shown, Spelled):
         processes: Processes,
     ) -> Run:
         """A run, and all that it takes, by these settings."""
-        settings, seed = self._settings(), self.seed if self.shuffle else None
+        settings = self._settings()
         loss, lr = self.loss, self._lr * self.lr_multiplier
         if self.autocast is not None:
             loss = torch.autocast(device.type, AUTOCAST[self.autocast])(loss)
         groups = parameter_groups(deltas, lr, self.b_ratio, self.weight_decay)
         shard = {"rank": processes.rank, "processes": processes.size}
-        loader = partial(Loader, collate=self.collate, device=device, **shard)
-        val = None if self.val is None else loader(self.val, settings.micro_batch)
+        given = {"collate": self.collate, "seed": self.seed, "workers": self.num_workers}
+        loader = partial(Loader, device=device, **given, **shard)
+        val = self._val and loader(self._val, settings.micro_batch, shuffle=False)
+        train = loader(
+            self.train, settings.batch_size, accumulate=self.accumulate, shuffle=self.shuffle,
+            examples=self._examples,
+        )  # fmt: skip
         return Run(
-            settings, model, deltas, loss, loader(self.train, settings.batch_size, seed=seed),
+            settings, model, deltas, loss, train,
             Validator(self.model, model, loss, val, self.valid_every, self.probes, device,
                       processes),
             (self.optimizer or adamw)(groups), self._log(store, device, processes), store,

@@ -78,7 +78,7 @@ CASES = [
     target(nn.Linear, "the class Linear" + NO_TARGET),
     target(nn.Linear(4, 4), "Linear(in_features=4, out_features=4, bias=True)" + NO_TARGET),
     target(torch.zeros(16, 16), "a Tensor" + NO_TARGET),
-    target(iter(["q_proj"]), "<list_iterator object at …>" + NO_TARGET),
+    target(iter(["q_proj"]), "a list_iterator" + NO_TARGET),
     target(lambda site: False, PREDICATE + OF_15),
     target(lambda name: "q_proj" in name,
            PREDICATE + "failed at embed.weight: TypeError(\"argument of type 'Site' is not …\")"

@@ -6,19 +6,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import peftlite as pl
 from peftlite.io.files import locking
-from peftlite.train import Trainer, checkpoints, losses
+from peftlite.train import Trainer, checkpoints, given, losses
+from peftlite.train.data import checks as data
 from tests.errors.case import Case, attached, linears, two
 
 IDS = torch.arange(8)
 TEXTS = [{"input_ids": IDS, "labels": IDS} for _ in range(4)]
+OTHERS = [{"input_ids": IDS + 1, "labels": IDS} for _ in range(4)]
 NO_DATASET = "must be a dataset, with a length and examples by index, not "
 
 
@@ -126,6 +129,33 @@ def merged() -> nn.Module:
     return model
 
 
+class Passes(IterableDataset[Any]):
+    """A stream that gives something else at each pass, the last for good."""
+
+    def __init__(self, *passes: Any) -> None:
+        self.passes = [*passes]
+
+    def __iter__(self) -> Any:
+        return iter(self.passes.pop(0) if len(self.passes) > 1 else self.passes[0])
+
+
+def streaming(*passes: Any) -> Callable[[Any, Path], Any]:
+    return lambda *given: fitting(train=Passes(*passes), examples=4)(*given)
+
+
+def patched(act: Callable[[Any, Path], Any]) -> Callable[[Any, Path], Any]:
+    def few(model: Any, path: Path) -> Any:
+        with mock.patch.object(given, "MOST", 3):
+            return act(model, path)
+
+    return few
+
+
+def row(sound: int) -> dict[str, Any]:
+    data.check_counts(sound=sound)
+    return TEXTS[0]
+
+
 X = torch.ones(2, 3)
 CASES = [
     # the trainer's arguments
@@ -146,8 +176,29 @@ CASES = [
     Case(fitting(train=3), f"train {NO_DATASET}3"),
     Case(fitting(val=(X, X)), f"val {NO_DATASET}a tuple: torch.utils.data.TensorDataset(x, y) is "
          "one of tensors"),
-    Case(fitting(train=DataLoader(TEXTS)), f"train {NO_DATASET}a DataLoader: give its dataset, and "
-         "its collate_fn as collate="),
+    Case(fitting(train=DataLoader(TEXTS)), f"train {NO_DATASET}a DataLoader: give its dataset, its "
+         "collate_fn as collate=, and num_workers="),
+    Case(fitting(train={"train": TEXTS, "test": TEXTS}), f"train {NO_DATASET}a dict: give one of "
+         "'train'; 'test'"),
+    Case(fitting(train=[{"text": "a"}]), "train has rows of text, and no input_ids: pl.data.text "
+         "reads these"),
+    Case(fitting(val=[{"prompt": "a", "chosen": "b"}]), "val has rows of text, and no input_ids: "
+         "to learn the chosen ones, pl.data.pairs([(r['prompt'], r['chosen']) for r in rows])"),
+    Case(fitting(examples=4), "examples is for a stream: train has a length of its own"),
+    # streams
+    Case(fitting(train=iter(TEXTS)), "train is a list_iterator, which can be gone through only "
+         "once: give a list of it, or an object whose __iter__ begins anew"),
+    Case(fitting(train=Passes(TEXTS)), "train is a Passes without a length: say how many examples= "
+         "make an epoch; the next one goes on from there"),
+    Case(fitting(val=Passes([])), "val has no examples"),
+    Case(streaming(TEXTS, TEXTS, OTHERS), "train begins otherwise each time that it is gone "
+         "through, so nothing could go on from a checkpoint: have its __iter__ open what it reads "
+         "and make its generators, or draw from the global ones, which follow from seed"),
+    Case(streaming(TEXTS, TEXTS, TEXTS, []), "pass 1 through a Passes gave "
+         "no rows: its __iter__ has to begin anew each time"),
+    Case(patched(fitting(val=Passes(TEXTS))), "val is held while it lasts, and has more than 3 "
+         "examples: give a part"),
+    Case(fitting(train=pl.data.Stream(Passes([1, 0]), row), examples=2, num_workers=1), "row 1: …"),
     Case(fitting(patience=1), "patience goes by full_valid_loss: give val=, or another metric="),
     Case(fitting(metric="skill"), "no metric is called 'skill'; there are step; total_steps; …"),
     Case(fitting(), "to train one, it has to be chosen and trainable; chosen are 'chat' of 'sql'; "
@@ -203,6 +254,10 @@ CASES = [
          pl.FileError, file=Path.mkdir),
     Case(fitting(callbacks=[Full()]), "can't write '…events.jsonl': No space left on device",
          pl.FileError, file=Path.mkdir),
+    Case(fitting(resume=True, train=OTHERS), "the checkpoint's run had another batch at step 2 "
+         "than the data gives now: go on with the data it was begun with (what is drawn there has "
+         "to come from the global generators, which follow from seed), or begin anew in another "
+         "folder", pl.FileError, file=run),
     Case(fitting(resume=True), "resume goes by checkpoints: give the Trainer a folder"),
     Case(fitting(), "'…' has checkpoints already: fit(resume=True) goes on from them; to begin "
          "anew, give another folder", pl.FileError, file=run),

@@ -61,6 +61,11 @@ CASES = [
        "('a',), no dict"),
     on(lambda: data.text([{"txt": "a"}]), "the rows have problems: row 0: there is no 'text': the "
        "keys are 'txt'"),
+    on(lambda: data.text({"train": ["a"], "test": ["b"]}), "give one of the parts, source[name]: "
+       "it has 'train'; 'test'"),
+    on(lambda: data.pairs(iter([("a", "b")])), "source is a list_iterator, which can be gone "
+       "through only once: give a list of it, or an object whose __iter__ begins anew"),
+    on(lambda: [*data.pairs({("a", "b"): 1, "c": 2}.keys())], "row 1: it is 'c', no dict"),
     on(lambda: data.chat([], max_length=0), "max_length must be a whole number from 1 up, not 0"),
     # tokenizers
     on(lambda: data.as_tokenizer(8), "a tokenizer is one of transformers', a function from a text "

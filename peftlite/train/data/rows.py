@@ -33,15 +33,22 @@ def as_chat(row: Any) -> Any:
 
 def _messages(row: Mapping[str, Any]) -> Any:
     if "messages" in row:
-        return row["messages"]
+        return _by_row(row["messages"])
     if "conversations" in row:
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        given = row["conversations"]
+        given = _by_row(row["conversations"])
         return [*system, *given] if isinstance(given, list) else given
-    prompt, completion = row.get("prompt"), row.get("completion")
+    prompt, completion = _by_row(row.get("prompt")), _by_row(row.get("completion"))
     if not isinstance(prompt, list) or not isinstance(completion, list) or _is_rated(row):
         return None
     return [*({**m, "weight": 0} if isinstance(m, dict) else m for m in prompt), *completion]
+
+
+def _by_row(given: Any) -> Any:
+    """A list of messages, out of a list for each of their fields: a `Sequence` of `datasets`."""
+    if not isinstance(given, dict) or not all(isinstance(x, list) for x in given.values()):
+        return given
+    return [dict(zip(given, each, strict=False)) for each in zip(*given.values(), strict=False)]
 
 
 def _is_rated(row: Mapping[str, Any]) -> bool:
@@ -100,6 +107,13 @@ def advice(row: Mapping[str, Any]) -> str:
     else:
         reads = f"text([r['{answer}'] {rows}])"
     return f"to learn the {which} ones, pl.data.{reads}"
+
+
+def without_nulls(value: Any) -> Any:
+    """A row without the keys whose value is None, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(x) for key, x in value.items() if x is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 # -- messages

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from peftlite.errors import PeftliteError
 from peftlite.table import listed, short
@@ -18,9 +20,11 @@ from peftlite.train.data.dataset import Data
 from peftlite.train.data.jsonl import MILD, Kind, Lines, Path
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.data.readers import UNUSED_TOOLS, chat_ids, pair_ids, template_options, text_ids
+from peftlite.train.data.rows import without_nulls
+from peftlite.train.data.stream import Stream, check_restarts, is_stream
 from peftlite.train.data.tokens import Tokenizer, as_tokenizer
 
-Source = Path | Sequence[Any]
+Source = Path | Sequence[Any] | Iterable[Any]
 
 
 def chat(
@@ -29,15 +33,17 @@ def chat(
     *,
     assistant_only: bool = True,
     max_length: int | None = None,
-) -> Data:
+) -> Any:
     """Chats: `{"messages": [{"role": ..., "content": ..., "name"?: ...}, ...]}`, one a row.
 
-    An example has `input_ids` (t) and `labels` (t): the same ids, −100 where none is learned. A
-    message with `"weight": 0` or `"train": false` isn't learned. A row's `tools` go to the
-    tokenizer's template; a warning says so where it has no use for them.
+    Gives `Data`, or a `Stream` out of one. An example has `input_ids` (t) and `labels` (t): the
+    same ids, −100 where none is learned. A message with `"weight": 0` or `"train": false` isn't
+    learned. A row's `tools` go to the tokenizer's template; a warning says so where it has no use
+    for them.
 
     Args:
-        source: a JSONL file, of which a line is read when its example is asked for; or rows.
+        source: a JSONL file, of which a line is read when its example is asked for; or rows: a
+            list, a data set of `datasets`, or a stream, of which a `Stream` of examples is made.
         tokenizer: one of transformers', whose chat template is used; a function from a text to ids;
             None for bytes. See `as_tokenizer`.
         assistant_only: learn the assistant's messages and their ends, and nothing else.
@@ -56,9 +62,8 @@ def chat(
     """
     check_counts(max_length=max_length)
     make = partial(_chat, as_tokenizer(tokenizer), assistant_only, max_length)
-    chats = Data(_rows(source, CHAT), make)
-    if len(chats):
-        chats[0]  # a template that can't serve is an error here, not once training has begun
+    chats = _examples(source, CHAT, make)
+    next(iter(chats), None)  # a template that can't serve is an error here, not in training
     return chats
 
 
@@ -68,7 +73,7 @@ def pairs(
     *,
     response_only: bool = True,
     max_length: int | None = None,
-) -> Data:
+) -> Any:
     """Prompts and responses: `{"prompt": ..., "response": ...}`, or tuples of the two.
 
     No template is put around them: an example has the prompt, the response and the token that ends
@@ -88,10 +93,10 @@ def pairs(
     """
     check_counts(max_length=max_length)
     make = partial(_pair, as_tokenizer(tokenizer), response_only, max_length)
-    return Data(_rows(source, PAIR), make)
+    return _examples(source, PAIR, make)
 
 
-def text(source: Source, tokenizer: Any = None, *, length: int | None = None) -> Data:
+def text(source: Source, tokenizer: Any = None, *, length: int | None = None) -> Any:
     """Texts: `{"text": ...}`, or strings. Every token is learned.
 
     A text is an example, `input_ids` (t) and equal `labels` (t), or as many as it has pieces of
@@ -110,11 +115,10 @@ def text(source: Source, tokenizer: Any = None, *, length: int | None = None) ->
         assert data.lengths == [8, 8, 6]
     """
     check_counts(length=length)
-    tokenizer, pieces = as_tokenizer(tokenizer), []
-    for row in _rows(source, TEXT):
-        ids = text_ids(tokenizer, row)
-        pieces += torch.tensor(ids).split(length or len(ids))
-    return Data(pieces, _piece)
+    texts = _examples(source, TEXT, partial(_pieces, as_tokenizer(tokenizer), length))
+    if isinstance(texts, Stream):
+        return Stream(_Chained(texts), _piece)
+    return Data([piece for pieces in texts for piece in pieces], _piece)
 
 
 def _chat(
@@ -140,6 +144,24 @@ def _pair(
     return _example(ids, mask if response_only else [1] * len(ids), max_length)
 
 
+def _pieces(tokenizer: Tokenizer, length: int | None, row: Mapping[str, Any]) -> Sequence[Tensor]:
+    ids = text_ids(tokenizer, row)
+    return torch.tensor(ids).split(length or len(ids))
+
+
+@dataclass(eq=False)
+class _Chained(IterableDataset[Any]):
+    """The parts of each item of a stream, one after another."""
+
+    stream: Stream
+
+    def __iter__(self) -> Iterator[Any]:
+        return (part for parts in self.stream for part in parts)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
+
+
 def _piece(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
@@ -156,19 +178,55 @@ def _example(ids: Sequence[int], mask: Sequence[int], max_length: int | None) ->
     return {"input_ids": input_ids, "labels": input_ids.where(learned, IGNORED)}
 
 
-def _rows(source: Source, kind: Kind) -> Any:
-    """The rows of a file, or those given. Raises FileError or PeftliteError for unsound ones."""
+def _examples(source: Source, kind: Kind, make: Callable[[Any], Any]) -> Any:
+    """Of a file's rows, or of those given. Raises FileError or PeftliteError for unsound ones."""
     if isinstance(source, str | os.PathLike):
-        return Lines(source, kind)
+        return Data(Lines(source, kind), make)
+    if isinstance(source, Mapping):
+        names = listed(f"{name!r}" for name in source)
+        raise PeftliteError(f"give one of the parts, source[name]: it has {names}")
+    if is_stream(source):
+        check_restarts("source", source)
+        return Stream(source, partial(_sound, kind, of_arrow(source), make))
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise PeftliteError(
             f"give the path of a JSONL file, or a list of rows: not {short(source)}"
         )
-    rows, problems = [kind.as_row(row) for row in source], []
-    for i, row in enumerate(rows):
-        dicts = isinstance(row, Mapping)
-        found = kind.check(dict(row)) if dicts else [("", f"it is {short(row)}, no dict")]
-        problems += [f"row {i}: {what}" for kind_, what in found if kind_ not in MILD]
-    if problems:
+    rows = Rows(source, kind)
+    faults = ((i, what) for i, row in enumerate(rows) for what in _faults(kind, row))
+    if problems := [f"row {i}: {what}" for i, what in faults]:
         raise PeftliteError(f"the rows have problems: {listed(problems)}")
-    return rows
+    return Data(rows, make)
+
+
+def _faults(kind: Kind, row: Any) -> list[str]:
+    """What keeps a row from being an example."""
+    if not isinstance(row, Mapping):
+        return [f"it is {short(row)}, no dict"]
+    return [what for name, what in kind.check(dict(row)) if name not in MILD]
+
+
+def _sound(kind: Kind, arrow: bool, make: Callable[[Any], Any], given: Any) -> Any:
+    """The example of a stream's row. Raises PeftliteError if there is something wrong with it."""
+    row = kind.as_row(without_nulls(given) if arrow else given)
+    if faults := _faults(kind, row):
+        raise PeftliteError(listed(faults))
+    return make(row)
+
+
+class Rows(Sequence[Any]):
+    """The rows of a list, or of a data set of `datasets`, in the form that is read here."""
+
+    def __init__(self, source: Any, kind: Kind) -> None:
+        self.source, self._kind, self._arrow = source, kind, of_arrow(source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._kind.as_row(without_nulls(self.source[i]) if self._arrow else self.source[i])
+
+
+def of_arrow(source: Any) -> bool:
+    """Whether it is of `datasets`: there, what a row lacks and others have is None."""
+    return any(kind.__module__.partition(".")[0] == "datasets" for kind in type(source).__mro__)

@@ -29,9 +29,9 @@ from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.vblora import VBLoRA
 from tests.zoo import KINDS, TOKENS, Kind, floats, hf_llama, seeded
 
-# of peft 0.21 itself, its LN tuning, and its SHiRA
+# of peft 0.21: its prefixes on transformers 5, its LN tuning, and its SHiRA
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
 ]

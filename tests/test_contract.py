@@ -39,8 +39,8 @@ from tests.zoo import Kind, seeded
 # torch itself refuses to pickle a parametrized module
 UNPICKLABLE = {"weight_norm": "only supported through state_dict"}
 
-# here torch picks its kernels by what requires a gradient, so freezing alone moves the last bits
-FUSED_BY_TORCH = ("mha_encoder", "mha_decoder", "mha_seq_first", "lstm", "gru")
+# what nothing that requires a gradient goes into, torch computes in one: the last bits move
+FUSED_BY_TORCH = ("mha_encoder", "mha_decoder")
 
 cells = pytest.mark.parametrize("row, kind", CELLS)
 
@@ -94,7 +94,8 @@ def test_refusal(row: Row, kind: Kind) -> None:
 
 @cells
 def test_law_1_a_fresh_delta_changes_no_output(row: Row, kind: Kind) -> None:
-    model, batch = kind.model(), kind.batch()
+    # torch picks kernels by what requires a gradient: freezing a T5 alone moves the last bits
+    model, batch = kind.model().requires_grad_(False), kind.batch()
     before = kind.run(model, batch)
     pl.attach(model, row.method)
     if row.fresh:

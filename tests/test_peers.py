@@ -28,9 +28,6 @@ from tests.cells import Graphs, close, disturb, in_threads
 from tests.digest import assert_same, bits, digest
 from tests.zoo import CLASSES, KINDS, VOCAB, WIDTH, Kind, seeded
 
-# peft 0.21 on transformers 5
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 KIND = {kind.name: kind for kind in KINDS}
 
 

@@ -30,7 +30,6 @@ from tests.zoo import Kind, seeded
 
 # of peft 0.21 itself, its LN tuning, its SHiRA, and of what it finds in a model from no hub
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),

@@ -16,7 +16,6 @@ from tests.zoo import KINDS, perturb, seeded
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:.*tied"),
     pytest.mark.filterwarnings("ignore:.*weight.tying"),
@@ -165,7 +164,9 @@ def test_what_is_apart_is_refused_and_the_advice_is_right(
 @torch.no_grad()
 def test_a_module_with_two_names_is_changed_by_peft_under_one(tmp_path: Path) -> None:
     saved(t5, lora(target_modules=["shared"]), tmp_path / "sql")
-    with pytest.raises(pl.FileError, match="the same module under another name: give each its own"):
+    # transformers 5 has a module for each name, with one weight
+    said = "the same module under another name: give each its own|this model ties them: untie them"
+    with pytest.raises(pl.FileError, match=said):
         pl.load(model_of(t5), tmp_path / "sql")
 
 

@@ -86,6 +86,15 @@ def embeds(module: nn.Module) -> bool:
     return kind_of(module) is maps.Embedding or (scaled and not module.max_norm)
 
 
+def is_tied_embedding(model: Any, module: Any) -> bool:
+    """Whether a module is the input embedding of a model of transformers that ties others to it.
+
+    Of these, peft changes a row for all once it is said for the embedding.
+    """
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return bool(tied) and module is model.get_input_embeddings()
+
+
 def size_of(t: Tensors, *names: str, dim: int = 0) -> int | None:
     """A size of the tensor that has one of these names; None where there are none yet."""
     return t[next((n for n in names if n in t), names[0])].shape[dim] if t else None

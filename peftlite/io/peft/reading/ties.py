@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from peftlite.core.patch import Method
 from peftlite.core.site import CALL, Site
 from peftlite.errors import FileError
 from peftlite.io.peft.folder import PROMPTS
+from peftlite.io.peft.form import is_tied_embedding
 from peftlite.io.peft.reading.adapter import Adapter, Claim
 from peftlite.methods.sparse import SparseMask
 from peftlite.table import listed
@@ -93,13 +93,8 @@ def _place(adapter: Adapter, name: str) -> tuple[int, str]:
 
 def _is_embedding_of_both(adapter: Adapter, name: str, method: Method) -> bool:
     """Whether these are tokens of the input embedding, which peft changes for what is tied, too."""
-    model: Any = adapter.model
-    config = getattr(model, "config", None)
-    return (
-        isinstance(method, SparseMask)
-        and getattr(config, "tie_word_embeddings", False)
-        and adapter.seen(name).module is model.get_input_embeddings()
-    )
+    module = adapter.seen(name).module
+    return isinstance(method, SparseMask) and is_tied_embedding(adapter.model, module)
 
 
 def _change(adapter: Adapter, site: Site, name: str, own: Own) -> tuple[Method, dict[str, Tensor]]:

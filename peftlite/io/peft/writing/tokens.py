@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from peftlite.core.assign import Placed
-from peftlite.core.site import whole_address
+from peftlite.core.site import walk, whole_address
 from peftlite.io.peft.folder import TOKENS
-from peftlite.io.peft.form import embeds
+from peftlite.io.peft.form import embeds, is_tied_embedding
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 from peftlite.methods.full import AddPatch
 from peftlite.methods.sparse import SparsePatch
@@ -29,6 +29,16 @@ def rows_of(item: Placed) -> Tensor | None:
         if torch.equal(entries, (rows[:, None] * d + torch.arange(d)).flatten().int()):
             return rows
     return None
+
+
+def _targets(draft: Draft, item: Placed) -> list[str]:
+    """The modules to name: with transformers 5, peft fails where one it finds itself is named."""
+    home, own = draft.delta.home, [module for module, _ in item.site.owners]
+    modules = [] if home is None or home.root is None else [*walk(home.root)]
+    for path, module in modules:
+        if is_tied_embedding(modules[0][1], module) and any(module is each for each in own):
+            return [path]
+    return [whole_address(name).rpartition(".")[0] for name in item.site.names]
 
 
 def write_tokens(draft: Draft, items: Mapping[Placed, Tensor], alone: bool) -> None:
@@ -54,7 +64,8 @@ def write_tokens(draft: Draft, items: Mapping[Placed, Tensor], alone: bool) -> N
             indices[path] = rows.tolist()
     if alone and len({*map(tuple, indices.values())}) == 1:
         draft.kind, (tokens, *_) = "TRAINABLE_TOKENS", indices.values()
-        draft.config = {"target_modules": sorted(indices), "token_indices": tokens}
+        targets = {path for item in items for path in _targets(draft, item)}
+        draft.config = {"target_modules": sorted(targets), "token_indices": tokens}
     elif draft.kind == "LORA":
         draft.config["trainable_token_indices"] = indices
     else:

@@ -126,6 +126,7 @@ def test_the_figures_are_the_benchmarks() -> None:
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text()):
+        assert page != PAGES[0], f"{target} is nowhere on PyPI: give its address, {OURS}…"
         assert (page.parent / target).exists(), target
         assert page not in DOCS or ROOT / "docs" in (page.parent / target).resolve().parents, (
             f"{target} isn't on the site: give its address, {OURS}…"

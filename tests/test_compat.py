@@ -457,6 +457,7 @@ def test_adapters_are_saved_beside_other_files_and_loaded_by_name(tmp_path: Path
         yield logits(again), again.get_nb_trainable_parameters()
         again.set_adapter("other")
         yield logits(again)
+        yield logits(lib.PeftModel.from_pretrained(llama(), folder, subfolder="other").eval())
 
     both(script)
 

@@ -10,7 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peftlite.io.files import as_path, flush_folder, replacing
+from peftlite.io.files import flush_folder, replacing
+from peftlite.io.hub import located
 from peftlite.io.peft.folder import CONFIG, PROMPTS, read_config
 from peftlite.spelling import Spelled
 
@@ -79,9 +80,15 @@ class PeftConfig(Spelled):
         return {**own, "peft_type": self.peft_type}
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **settings: Any) -> PeftConfig:
-        """The settings in a folder, and others over them. Raises FileError, PeftliteError."""
-        data = {**read_config(as_path(path)).data, **settings}
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        revision: str | None = None,
+        **settings: Any,
+    ) -> PeftConfig:
+        """The settings in a folder, here or on the hub, and others over them. Raises FileError."""
+        data = {**read_config(folder_of(path, subfolder, revision)).data, **settings}
         kind = cls.kinds.get(data["peft_type"], cls)
         known = {its.name for its in fields(kind)}
         return kind(**{name: value for name, value in data.items() if name in known})
@@ -93,6 +100,14 @@ class PeftConfig(Spelled):
         with replacing(folder / CONFIG) as file:
             file.write((json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
         flush_folder(folder)
+
+
+def folder_of(
+    path: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None
+) -> Path:
+    """Where a folder is that may be on the hub, or in another. Raises FileError."""
+    inside = f"{os.fspath(path)}/{subfolder}" if subfolder else path
+    return located(inside, revision).path
 
 
 def _plain(value: Any) -> Any:

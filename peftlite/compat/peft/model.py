@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlite.compat.peft.configs import PeftConfig
+from peftlite.compat.peft.configs import PeftConfig, folder_of
 from peftlite.compat.peft.methods import Wanted
 from peftlite.compat.peft.weighted import weighted
 from peftlite.core.attach import check, commit, deltas, detach, new_delta
@@ -79,11 +79,17 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
         **_: Any,
     ) -> Any:
-        """A model with the adapter of a folder, as the active one. Raises FileError."""
-        config = config or PeftConfig.from_pretrained(model_id)
-        _load(model, model_id, adapter_name, is_trainable, config)
+        """A model with the adapter of a folder, as the active one. Raises FileError.
+
+        The folder is here, inside another as `subfolder`, or on the hub, where `revision` is of it.
+        """
+        folder = folder_of(model_id, subfolder, revision)
+        config = config or PeftConfig.from_pretrained(folder)
+        _load(model, folder, adapter_name, is_trainable, config)
         return _faced(model, adapter_name, config)
 
     # -- calls
@@ -179,12 +185,15 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
         **_: Any,
     ) -> None:
         """Adds the adapter of a folder, which isn't active. Raises FileError."""
-        config = PeftConfig.from_pretrained(model_id)
+        folder = folder_of(model_id, subfolder, revision)
+        config = PeftConfig.from_pretrained(folder)
         with self._choice_kept():
-            _load(self, model_id, adapter_name, is_trainable, config)
+            _load(self, folder, adapter_name, is_trainable, config)
         self.peft_config[adapter_name] = config
 
     def delete_adapter(self, adapter_name: str) -> None:

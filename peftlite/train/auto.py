@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 
 from peftlite.core.attach import base_parameters
+from peftlite.core.attach import deltas as attached
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
 from peftlite.methods import FullTuning, Gated, LoRA
@@ -36,7 +37,7 @@ def learning_rate(model: nn.Module, deltas: Sequence[Delta], b_ratio: float = 1.
     `FullTuning` of less than the other methods train, a new head for one, goes along at their rate.
     With LoRA+ the rates of A and B have this one as their geometric mean.
     """
-    wide = 5e-4 * (2000 / width(model, deltas)) ** 0.781
+    wide = 5e-4 * (2000 / width(model)) ** 0.781
     rate = min(_rate(method, wide) for delta in deltas for method in _deciding(delta))
     return float(f"{rate / math.sqrt(b_ratio):.2g}")
 
@@ -64,11 +65,12 @@ def _deciding(delta: Delta) -> list[Method]:
     return [m for m in delta.methods if not (goes_along and isinstance(m, FullTuning))]
 
 
-def width(model: nn.Module, deltas: Sequence[Delta]) -> int:
+def width(model: nn.Module) -> int:
     """A transformer's hidden size, or the most common input width of a model's matrices."""
     config: Any = getattr(model, "config", None)
     for each in (config, getattr(config, "text_config", None)):
         if isinstance(hidden := getattr(each, "hidden_size", None), int):
             return hidden
-    widths = Counter(p.shape[1] for _, p in base_parameters(model, deltas) if p.dim() > 1)
+    base = base_parameters(model, attached(model).values())
+    widths = Counter(p.shape[1] for _, p in base if p.dim() > 1)
     return widths.most_common(1)[0][0] if widths else 2000

@@ -73,3 +73,11 @@ def test_a_model_without_a_config_is_as_wide_as_most_of_its_matrices() -> None:
     wide = 5e-4 * (2000 / 16) ** 0.781
     settings = trainer(gpt(pl.LoRA(rank=32)), lr="auto").settings()
     assert settings["lr"] == pytest.approx(wide, rel=0.05)
+
+
+def test_other_deltas_of_the_model_are_no_part_of_its_width() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    alone = learning_rate(model, [pl.attach(model, pl.LoRA(rank=4), name="first")])
+    for name in ("second", "third"):
+        delta = pl.attach(model, pl.LoRA(rank=4), name=name)
+    assert learning_rate(model, [delta]) == alone

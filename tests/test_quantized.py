@@ -59,3 +59,12 @@ def test_low_rank_products_still_add_up() -> None:
     expected = model(X)
     pl.combine(model, {"a": 1.0}, how="svd", rank=2, name="b")
     torch.testing.assert_close(model(X), expected)
+
+
+def test_a_change_of_codes_is_measured_by_its_factors_or_refused() -> None:
+    model = quantize_(linears())
+    pl.plot.change(pl.attach(model, RIDING["LoRA"], "factors"))
+    turned = pl.attach(model, RIDING["HRA"], "turned")
+    for act in (lambda: pl.plot.change(turned), lambda: pl.rescale(model, turned, 2, name="more")):
+        with pytest.raises(pl.PeftliteError, match="holds codes for numbers"):
+            act()

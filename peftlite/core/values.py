@@ -43,11 +43,7 @@ def applied(patches: Sequence[Patch], w: Tensor) -> Tensor:
 
     Raises PeftliteError if W is quantised.
     """
-    if is_quantized(w):
-        raise PeftliteError(
-            f"{type(w).__name__} holds codes for numbers: what a delta makes of it fits none of "
-            "them. Keep it attached, or go back to the base before it was quantised"
-        )
+    _refuse_codes(w)
     training = [patch.training for patch in patches]
     try:
         for patch in patches:
@@ -63,9 +59,18 @@ def applied(patches: Sequence[Patch], w: Tensor) -> Tensor:
 
 
 def change_of(patches: Sequence[Patch], w: Tensor) -> Tensor:
-    """ΔW = W' − W in fp64 and the shape of W, as at inference."""
+    """ΔW = W' − W in fp64 and the shape of W, as at inference. Raises as `applied`."""
+    _refuse_codes(w)
     w = w.detach().double()
     return applied(patches, w) - w
+
+
+def _refuse_codes(w: Tensor) -> None:
+    if is_quantized(w):
+        raise PeftliteError(
+            f"{type(w).__name__} holds codes for numbers: what a delta makes of it fits none of "
+            "them. Keep it attached, or go back to the base before it was quantised"
+        )
 
 
 def checked(name: str, address: str, patches: Sequence[Patch], w: Tensor) -> tuple[Tensor, float]:

@@ -307,6 +307,13 @@ def test_a_base_that_goes_without_its_last_singular_components(tmp_path: Path) -
     assert error(tmp_path, base, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("which", ["all", "lora_only"])
+def test_a_bias_that_is_trained_and_shifted(which: Any, tmp_path: Path) -> None:
+    base = net()
+    expected = saved(tmp_path, lora(bias=which, lora_bias=True), base)
+    assert error(tmp_path, base, expected) <= 1e-6
+
+
 # -- what is named
 
 

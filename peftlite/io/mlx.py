@@ -96,4 +96,4 @@ def _agree(where: str, name: str, says: object, found: Collection[object]) -> No
         )
 
 
-FOLDER = Folder(Peer("mlx-lm", {LoRA: _FACTORS, DoRA: {**_FACTORS, "m": "m"}}))
+FOLDER = Folder(Peer("mlx-lm", {LoRA: _FACTORS, DoRA: {**_FACTORS, "m": "m"}}, ties=True))

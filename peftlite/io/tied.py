@@ -18,6 +18,12 @@ from peftlite.io.standin import embeds, stand_in
 
 _HEADED = re.compile(r".*(CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq).*")
 
+UNTIE = (
+    "and this model ties them: untie them first, model.{0}.weight = "
+    "torch.nn.Parameter(model.{0}.weight.detach().clone()), and in a model of transformers "
+    "model.config.tie_word_embeddings = False (also in its text_config), or saving ties them again"
+)
+
 Modules = Mapping[str, Mapping[str, Any]]
 
 

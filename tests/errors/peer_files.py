@@ -115,6 +115,8 @@ CASES = [
     peer_file(pair() | {"lycoris_0.dora_scale": torch.ones(1, 4)}, "kohya", "lycoris_0 is by DoRA "
               "with a norm for every input (wd_on_output=False), and here DoRA has one for every "
               "output: " + MERGE),
+    Case(pl.load, "'…' is of kohya, and changes 0 apart from 1, and this model ties them: untie "
+         "them first, model.0.weight = …", pl.FileError, lambda: twins(), peers(pair())),
     Case(pl.load, "'…' is of torchtune, and 0 is an embedding by DoRA with a norm for every row, "
          "and here DoRA has one for every column: " + MERGE, pl.FileError,
          lambda: nn.Sequential(nn.Embedding(4, 4)), peers(pair("0.lora_a.weight 0.lora_b.weight")

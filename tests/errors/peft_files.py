@@ -218,6 +218,10 @@ CASES = [
                 "base_model.model.embed_tokens.weight": torch.ones(29, 16),
             }, on("hf_llama")),
     # tensors
+    reading(AT + "has both 'kasa_config' and 'init_lora_weights' as 'olora', which take of the "
+            "base one after the other: what peft merges is another change, which pl.extract takes "
+            "from the merged model", {"kasa_config": {"beta": 0.1}, "init_lora_weights": "olora"},
+            {**factors(), f"{P}.lora_diag": torch.ones(2)}),
     reading(IN + f"has a module without its '{B}'", {}, {f"{P}.{A}": torch.ones(2, 16)}),
     reading(IN + "lacks the tensors of 1 modules that adapter_config.json names: "
             "blocks.1.attn.q_proj", {"target_modules": ["q_proj"]}),

@@ -58,6 +58,7 @@ class Peer:
         norms: which dimension of DoRA's norms is the outputs': 0 for any weight, or 1 for a
             convolution's, where those of a matrix have no other.
         groups: whether it takes convolutions of several groups.
+        ties: whether what has a tied weight, too, is changed with it.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Peer:
     flips: bool = False
     norms: int = 0
     groups: bool = True
+    ties: bool = False
 
     def split(self, key: str) -> tuple[str, str] | None:
         """A key as the names of a module and of a parameter; None if it isn't the peer's."""

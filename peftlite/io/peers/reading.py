@@ -19,6 +19,7 @@ from peftlite.io.peers.turns import Turn
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.form import Layer
 from peftlite.io.peft.forms import FORMS
+from peftlite.io.tied import UNTIE
 from peftlite.methods.dora import DoRA
 from peftlite.methods.loha import LoHa
 from peftlite.methods.lokr import LoKr
@@ -90,7 +91,8 @@ class Reading:
                     f"{name} may be {' or '.join(own)} in this model: rename one of them to load it"
                 )
             if own is not None:
-                found[name] = next(iter(own.values()))
+                path, found[name] = next(iter(own.items()))
+                self._check_apart(path, found[name])
         if lost := [name for name in modules if name not in found]:
             first = [lost[0], *self.peer.paths(lost[0])][-1]
             near = difflib.get_close_matches(first, there, n=3, cutoff=0.3)
@@ -99,6 +101,13 @@ class Reading:
                 f"nearest to the first: {listed(path for p in near for path in there[p])}"
             )
         return found
+
+    def _check_apart(self, path: str, site: Site) -> None:
+        """Raises FileError if another module has the weight, which the peer leaves as it is."""
+        others = (name.removesuffix(".weight") for name in site.names if name != f"{path}.weight")
+        if len(site.owners) > 1 and not self.peer.ties:
+            other = next(others)
+            raise self._refuse(f"changes {path} apart from {other}, {UNTIE.format(path, other)}")
 
     def _parts(
         self, name: str, site: Site, t: Mapping[str, Tensor]

@@ -81,6 +81,12 @@ class LoRAForm(Form):
         )
         if not flagged(config, layer, "kasa_config", "lora_diag", t):
             return method
+        if method.init != "kaiming":
+            raise FileError(
+                f"{config.path!r} has both 'kasa_config' and 'init_lora_weights' as {init!r}, "
+                "which take of the base one after the other: what peft merges is another change, "
+                "which pl.extract takes from the merged model"
+            )
         rank = 2 * method.rank  # it takes as much out of W
         return replace(method, rank=rank, alpha=method.scale * rank, scaling="alpha/r")
 

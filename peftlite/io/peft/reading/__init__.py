@@ -7,9 +7,12 @@ under its own name, where the loader refuses it.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from peftlite.core.patch import Method
@@ -48,11 +51,14 @@ class Reading:
                 check_named(adapter, claims)
             claims = join_ties(adapter, claims)
         adapter.config.finish()
-        self._claims = {self._own(k): (claim, k) for claim in claims for k in claim.entries}
+        self._claims: dict[str, list[tuple[Claim, str]]] = {}
+        for claim in claims:
+            for key in claim.entries:
+                self._claims.setdefault(self._own(key), []).append((claim, key))
         self._last: tuple[Claim, Mapping[str, Tensor]] | None = None
         self.methods: list[tuple[Method, list[str]]] = _by_method(claims, adapter.own)
         left = adapter.left(claims).values()
-        self.entries = {own: claim.entries[key] for own, (claim, key) in self._claims.items()}
+        self.entries = {own: its[0][0].entries[its[0][1]] for own, its in self._claims.items()}
         self.entries |= {key: adapter.file.entries[key] for key in left}
 
     def _own(self, key: str) -> str:
@@ -61,8 +67,12 @@ class Reading:
         return f"{self.adapter.own.get(address, address)}:{name}"
 
     def get(self, key: str) -> Tensor:
-        """A tensor's values; what is made from the same of the file's tensors is made once."""
-        (claim, theirs), last = self._claims[key], self._last
+        """A tensor's values; a bias that is trained, and shifted beside, is changed by both."""
+        return functools.reduce(torch.add, itertools.starmap(self._made, self._claims[key]))
+
+    def _made(self, claim: Claim, theirs: str) -> Tensor:
+        """What is made of a claim; of the same tensors of the file it is made once."""
+        last = self._last
         if last is None or last[0] is not claim:
             last = claim, self.adapter.made(claim)
             self._last = last  # at once: the loader asks from several threads

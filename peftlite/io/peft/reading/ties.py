@@ -14,6 +14,7 @@ from peftlite.errors import FileError
 from peftlite.io.peft.folder import PROMPTS
 from peftlite.io.peft.form import is_tied_embedding
 from peftlite.io.peft.reading.adapter import Adapter, Claim
+from peftlite.io.tied import UNTIE
 from peftlite.methods.sparse import SparseMask
 from peftlite.table import listed
 
@@ -63,17 +64,12 @@ def _check(adapter: Adapter, site: Site, own: Own) -> None:
     modules = {id(adapter.seen(name).module) for name in (first, apart[0])}
     raise FileError(
         f"{adapter.file.path!r} changes {first} apart from {listed(apart)}, "
-        + (_UNTIE if len(modules) > 1 else _COPY).format(
+        + (UNTIE if len(modules) > 1 else _COPY).format(
             *(_path(adapter.own[name]) for name in (first, apart[0]))
         )
     )
 
 
-_UNTIE = (
-    "and this model ties them: untie them first, model.{0}.weight = "
-    "torch.nn.Parameter(model.{0}.weight.detach().clone()), and in a model of transformers "
-    "model.config.tie_word_embeddings = False (also in its text_config), or saving ties them again"
-)
 _COPY = (
     "the same module under another name: give each its own first, model.{1} = "
     "copy.deepcopy(model.{1})"

@@ -53,8 +53,8 @@ def load(
     the delta was made for. Tensors are read one at a time.
 
     Args:
-        path: a file or a folder; or else ORG/NAME[/PATH][@REVISION] on the hub, of which nothing is
-            fetched but safetensors and their settings.
+        path: a file or a folder; or else `ORG/NAME[/PATH][@REVISION]` on the hub, of which nothing
+            is fetched but safetensors and their settings.
         name: the delta's name in this model; the one it was saved with if None.
         revision: a branch, a tag or a commit on the hub.
         trainable: whether its parameters get gradients.

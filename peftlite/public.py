@@ -25,13 +25,15 @@ from peftlite.verbs.fuse import Fused, fuse, unfuse
 from peftlite.verbs.initialize import initialize
 from peftlite.verbs.merge import Receipt, merge, unmerge
 from peftlite.verbs.plan import Plan, plan
+from peftlite.verbs.quantize import Packs, dequantize, quantize
 from peftlite.verbs.use import use, using, view
 
 __all__ = [
-    "BaseMismatchError", "Delta", "FileError", "Fused", "Info", "Method", "Patch",
+    "BaseMismatchError", "Delta", "FileError", "Fused", "Info", "Method", "Packs", "Patch",
     "PeftliteError", "Plan", "Receipt", "Site", "TargetError", "attach", "check_vllm",
-    "combine", "compat", "deltas", "detach", "export", "extract", "fish_scores", "fuse",
-    "initialize", "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan", "plot",
-    "push", "rescale", "resize_rank", "save", "unfuse", "unmerge", "use", "using", "view",
+    "combine", "compat", "deltas", "dequantize", "detach", "export", "extract", "fish_scores",
+    "fuse", "initialize", "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan",
+    "plot", "push", "quantize", "rescale", "resize_rank", "save", "unfuse", "unmerge", "use",
+    "using", "view",
 ]  # fmt: skip
 __all__ += catalog.__all__

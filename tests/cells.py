@@ -11,6 +11,8 @@ from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.core.values import applied, by_tensor
+from peftlite.quant.packed import Packed
 from tests.cards import ROWS
 from tests.cards.card import Row
 from tests.zoo import KINDS, Kind, seeded
@@ -67,6 +69,18 @@ def attached(
     """The kind's model with a delta that makes a difference."""
     model = kind.model(dtype)
     return model, add(model, row, name, seed)
+
+
+@torch.no_grad()
+def packed_again(row: Row, kind: Kind) -> nn.Module:
+    """The kind's model whose tensors are, to the nearest code, what a delta makes of them."""
+    model, delta = attached(row, kind, dtype=torch.float64)
+    found = [(site, applied(patches, site.whole)) for site, patches in by_tensor(delta).values()]
+    pl.detach(model, "a")
+    for site, value in found:
+        w = site.whole
+        w.write(w.like(value)) if isinstance(w, Packed) else w.copy_(value)
+    return model
 
 
 def add(model: nn.Module, row: Row, name: str, seed: int = 1) -> pl.Delta:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+import peftlite as pl
+
 VOCAB, WIDTH, HIDDEN, TOKENS, CLASSES = 29, 16, 20, 6, 5
 POSITIONS = TOKENS + 4  # room for virtual tokens
 
@@ -44,11 +46,15 @@ class Kind:
     batched: bool = True  # dim 0 of every input is the batch, and rows do not see one another
     uncompilable: str | None = None  # why the untouched base has no fullgraph compile
     unexportable: str | None = None  # why the untouched base has no torch.export
+    packed: bool = False  # whether its matrices are kept in four bits
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The same weights on every call, in eval mode."""
         with seeded():
-            return perturb(self.make()).to(dtype).eval()
+            model = perturb(self.make()).to(dtype).eval()
+        if self.packed:
+            pl.quantize(model, targets="*")
+        return model
 
     def batch(self, b: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The same b rows on every call; only floating tensors take the dtype."""
@@ -241,6 +247,19 @@ class Experts(nn.Module):
         y = torch.einsum("btei,eoi->bteo", hidden, self.w_out)
         mix = self.router(x).softmax(dim=-1)  # (b, t, e)
         return self.head(x + torch.einsum("bteo,bte->bto", y, mix))
+
+
+class Mixed(nn.Module):
+    """An embedding, a convolution, a norm, experts in 3-D parameters and a linear map."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.conv, self.norm = nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.LayerNorm(WIDTH)
+        self.experts = Experts()
+
+    def forward(self, ids: Tensor) -> Tensor:  # (b, t)
+        return self.experts(self.norm(self.conv(self.embed(ids).mT).mT))
 
 
 class Raw(nn.Module):
@@ -506,6 +525,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("mha_seq_first", MHASeqFirst, seq_first_inputs, batched=False),
     Kind("shared", Shared, floats(x=(10,))),
     Kind("experts", Experts, floats(x=(TOKENS, WIDTH))),
+    Kind("packed", Mixed, ids(ids=TOKENS), packed=True),
     Kind("raw", Raw, floats(x=(10,))),
     Kind("bilinear", TwoTowers, floats(left=(7,), right=(9,))),
     Kind("conv1d", conv1d, floats(input=(6, 11))),

@@ -12,7 +12,7 @@ from torch import nn
 from peftlite.core import targets
 from peftlite.core.patch import Method, Patch
 from peftlite.core.site import Site, sites, whole_address
-from peftlite.core.tensors import is_quantized, is_sharded
+from peftlite.core.tensors import is_opaque, is_sharded
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.table import short
 
@@ -143,7 +143,7 @@ def assign(model: nn.Module, methods: Sequence[Method]) -> list[tuple[Method, li
 
 def check_numbers(site: Site, method: str) -> None:
     """Raises TargetError if a site, whose numbers a method works on, is quantised."""
-    if not site.is_call and is_quantized(site.whole):
+    if not site.is_call and is_opaque(site.whole):
         raise TargetError(
             f"{site.address} is quantised, a {type(site.whole).__name__}, and {method} works on "
             "its numbers: take what changes the call of a linear map, as pl.LoRA does, or a base "

@@ -21,6 +21,7 @@ from peftlite.core.site import Site, walk, whole_address
 from peftlite.core.tensors import is_quantized
 from peftlite.core.turns import at_rest, in_turn, watch_steps
 from peftlite.errors import PeftliteError, TargetError
+from peftlite.quant.holder import is_part
 from peftlite.table import listed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -183,7 +184,8 @@ def check_in_place(root: nn.Module, delta: Delta) -> None:
         site = placed.site
         owners = {(id(module), slot) for module, slot in site.owners}
         there = all(id(module) in modules for module, _ in site.owners)
-        kept = site.slot not in site.module._parameters or holders.get(id(site.whole)) == owners
+        stored = site.module._parameters.get(site.slot)
+        kept = stored is None or holders.get(id(stored)) == owners
         if not (there and kept):
             raise PeftliteError(
                 f"{address} was replaced, or tied to another, since {delta.name!r} was attached: "
@@ -219,7 +221,8 @@ def _buffers(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set or buffer.is_meta:
                 continue
-            if buffer.itemsize > 1 and not is_quantized(buffer):
+            # codes and their scales move by merging alone
+            if buffer.itemsize > 1 and not is_quantized(buffer) and not is_part(module, name):
                 yield f"{path}.{name}" if path else name, buffer
 
 

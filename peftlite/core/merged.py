@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from peftlite.core.delta import Delta, Merged, Registry
 from peftlite.core.residual import Residual, residual
 from peftlite.core.site import Site
+from peftlite.core.tensors import copied, placed, write
 from peftlite.core.values import applied, first_name
 from peftlite.errors import PeftliteError
+from peftlite.quant.packed import Packed
 
 
 def base_tensor(registry: Registry, site: Site, but: Delta | None = None) -> Tensor:
@@ -29,7 +30,7 @@ def original(registry: Registry, address: str, now: Tensor) -> Tensor:
     """The base's own values of a tensor. Raises PeftliteError if a residual can't give them."""
     kept = registry.originals[address]
     if not isinstance(kept, Residual):
-        return kept.to(now.device)
+        return placed(kept, now.device)
     try:
         return kept.restore(now)
     except ValueError as error:
@@ -70,29 +71,24 @@ def written(
     before: dict[str, Tensor] = {}
     try:
         for address, tensor in tensors.items():
-            before[address] = tensor.detach().clone()
-            _write(tensor, values.pop(address))
+            before[address] = copied(tensor)
+            write(tensor, values.pop(address))
         yield dict(before)
     except BaseException:
         for address, value in before.items():
-            _write(tensors[address], value)
+            write(tensors[address], value)
         raise
-
-
-@torch.no_grad()
-def _write(tensor: Tensor, value: Tensor) -> None:
-    tensor.copy_(value)
 
 
 def keep(w: Tensor, now: Tensor, backup: str) -> Tensor | Residual:
     """The base's own values of a tensor, beside those it has now."""
     if backup == "device":
         return w
-    if backup == "residual":
+    if backup == "residual" and not isinstance(w, Packed):
         kept = residual(w, now)
         if kept.nbytes < w.nbytes:
             return kept
-    return w.cpu()
+    return placed(w, "cpu")
 
 
 def moved(

@@ -10,13 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from peftlite.quant.holder import ATTRIBUTE as PACKED
+from peftlite.quant.holder import packed
+from peftlite.quant.packed import Packed
+
 Index: TypeAlias = "tuple[int, int, int] | None"
 """A part of a tensor, as `(dim, start, stop)`; all of it if None."""
 
 
 def raw(module: Any, slot: str) -> Tensor:
-    """The tensor in a slot as the base has it, patched or not, parametrized or not."""
+    """The tensor in a slot as the base has it, patched or not, packed or parametrized or not."""
     tensor = module._parameters.get(slot)
+    if slot in module.__dict__.get(PACKED, ()):
+        return packed(module, slot)
     if tensor is None:
         tensor = module._buffers.get(slot)
     if tensor is None:  # made by a parametrization, or by a hook of the older kind
@@ -84,6 +90,44 @@ def is_quantized(tensor: Tensor) -> bool:
     """Whether a tensor holds codes in place of numbers: by its dtype, or by a class of its own."""
     numbers = tensor.is_floating_point() or tensor.is_complex()
     return not numbers or (hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor))
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy; of a packed one it is packed, too."""
+    return tensor.each(Tensor.clone) if isinstance(tensor, Packed) else tensor.detach().clone()
+
+
+def placed(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device, packed if it was."""
+    if isinstance(tensor, Packed):
+        return tensor.each(lambda part: part.to(device))
+    return tensor.to(device)
+
+
+def as_stored(value: Tensor, like: Tensor) -> Tensor:
+    """A value as it is kept where `like` is: packed, if that is."""
+    if isinstance(like, Packed) and not isinstance(value, Packed):
+        return like.like(value)
+    return value
+
+
+@torch.no_grad()
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Gives a tensor of the base another value."""
+    if isinstance(tensor, Packed):
+        tensor.write(as_stored(value, tensor))
+    else:
+        tensor.copy_(value)
+
+
+def bytes_in(tensor: Tensor) -> int:
+    """Bytes that a tensor takes, as it is kept."""
+    return sum(part.nbytes for part in plain_parts(tensor))
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether a tensor holds codes that only its own class can multiply with."""
+    return is_quantized(tensor) and not isinstance(tensor, Packed)
 
 
 def plain_parts(tensor: Any) -> list[Tensor]:

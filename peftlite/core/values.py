@@ -11,7 +11,14 @@ from torch import Tensor
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Patch, apply
 from peftlite.core.site import Site, whole_address
-from peftlite.core.tensors import distance, is_quantized, is_sharded, shard_like, unshard
+from peftlite.core.tensors import (
+    as_stored,
+    distance,
+    is_opaque,
+    is_sharded,
+    shard_like,
+    unshard,
+)
 from peftlite.errors import PeftliteError
 
 
@@ -66,7 +73,7 @@ def change_of(patches: Sequence[Patch], w: Tensor) -> Tensor:
 
 
 def _refuse_codes(w: Tensor) -> None:
-    if is_quantized(w):
+    if is_opaque(w):
         raise PeftliteError(
             f"{type(w).__name__} holds codes for numbers: what a delta makes of it fits none of "
             "them. Keep it attached, or go back to the base before it was quantised"
@@ -87,4 +94,4 @@ def checked(name: str, address: str, patches: Sequence[Patch], w: Tensor) -> tup
         raise PeftliteError(
             f"merging {name!r} would make {address} infinite or NaN; nothing was merged"
         )
-    return value, change
+    return as_stored(value, w), change

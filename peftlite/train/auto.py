@@ -24,10 +24,9 @@ from typing import Any
 
 from torch import nn
 
-from peftlite.core.attach import base_parameters
-from peftlite.core.attach import deltas as attached
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
+from peftlite.core.site import sites
 from peftlite.methods import FullTuning, Gated, LoRA
 
 
@@ -71,6 +70,6 @@ def width(model: nn.Module) -> int:
     for each in (config, getattr(config, "text_config", None)):
         if isinstance(hidden := getattr(each, "hidden_size", None), int):
             return hidden
-    base = base_parameters(model, attached(model).values())
-    widths = Counter(p.shape[1] for _, p in base if p.dim() > 1)
+    tensors = (site.whole for site in sites(model) if not site.is_call)
+    widths = Counter(w.shape[1] for w in tensors if w.dim() > 1)
     return widths.most_common(1)[0][0] if widths else 2000

@@ -15,11 +15,12 @@ from peftlite.core.merged import keep, moved, undone, written
 from peftlite.core.patch import Patch
 from peftlite.core.residual import Residual
 from peftlite.core.site import Site
-from peftlite.core.tensors import distance
+from peftlite.core.tensors import bytes_in, distance
 from peftlite.core.turns import in_turn
 from peftlite.core.values import applied, by_tensor, checked, refuse_calls
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_given
+from peftlite.quant.packed import Packed
 from peftlite.table import Shown, listed, size, table
 
 Backup = Literal["device", "host", "residual", "none"]
@@ -60,7 +61,9 @@ class Receipt(Shown):
 
 
 @in_turn
-def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") -> Receipt:
+def merge(
+    model: nn.Module, delta: Delta | str, *, backup: Backup = "device", requantize: bool = True
+) -> Receipt:
     """W ← W' for every tensor of a delta, which is then on in the base and no longer chosen.
 
     Everything is computed and checked before anything is written, and a failure after that is taken
@@ -74,11 +77,13 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
             and the delta is taken off the model. A residual has measured 20 to 55 % of a copy in
             bf16 and 60 to 80 % in fp32, at some 40 MB/s; the smaller the change, the less. Of a
             sparse one it is the entries that change. From it `unmerge` refuses where the weights
-            were written to since, which a copy overrules.
+            were written to since, which a copy overrules. Of packed weights codes are kept.
+        requantize: whether packed weights may be packed again with the delta in them, whose error
+            the receipt has as rounding.
 
     Raises:
-        PeftliteError: the delta changes calls, a weight would not be finite, or the model is on
-            the meta device. The model is as it was.
+        PeftliteError: the delta changes calls, a weight would not be finite, the model is on the
+            meta device, or packed and not to be packed again. The model is as it was.
 
     Example:
         model = nn.Linear(4, 2)
@@ -88,7 +93,7 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
     root, registry, delta = require_delta(model, delta)
     name = delta.name
     warn_of_buffers(registry, stacklevel=4)
-    touched = _mergeable(root, registry, delta, backup)
+    touched = _mergeable(root, registry, delta, backup, requantize)
     tensors = {address: site.whole for address, (site, _) in touched.items()}
     values, change, rounding = {}, {}, {}
     for address, (_, patches) in touched.items():
@@ -110,7 +115,7 @@ def merge(model: nn.Module, delta: Delta | str, *, backup: Backup = "device") ->
             registry.originals |= {**residuals, **kept}
             registry.merged[name] = Merged(delta, touched, registry.choice.standing)
             registry.choice.publish(tuple(n for n in registry.choice.standing if n != name))
-        bytes_kept = {a: kept[a].nbytes if a in kept else 0 for a in tensors if backup != "none"}
+        bytes_kept = {a: _bytes_of(kept.get(a)) for a in tensors if backup != "none"}
         return Receipt(name, change, rounding, bytes_kept)
 
 
@@ -140,7 +145,7 @@ def unmerge(model: nn.Module, delta: Delta | str) -> None:
 
 
 def _mergeable(
-    root: nn.Module, registry: Registry, delta: Delta, backup: str
+    root: nn.Module, registry: Registry, delta: Delta, backup: str, requantize: bool
 ) -> dict[str, tuple[Site, list[Patch]]]:
     """What a delta writes to, once nothing speaks against it."""
     name = delta.name
@@ -157,6 +162,11 @@ def _mergeable(
     for address, (site, _) in touched.items():
         if site.whole.is_meta:
             raise PeftliteError(f"{address} is on the meta device and has no values to merge into")
+        if isinstance(site.whole, Packed) and not requantize:
+            raise PeftliteError(
+                f"{address} is packed, and merging packs it again: requantize=True allows that, or "
+                "keep the delta attached"
+            )
         if not site.is_stored:
             raise PeftliteError(
                 f"{address} is computed by a parametrization, not stored: remove it first with "
@@ -165,3 +175,9 @@ def _mergeable(
         if backup == "none" and address in registry.originals:
             raise PeftliteError(f"{address} holds another merged delta: unmerge that first")
     return touched
+
+
+def _bytes_of(kept: Tensor | Residual | None) -> int:
+    if kept is None:
+        return 0
+    return kept.nbytes if isinstance(kept, Residual) else bytes_in(kept)

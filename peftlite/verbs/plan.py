@@ -12,6 +12,7 @@ from peftlite.core.assign import Placed, assign, methods_in
 from peftlite.core.attach import base_parameters, deltas
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
+from peftlite.quant.holder import numbers
 from peftlite.table import Shown, listed
 
 
@@ -83,4 +84,4 @@ def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
         for item in Placed.all([replace(site, on="meta") for site in sites], how)
     ]
     base = base_parameters(model, deltas(model).values())
-    return Plan(Delta("plan", methods, placed), sum(p.numel() for _, p in base))
+    return Plan(Delta("plan", methods, placed), numbers(model, (p for _, p in base)))

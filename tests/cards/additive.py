@@ -15,8 +15,8 @@ NO_IDS = {
 NO_ATTENTION = {
     kind: "PrefixTuning takes none of this model's sites by default"
     for kind in (
-        "mlp shared experts raw bilinear conv1d conv2d_grouped conv2d_same conv3d conv_transpose "
-        "embedding embedding_bag lstm gru weight_norm conv1d_hf norms".split()
+        "mlp shared experts packed raw bilinear conv1d conv2d_grouped conv2d_same conv3d "
+        "conv_transpose embedding embedding_bag lstm gru weight_norm conv1d_hf norms".split()
     )
 }
 

@@ -1,0 +1,1 @@
+"""Packed weights: formats of four and eight bits, modules that keep them, and their products."""

@@ -1,0 +1,175 @@
+"""quantize and dequantize: the large weights of a frozen base in four or eight bits, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from peftlite.core import targets as patterns
+from peftlite.core.attach import deltas
+from peftlite.core.patch import Method, Targets
+from peftlite.core.site import Site, sites
+from peftlite.core.tensors import is_sharded, raw
+from peftlite.core.turns import in_turn
+from peftlite.errors import PeftliteError, TargetError
+from peftlite.fields import check_given
+from peftlite.quant import nf4
+from peftlite.quant.holder import hold, packings, release
+from peftlite.quant.packed import Packed
+from peftlite.quant.packing import KINDS, pack
+from peftlite.table import Shown, size, table
+
+SMALL = 4096
+"""Fewer numbers than these aren't worth their scales, and are left by default."""
+
+
+@dataclass(frozen=True)
+class _Weights(Method):
+    """What `quantize` takes, in the words of targets."""
+
+    takes: ClassVar[str] = "tensors of two or more dimensions, of floats in 16 bits or more"
+
+    def accepts(self, site: Site) -> bool:
+        return not site.is_call and site.is_stored and site.whole.dim() > 1
+
+    def default(self, site: Site) -> bool:
+        if not self.accepts(site) or site.head or site.whole.numel() < SMALL:
+            return False
+        return not isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
+
+
+@dataclass(frozen=True, repr=False)
+class Packs(Shown):
+    """What `quantize` did; printing it shows a table.
+
+    Attributes:
+        kind: the format.
+        rows: for each tensor its address, shape, bytes before and after, and
+            ‖W − Ŵ‖ / ‖W‖, the relative error in the Frobenius norm.
+    """
+
+    kind: str
+    rows: tuple[tuple[str, tuple[int, ...], int, int, float], ...]
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the tensors, before and after."""
+        return sum(row[2] for row in self.rows), sum(row[3] for row in self.rows)
+
+    def _summary(self) -> str:
+        before, after = self.nbytes
+        return f"{self.kind}: {len(self.rows)} tensors, {size(before)} in {size(after)}"
+
+    def _lines(self) -> Iterator[str]:
+        shown = [
+            [address, "×".join(map(str, shape)), size(before), size(after), f"{error:.4f}"]
+            for address, shape, before, after, error in self.rows
+        ]
+        yield table(["tensor", "shape", "bytes", "packed", "error"], shown)
+        yield self._summary()
+
+
+@in_turn
+def quantize(
+    model: nn.Module,
+    kind: str = "nf4",
+    targets: Targets = None,
+    skip: Targets = (),
+    double_quant: bool = True,
+    block: int = nf4.BLOCK,
+    scales: str = "absmax",
+) -> Packs:
+    """W → codes and scales: packs large weights of a base in place, and freezes them.
+
+    The model is used as before: its tensors are read as what the codes stand for, and deltas
+    attach, train, save and load on it. Codes take no gradient, and nothing but `dequantize` or a
+    load of a state dict changes a byte of them. In a state dict 4-bit tensors have the keys and
+    bytes of bitsandbytes.
+
+    Args:
+        kind: "nf4", 4.13 bits a weight (4.5 without double quantisation); "int8" or "fp8"
+            (e4m3), 8 bits and a scale in fp32 for each row.
+        targets: as for methods. By default all tensors with two or more dimensions and 4,096 or
+            more numbers, but embeddings and the output head.
+        skip: what to leave, as `exclude` for methods.
+        double_quant: whether nf4 keeps its scales in 8 bits, too. Dettmers et al.,
+            arXiv:2305.14314.
+        block: weights that share one of nf4's scales: a power of 2 from 32 to 4096.
+        scales: "absmax", the largest of the block, or "search", the one of ten that errs least.
+
+    Raises:
+        PeftliteError: deltas are attached, a tensor is packed already, isn't finite, or is of
+            another dtype, or an argument is out of range. Nothing has changed.
+
+    Example:
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        print(pl.quantize(model, "nf4"))
+        pl.attach(model, pl.LoRA(rank=4, targets="0"))
+    """
+    check_given("kind", kind, KINDS)
+    check_given("scales", scales, ("absmax", "search"))
+    check_given("block", block, nf4.SIZES)
+    _refuse_deltas(model)
+    search, found, rows = scales == "search", [], []
+    for site in _chosen(model, targets, skip):
+        found.append((site, *pack(site.whole, kind, block, double_quant, search)))
+    for site, how, parts in found:
+        w = site.whole.detach()
+        error = (how.unpack(parts).float() - w.float()).norm() / w.float().norm().clamp(min=1e-38)
+        after = sum(part.nbytes for part in parts.values())
+        rows.append((site.address, tuple(w.shape), w.nbytes, after, float(error)))
+    for site, how, parts in found:
+        codes = nn.Parameter(parts[""], requires_grad=False)
+        for module, slot in site.owners:
+            hold(module, slot, how, codes, parts)
+    return Packs(kind, tuple(rows))
+
+
+def _refuse_deltas(model: nn.Module) -> None:
+    for name in deltas(model):
+        raise PeftliteError(
+            f"{name!r} is attached, and knows its base by the very numbers: pl.detach it first"
+        )
+
+
+def _chosen(model: nn.Module, asked: Targets, skip: Targets) -> list[Site]:
+    """The sites to pack. Raises PeftliteError if one can't be."""
+    chosen = [site for site, _ in patterns.select(sites(model), asked, skip, _Weights())]
+    for site in chosen:
+        w = site.whole
+        if isinstance(w, Packed):
+            raise PeftliteError(f"{site.address} is packed already, as {w.packing.kind}: skip it")
+        if not _Weights().accepts(site) or not w.is_floating_point() or w.dtype.itemsize < 2:
+            raise TargetError(
+                f"{site.address} is {w.dtype} of {tuple(w.shape)}; quantize takes {_Weights.takes}"
+            )
+        if is_sharded(w) or w.is_meta:
+            raise PeftliteError(f"{site.address} isn't here whole: quantise before it is sharded")
+        if not w.isfinite().all():
+            raise PeftliteError(f"{site.address} has numbers that aren't finite")
+    return chosen
+
+
+@in_turn
+def dequantize(model: nn.Module) -> None:
+    """Codes → Ŵ: what `quantize` packed is plain again, frozen, and what the codes stood for.
+
+    Raises:
+        PeftliteError: deltas are attached. Nothing has changed.
+
+    Example:
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        pl.quantize(model, "int8")
+        pl.dequantize(model)
+    """
+    _refuse_deltas(model)
+    plain: dict[int, nn.Parameter] = {}
+    for module in [*model.modules()]:
+        for slot in [*packings(module)]:
+            w, codes = raw(module, slot), module._parameters[slot]
+            if id(codes) not in plain:
+                plain[id(codes)] = nn.Parameter(w.form(), requires_grad=False)
+            release(module, slot, plain[id(codes)])

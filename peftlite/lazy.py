@@ -64,7 +64,7 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise PeftliteError(f"{func} reached {cls.__name__} below autograd; use .clone() of it")
+        raise PeftliteError(f"{func} reached a patched weight below autograd; use .clone() of it")
 
 
 def _written(kind: type, func: Callable, args: tuple, kwargs: dict[str, Any]) -> list[Any]:

@@ -78,6 +78,7 @@ SHOWN: dict[type, Callable[[], Any]] = {
     pl.DeltaBank: bank,
     Counts: lambda: bank().counts,
     pl.Receipt: receipt,
+    pl.Packs: lambda: pl.quantize(model(), targets="*"),
     pl.Fused: fused,
     pl.Info: info,
     pl.Trainer: trainer,

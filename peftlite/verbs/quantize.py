@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from torch import nn
 
 from peftlite.core import targets as patterns
 from peftlite.core.attach import deltas
-from peftlite.core.patch import Method, Targets
+from peftlite.core.patch import Targets
 from peftlite.core.site import Site, sites
 from peftlite.core.tensors import is_sharded, raw
 from peftlite.core.turns import in_turn
@@ -26,11 +26,10 @@ SMALL = 4096
 """Fewer numbers than these aren't worth their scales, and are left by default."""
 
 
-@dataclass(frozen=True)
-class _Weights(Method):
-    """What `quantize` takes, in the words of targets."""
+class Quantization:
+    """What `quantize` takes, told as methods tell what they take."""
 
-    takes: ClassVar[str] = "tensors of two or more dimensions, of floats in 16 bits or more"
+    takes = "tensors of two or more dimensions, of floats in 16 bits or more"
 
     def accepts(self, site: Site) -> bool:
         return not site.is_call and site.is_stored and site.whole.dim() > 1
@@ -39,6 +38,9 @@ class _Weights(Method):
         if not self.accepts(site) or site.head or site.whole.numel() < SMALL:
             return False
         return not isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
+
+    def choose(self, picked: list[Site], _: Any) -> list[Site]:
+        return picked
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,14 +139,15 @@ def _refuse_deltas(model: nn.Module) -> None:
 
 def _chosen(model: nn.Module, asked: Targets, skip: Targets) -> list[Site]:
     """The sites to pack. Raises PeftliteError if one can't be."""
-    chosen = [site for site, _ in patterns.select(sites(model), asked, skip, _Weights())]
+    how: Any = Quantization()
+    chosen = [site for site, _ in patterns.select(sites(model), asked, skip, how)]
     for site in chosen:
         w = site.whole
         if isinstance(w, Packed):
             raise PeftliteError(f"{site.address} is packed already, as {w.packing.kind}: skip it")
-        if not _Weights().accepts(site) or not w.is_floating_point() or w.dtype.itemsize < 2:
+        if not how.accepts(site) or not w.is_floating_point() or w.dtype.itemsize < 2:
             raise TargetError(
-                f"{site.address} is {w.dtype} of {tuple(w.shape)}; quantize takes {_Weights.takes}"
+                f"{site.address} is {w.dtype} of {tuple(w.shape)}; quantize takes {how.takes}"
             )
         if is_sharded(w) or w.is_meta:
             raise PeftliteError(f"{site.address} isn't here whole: quantise before it is sharded")

@@ -1,0 +1,111 @@
+"""The errors of bases in codes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import peftlite as pl
+from peftlite.core.tensors import raw
+from peftlite.quant import keys
+from tests.errors.case import Case, linears
+
+
+@torch.no_grad()
+def infinite() -> nn.Module:
+    model = linears()
+    model[1].weight[0, 0] = torch.inf
+    return model
+
+
+def packed() -> nn.Module:
+    model = linears()
+    pl.quantize(model, targets="0")
+    return model
+
+
+def with_lora() -> nn.Module:
+    model = packed()
+    pl.attach(model, pl.LoRA(rank=2, targets="0"), "sql")
+    return model
+
+
+STATE = "quant_state.bitsandbytes__nf4"
+
+
+def bad(key: str, value: Tensor | None) -> dict[str, Tensor]:
+    """A packed model's entries, with one in place of another; without it, where it's None."""
+    entries = {**packed().state_dict(), f"0.weight.{key}": value}
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def rewritten(old: bytes, new: bytes) -> dict[str, Tensor]:
+    text = bytes(packed().state_dict()[f"0.weight.{STATE}"].tolist()).replace(old, new)
+    return bad(STATE, torch.tensor([*text], dtype=torch.uint8))
+
+
+def quantizing(**how: object):
+    return lambda model, _: pl.quantize(model, **how)
+
+
+def writing(model: nn.Module, _: Path) -> None:
+    with torch.no_grad():
+        model[0].weight.zero_()
+
+
+def assigning(model: nn.Module, _: Path) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(4, 4))
+
+
+def reading(entries: dict[str, Tensor]) -> Callable[[nn.Module, Path], object]:
+    of_0 = {k.removeprefix("0.weight").lstrip("."): v for k, v in entries.items() if "0.w" in k}
+    return lambda _, __: keys.read(of_0)
+
+
+def merging(model: nn.Module, _: Path) -> None:
+    pl.merge(model, "sql", requantize=False)
+
+
+def taking(model: nn.Module, _: Path) -> None:
+    other = linears()
+    pl.quantize(other, "int8", targets="0")
+    model[0]._take("weight", keys.written(*_own(other)))
+
+
+def _own(model: nn.Module):
+    w = raw(model[0], "weight")
+    return w.packing, w.parts
+
+
+ATTACHED = "'sql' is attached, and knows its base by the very numbers: pl.detach it first"
+NAMES = "'absmax', 'nested_absmax', 'nested_quant_map', 'quant_map'"
+UNREAD = "has a 'quant_state.bitsandbytes__nf4' that can't be read: …"
+
+CASES = [
+    Case(quantizing(kind="nf5"), "kind must be one of 'nf4', 'int8', 'fp8', not 'nf5'",
+         model=linears),
+    Case(quantizing(), ATTACHED),
+    Case(lambda model, _: pl.dequantize(model), ATTACHED, model=with_lora),
+    Case(quantizing(targets="0"), "0.weight is packed already, as nf4: skip it", model=packed),
+    Case(quantizing(targets="0.bias"), "0.bias is torch.float32 of (4,); quantize takes tensors of "
+         "two or more dimensions, of floats in 16 bits or more", pl.TargetError, model=linears),
+    Case(quantizing(targets="*"), "0.weight isn't here whole: quantise before it is sharded",
+         model=lambda: linears(device="meta")),
+    Case(quantizing(targets="*"), "1.weight has numbers that aren't finite", model=infinite),
+    Case(merging, "0.weight is packed, and merging packs it again: requantize=True allows that, or "
+         "keep the delta attached", model=with_lora),
+    Case(writing, "zero_ writes, or lets write, into a tensor that is kept in nf4, whose codes it "
+         "wouldn't reach: pl.dequantize first; to look at the value, use .detach()", model=packed),
+    Case(assigning, "'weight' of a Linear is packed, and no tensor can be put in its place: "
+         "pl.dequantize the model first", model=packed),
+    Case(taking, "is Packing(kind='int8', …) of ['', 'scale'], where here is Packing(kind='nf4', …",
+         model=packed),
+    Case(reading(bad(STATE, None)), "is of no packing that is known here: beside its codes are "
+         f"[{NAMES}]"),
+    Case(reading(rewritten(b'"nf4"', b'"fp4"')), UNREAD),
+    Case(reading(rewritten(b": 256", b": 128")), UNREAD),
+    Case(reading(bad("quant_map", torch.zeros(16))), "has a 'quant_map' of its own, which isn't "
+         "the one of nf4"),
+    Case(reading(bad("absmax", torch.zeros(2))), "has parts of …, where (4, 4) has …"),
+]  # fmt: skip

@@ -29,7 +29,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
             "deltas are attached to several modules inside this one: pass the module that "
             "pl.attach was given"
         )
-    return next(iter(found.items()), None)
+    return next(iter(found.items())) if found else None
 
 
 def require(model: nn.Module) -> tuple[nn.Module, Registry]:

@@ -112,7 +112,8 @@ def test_a_model_is_what_its_codes_stand_for(kind: Kind) -> None:
             kind.run(each.train(mode), batch).square().sum().backward()
         grads.append([p.grad for p in delta.parameters()])
         pl.detach(each, "a")
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for a, b in zip(*grads, strict=True):  # where paths meet, autograd adds in either order
+        torch.testing.assert_close(a, b)
     model.to(torch.bfloat16).to(torch.float32)
     assert packed_bytes(model) == before
 

@@ -256,10 +256,10 @@ class Mixed(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.conv, self.norm = nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.LayerNorm(WIDTH)
-        self.experts = Experts()
+        self.mixture = Experts()
 
     def forward(self, ids: Tensor) -> Tensor:  # (b, t)
-        return self.experts(self.norm(self.conv(self.embed(ids).mT).mT))
+        return self.mixture(self.norm(self.conv(self.embed(ids).mT).mT))
 
 
 class Raw(nn.Module):

@@ -38,6 +38,8 @@ ALLOWED = {
     ("core/choice.py", "__getstate__"): "the same",
     ("core/choice.py", "__setstate__"): "the same",
     ("kernels/dispatch.py", "importlib.util"): "asking whether triton is installed",
+    ("progress.py", "importlib.util"): "asking whether a notebook has widgets",
+    ("commands/config.py", "yaml"): "the user's own settings, read by its safe loader",
     (
         "core/host.py",
         "__reduce_ex__",

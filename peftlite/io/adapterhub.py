@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.core.patch import Method
@@ -25,7 +24,7 @@ from peftlite.io.peft import folder as peft
 from peftlite.io.peft.config import Config
 from peftlite.io.unpickled import Unpickled
 from peftlite.methods.attention import key_heads
-from peftlite.methods.bottleneck import BottleneckAdapter
+from peftlite.methods.bottleneck import ACTIVATIONS, BottleneckAdapter
 from peftlite.methods.full import FullTuning
 from peftlite.methods.ia3 import IA3
 from peftlite.methods.lora import LoRA
@@ -326,16 +325,12 @@ class Reading:
 
     def _prefix(self, place: str, keys: Mapping[str, str]) -> None:
         """[P_k; K] and [P_v; V] in the attentions of a kind, which are a part of its table."""
-        kind, n = (
-            self.about.take("model_type", "", str),
-            int(self.config.number("prefix_length", 30)),
-        )
+        kind = self.about.take("model_type", "", str)
+        n = int(self.config.number("prefix_length", 30))
         names = (prefixes.CONTROL,) if self.config.flag("flat") else prefixes.NETWORK
         self._tensors(keys, *names)
         out = self.config.take("leave_out", [], list)
-        act = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu}[
-            self._activation("tanh")
-        ]
+        act = ACTIVATIONS[self._activation("tanh")]
         method = PrefixTuning(prefix_length=n)
         if self.there is None:
             self.methods.setdefault(method, []).append(place)

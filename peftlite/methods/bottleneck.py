@@ -19,7 +19,7 @@ from peftlite.methods.features import Features, change_first
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -35,7 +35,7 @@ class BottleneckPatch(CallPatch):
 
     def __init__(self, site: Site, method: BottleneckAdapter, wide: Features):
         super().__init__(site, wide)
-        self.method, self.act, self.scale = method, _ACTIVATIONS[method.function], method.factor
+        self.method, self.act, self.scale = method, ACTIVATIONS[method.function], method.factor
         self.beside: bool = method.preset == "parallel"
         self.inside: bool = method.preset == "pfeiffer" and isinstance(site.module, _NORMS)
         self.i: Any = wide.i if self.beside else wide.o

@@ -15,11 +15,11 @@ from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
-from peftlite.methods.bottleneck import BottleneckPatch
+from peftlite.methods.bottleneck import ACTIVATIONS, BottleneckPatch
 from peftlite.methods.compacter import CompacterPatch, kronecker
 from peftlite.methods.features import change_first
 
-_FUNCTIONS = (F.relu, F.gelu, F.silu, torch.tanh)
+_FUNCTIONS = tuple(ACTIVATIONS.values())
 
 
 class MixedBottleneck(Mixed):

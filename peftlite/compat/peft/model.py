@@ -88,8 +88,7 @@ class PeftModel(nn.Module):
         The folder is here, inside another as `subfolder`, or on the hub, where `revision` is of it.
         """
         folder = folder_of(model_id, subfolder, revision)
-        config = config or PeftConfig.from_pretrained(folder)
-        _load(model, folder, adapter_name, is_trainable, config)
+        config = _load(model, folder, adapter_name, is_trainable, config)
         return _faced(model, adapter_name, config)
 
     # -- calls
@@ -191,10 +190,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Adds the adapter of a folder, which isn't active. Raises FileError."""
         folder = folder_of(model_id, subfolder, revision)
-        config = PeftConfig.from_pretrained(folder)
         with self._choice_kept():
-            _load(self, folder, adapter_name, is_trainable, config)
-        self.peft_config[adapter_name] = config
+            self.peft_config[adapter_name] = _load(self, folder, adapter_name, is_trainable)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter off; if it was active, the first of the others is."""
@@ -453,19 +450,17 @@ def attached(
 
 
 def _load(
-    model: Any,
-    path: str | os.PathLike[str],
-    name: str,
-    trainable: bool,
-    config: PeftConfig,
-) -> None:
+    model: Any, folder: Path, name: str, trainable: bool, config: PeftConfig | None = None
+) -> PeftConfig:
     """Attaches the adapter of a folder; a prompt's outputs keep its positions, as peft's do."""
+    config = config or PeftConfig.from_pretrained(folder)
     config.inference_mode = not trainable
-    if config.peft_type not in PROMPTS[:2]:
-        load(model, path, name, trainable=trainable)
-        return
-    values = read(model, path, "error").state_dict()
-    attached(model, config, name, trained=False).load_state_dict(values)
+    if config.peft_type in PROMPTS[:2]:
+        values = read(model, folder, "error").state_dict()
+        attached(model, config, name, trained=False).load_state_dict(values)
+    else:
+        load(model, folder, name, trainable=trainable)
+    return config
 
 
 def _knowing(model: Any, name: str, config: PeftConfig) -> Any:

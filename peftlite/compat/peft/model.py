@@ -494,7 +494,8 @@ class AutoPeftModel:
         """The base, by what the folder says of it, with the adapter. Raises PeftliteError."""
         import transformers
 
-        config = PeftConfig.from_pretrained(path)
+        folder = folder_of(path)
+        config = PeftConfig.from_pretrained(folder)
         auto = cls.auto or _AUTO.get(config.task_type or "", "AutoModel")
         if not config.base_model_name_or_path:
             raise PeftliteError(
@@ -504,7 +505,7 @@ class AutoPeftModel:
         where = {"revision": config.revision} if config.revision else {}
         kind: Any = getattr(transformers, auto)
         base = kind.from_pretrained(config.base_model_name_or_path, **where, **kwargs)
-        return PeftModel.from_pretrained(base, path, adapter_name, is_trainable, config)
+        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, config)
 
 
 _AUTO = {

@@ -509,18 +509,15 @@ class AutoPeftModel:
 
 
 _AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    task: kind.__name__.replace("Peft", "Auto")
+    for task, kind in _BY_TASK.items()
+    if task != "FEATURE_EXTRACTION"  # for which transformers has AutoModel
 }
 
 
 def _auto(task: str) -> type[AutoPeftModel]:
-    kind = _AUTO.get(task, "AutoModel")
-    name = f"AutoPeft{kind.removeprefix('Auto')}" if task in _AUTO else f"AutoPeftModelFor{task}"
-    return type(name, (AutoPeftModel,), {"auto": kind, "__module__": __name__})
+    its = {"auto": _AUTO.get(task, "AutoModel"), "__module__": __name__}
+    return type(f"Auto{_BY_TASK[task].__name__}", (AutoPeftModel,), its)
 
 
 AutoPeftModelForSequenceClassification = _auto("SEQ_CLS")
@@ -528,4 +525,4 @@ AutoPeftModelForSeq2SeqLM = _auto("SEQ_2_SEQ_LM")
 AutoPeftModelForCausalLM = _auto("CAUSAL_LM")
 AutoPeftModelForTokenClassification = _auto("TOKEN_CLS")
 AutoPeftModelForQuestionAnswering = _auto("QUESTION_ANS")
-AutoPeftModelForFeatureExtraction = _auto("FeatureExtraction")
+AutoPeftModelForFeatureExtraction = _auto("FEATURE_EXTRACTION")

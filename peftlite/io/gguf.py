@@ -27,10 +27,10 @@ from peftlite.core.site import walk
 from peftlite.errors import PeftliteError
 from peftlite.io.files import is_finite, replacing
 from peftlite.io.names import unwrapped
-from peftlite.io.refusal import refusal
+from peftlite.io.refusal import not_by_itself, refusal
 from peftlite.methods.dora import DoRAPatch
 from peftlite.methods.low_rank import LowRankPatch
-from peftlite.table import listed, short
+from peftlite.table import short
 
 Order = Callable[[Tensor, Any], Tensor]
 _MATRICES = (maps.TransposedLinear, maps.Embedding)
@@ -179,10 +179,8 @@ def _check(item: Placed) -> str:
     matrix = isinstance(site.module, nn.Linear) or maps.kind_of(site.module) in _MATRICES
     if site.index is not None or site.slot != "weight" or not matrix:
         raise _refuse(item, "there it has whole matrices of linear layers and embeddings")
-    if len(site.owners) > 1:
-        raise _refuse(item, f"it is tied to {listed(site.names[1:])}")
-    if site.whole.is_meta:
-        raise _refuse(item, "it is on the meta device and has no values")
+    if why := not_by_itself(site):
+        raise _refuse(item, why)
     if not all(map(is_finite, patch.factors())):
         raise _refuse(item, "it has values that aren't finite")
     return unwrapped(site.address).removesuffix(".weight")

@@ -18,11 +18,11 @@ from peftlite.core.tensors import wide
 from peftlite.errors import PeftliteError
 from peftlite.io.files import is_finite, write_file
 from peftlite.io.peers.peer import ALPHA, RANKS, Peer
-from peftlite.io.refusal import refusal
+from peftlite.io.refusal import not_by_itself, refusal
 from peftlite.methods.dora import DoRA, DoRAPatch
 from peftlite.methods.lora import LoRA
 from peftlite.methods.low_rank import LowRankPatch
-from peftlite.table import listed, short
+from peftlite.table import short
 
 
 def write(peer: Peer, delta: Delta, path: Path, metadata: Mapping[str, Any]) -> None:
@@ -48,10 +48,8 @@ def _check(peer: Peer, item: Placed) -> None:
         raise _refuse(peer, item, "there it has whole weights of linear layers and convolutions")
     if getattr(module, "groups", 1) > 1 and not peer.groups:
         raise _refuse(peer, item, "a change there sees the inputs of all groups")
-    if len(site.owners) > 1:
-        raise _refuse(peer, item, f"it is tied to {listed(site.names[1:])}")
-    if site.whole.is_meta:
-        raise _refuse(peer, item, "it is on the meta device and has no values")
+    if why := not_by_itself(site):
+        raise _refuse(peer, item, why)
 
 
 @torch.no_grad()

@@ -21,3 +21,8 @@ class FileError(PeftliteError):
 
 class BaseMismatchError(FileError):
     """A delta was made for other base weights than the model has."""
+
+
+def reason(error: Exception) -> str:
+    """Why another library's call, or the system's, failed, in a line."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -47,6 +47,19 @@ def test_imports_what_is_used() -> None:
     assert "peftlite.bank" in imported(BANK)
 
 
+@pytest.mark.parametrize("options", ["--help", "combine --help", "convert --to nothing"])
+def test_no_help_waits_for_torch(options: str) -> None:
+    code = f"""
+import contextlib, sys
+from peftlite.cli import main
+with contextlib.suppress(SystemExit):
+    main({options.split()})
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_shows_public_names_alone() -> None:
     names = dir(pl)
     modules = {name for name in names if isinstance(getattr(pl, name), ModuleType)}

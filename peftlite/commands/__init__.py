@@ -2,16 +2,9 @@
 
 from argparse import Namespace
 
-from peftlite.commands.files import run_combine as run_combine
-from peftlite.commands.files import run_convert as run_convert
-from peftlite.commands.files import run_diff as run_diff
-from peftlite.commands.files import run_extract as run_extract
-from peftlite.commands.files import run_inspect as run_inspect
-from peftlite.commands.files import run_merge as run_merge
-from peftlite.commands.files import run_verify as run_verify
 from peftlite.commands.outcome import Outcome as Outcome
 
-# -- those that import the trainer, which no other waits for
+# -- each imports what it needs, torch for one, once it runs: no --help waits for that
 
 
 def run_chat(args: Namespace) -> int:
@@ -24,6 +17,13 @@ def run_compare(args: Namespace) -> Outcome:
     from peftlite.commands import compare
 
     return compare.run_compare(args)
+
+
+def run_file(args: Namespace) -> Outcome:
+    """Runs a command that reads files of deltas or writes one: its name is in the arguments."""
+    from peftlite.commands import files
+
+    return files.RUNS[args.command](args)
 
 
 def run_generate(args: Namespace) -> Outcome | int:

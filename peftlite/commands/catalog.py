@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import peftlite.commands as commands
 from peftlite.commands.outcome import Outcome
-from peftlite.io.convert import To
-from peftlite.verbs.combine import How
+from peftlite.io.to import To
+from peftlite.verbs.how import How
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ COMMANDS = {
     "inspect": Command(
         "what is in a file: methods, sites, tensors, notes",
         {"file": _FILE},
-        commands.run_inspect,
+        commands.run_file,
     ),
     "verify": Command(
         "whether a file is as it was saved, and whether a base is the one that it was made for",
@@ -113,7 +113,7 @@ COMMANDS = {
             "file": _FILE,
             "--base": _given("BASE", f"a checkpoint: {_BASE}"),
         },
-        commands.run_verify,
+        commands.run_file,
     ),
     "diff": Command(
         "how two files differ: methods, sites, and the largest difference in each tensor",
@@ -121,7 +121,7 @@ COMMANDS = {
             "a": _given("A", "a delta's file, or any of safetensors"),
             "b": _given("B", "another"),
         },
-        commands.run_diff,
+        commands.run_file,
     ),
     "convert": Command(
         "writes a delta in another format; a pickle is read only here, and for tensors alone",
@@ -138,7 +138,7 @@ COMMANDS = {
             "--parts": _several("PART", "which parts of fused weights have changes, such as: q v"),
             **_TRANSPOSED,
         },
-        commands.run_convert,
+        commands.run_file,
     ),
     "merge": Command(
         "merges a delta into a checkpoint, tensor by tensor; the checkpoint stays as it is",
@@ -148,7 +148,7 @@ COMMANDS = {
             **_OUT,
             **_CHECK_BASE,
         },
-        commands.run_merge,
+        commands.run_file,
     ),
     "extract": Command(
         "writes what makes one checkpoint of another as a delta: LoRA, and the rest as it is",
@@ -163,7 +163,7 @@ COMMANDS = {
             "--name": _given(None, "the delta's name", default="extracted"),
             **_TRANSPOSED,
         },
-        commands.run_extract,
+        commands.run_file,
     ),
     "combine": Command(
         "writes a delta that does what several do together",
@@ -180,7 +180,7 @@ COMMANDS = {
             "--name": _given(None, "the delta's name", default="combined"),
             **_TRANSPOSED,
         },
-        commands.run_combine,
+        commands.run_file,
     ),
     "validate-data": Command(
         "every problem of a file to train on by its line, its tokens, and what training takes",

@@ -7,8 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peftlite.errors import FileError, PeftliteError
-from peftlite.io.files import reason
+from peftlite.errors import FileError, PeftliteError, reason
 from peftlite.spelling import ADVICE, nearest
 from peftlite.table import listed
 

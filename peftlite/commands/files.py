@@ -230,3 +230,10 @@ def _written(out: str, data: dict[str, Any], *about: str) -> Outcome:
     count = sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()))
     text = "\n".join([*about, f"written to {out}: {size(count)}"])
     return Outcome(text, {"out": out, "bytes": count, **data})
+
+
+RUNS = {
+    "inspect": run_inspect, "verify": run_verify, "diff": run_diff, "convert": run_convert,
+    "merge": run_merge, "extract": run_extract, "combine": run_combine,
+}  # fmt: skip
+"""What runs each command."""

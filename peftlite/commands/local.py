@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from peftlite.errors import FileError, PeftliteError
-from peftlite.io.files import reason
+from peftlite.errors import FileError, PeftliteError, reason
 from peftlite.table import listed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from peftlite.errors import FileError
-from peftlite.io.files import Tensors, as_path, data_of, read_json, reason, replacing
+from peftlite.errors import FileError, reason
+from peftlite.io.files import Tensors, as_path, data_of, read_json, replacing
 from peftlite.io.folders import replacing_folder
 from peftlite.table import listed, short
 

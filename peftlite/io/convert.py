@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import nn
 
@@ -21,9 +21,8 @@ from peftlite.io.native import save
 from peftlite.io.peers import FORMATS
 from peftlite.io.peers.peer import ALPHA, PARTS
 from peftlite.io.peers.reading import Reading
+from peftlite.io.to import To
 from peftlite.io.unpickled import Unpickled, is_pickle
-
-To = Literal["safetensors", "peftlite", "peft", "kohya", "diffusers", "gguf"]
 
 
 def convert(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from peftlite.core.tensors import unshard
-from peftlite.errors import FileError, PeftliteError
+from peftlite.errors import FileError, PeftliteError, reason
 from peftlite.table import short, size
 
 try:
@@ -381,10 +381,6 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(
         (tensor.itemsize > 1 and tensor.sum().isfinite()) or tensor.float().isfinite().all()
     )
-
-
-def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 @contextlib.contextmanager

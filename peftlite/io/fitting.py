@@ -17,10 +17,10 @@ from peftlite.core.attach import check
 from peftlite.core.delta import Delta, misfits
 from peftlite.core.site import Site, locate, whole_address
 from peftlite.core.targets import nearest
-from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError
+from peftlite.errors import BaseMismatchError, FileError, PeftliteError, TargetError, reason
 from peftlite.io import standin
 from peftlite.io.content import Content
-from peftlite.io.files import ahead, is_finite, reason
+from peftlite.io.files import ahead, is_finite
 from peftlite.io.fingerprint import difference, fingerprints, kind_of
 from peftlite.table import listed
 

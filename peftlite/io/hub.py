@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from peftlite.errors import FileError, PeftliteError
-from peftlite.io.files import as_path, reason
+from peftlite.errors import FileError, PeftliteError, reason
+from peftlite.io.files import as_path
 from peftlite.io.peft.folder import CONFIG
 from peftlite.table import listed, short
 

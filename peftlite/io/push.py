@@ -10,10 +10,9 @@ from torch import nn
 
 from peftlite.core.delta import Delta
 from peftlite.core.find import given_delta
-from peftlite.errors import FileError, PeftliteError
+from peftlite.errors import FileError, PeftliteError, reason
 from peftlite.fields import check_given
 from peftlite.io.export import export
-from peftlite.io.files import reason
 from peftlite.io.hub import OURS, Name, api
 from peftlite.io.native import save
 from peftlite.table import short

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,8 @@ from peftlite.fields import check_fields, integer, number, one_of
 from peftlite.methods.sparse import largest
 from peftlite.table import short
 from peftlite.verbs.draft import Draft, Factors, truncated
+from peftlite.verbs.how import How
 from peftlite.verbs.parts import Part, Weights, parts_of
-
-How = Literal["sum", "linear", "cat", "svd", "ties", "dare", "magnitude_prune"]
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from peftlite.errors import FileError
-from peftlite.io.files import Tensors, read_json, reason
+from peftlite.errors import FileError, reason
+from peftlite.io.files import Tensors, read_json
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.forms import FORMS
 from peftlite.table import listed, short

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from peftlite.errors import FileError
-from peftlite.io.files import reason
+from peftlite.errors import FileError, reason
 from peftlite.train.data.checks import CHAT, PAIR, TEXT
 from peftlite.train.data.jsonl import Kind, Line, Path, scan
 from peftlite.train.data.rows import Row, reader_of

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from peftlite.core.patch import Method
 from peftlite.core.site import Site, walk
 from peftlite.core.tensors import wide
-from peftlite.errors import FileError, PeftliteError
-from peftlite.io.files import Entry, Tensors, reason
+from peftlite.errors import FileError, PeftliteError, reason
+from peftlite.io.files import Entry, Tensors
 from peftlite.io.names import Names, Spelling
 from peftlite.io.peft.config import Config
 from peftlite.io.peft.folder import PROMPTS, START, WRAPPED, open_folder

@@ -308,7 +308,8 @@ class Trainer(Shown, Spelled):
         shard = {"rank": processes.rank, "processes": processes.size}
         given = {"collate": self.collate, "seed": self.seed, "workers": self.num_workers}
         loader = partial(Loader, device=device, **given, **shard)
-        val = self._val and loader(self._val, settings.micro_batch, shuffle=False)
+        val = self._val  # perhaps an array, which has no truth
+        val = None if val is None else loader(val, settings.micro_batch, shuffle=False)
         train = loader(
             self.train, settings.batch_size, accumulate=self.accumulate, shuffle=self.shuffle,
             examples=self._examples,

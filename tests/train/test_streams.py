@@ -94,6 +94,16 @@ def test_a_stream_to_validate_on_is_held(listed: tuple[Any, ...]) -> None:
     assert fitted(texts(), val=Val())[1] == listed[1]
 
 
+def test_data_may_be_an_array() -> None:
+    rows, model = np.eye(4, dtype=np.float32), torch.nn.Linear(4, 3)
+    pl.attach(model, pl.LoRA(rank=2, targets="weight"))
+    history = pl.Trainer(
+        model, lambda model, batch: model(batch).square().mean(), rows, rows, epochs=1,
+        collate=lambda rows: torch.tensor(np.stack(rows)), progress=False,
+    ).fit()  # fmt: skip
+    assert "full_valid_loss" in history.curves
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["Stream", "Dataset"])
 def test_workers_change_nothing(kind: str, listed: tuple[Any, ...]) -> None:

@@ -18,7 +18,7 @@ from peftlite.io.fingerprint import fingerprint
 from peftlite.table import listed, short
 from peftlite.train import data
 from peftlite.train.data import rows
-from peftlite.train.data.stream import check_restarts, is_stream
+from peftlite.train.data.stream import check_restarts, is_indexed, is_stream
 from peftlite.train.loader import Collate
 from peftlite.train.state import seeded
 
@@ -37,7 +37,7 @@ def check_dataset(name: str, dataset: Any, collate: Collate) -> None:
     elif is_stream(dataset):
         _check_first(name, _first_of_stream(name, dataset), collate)
         return
-    elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    elif is_indexed(dataset):
         if not len(dataset):
             raise PeftliteError(f"{name} has no examples")
         with seeded(0):

@@ -21,7 +21,7 @@ from peftlite.train.data.jsonl import MILD, Kind, Lines, Path
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.data.readers import UNUSED_TOOLS, chat_ids, pair_ids, template_options, text_ids
 from peftlite.train.data.rows import without_nulls
-from peftlite.train.data.stream import Stream, check_restarts, is_stream
+from peftlite.train.data.stream import Stream, check_restarts, is_indexed, is_stream
 from peftlite.train.data.tokens import Tokenizer, as_tokenizer
 
 Source = Path | Sequence[Any] | Iterable[Any]
@@ -188,7 +188,7 @@ def _examples(source: Source, kind: Kind, make: Callable[[Any], Any]) -> Any:
     if is_stream(source):
         check_restarts("source", source)
         return Stream(source, partial(_sound, kind, of_arrow(source), make))
-    if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+    if not is_indexed(source):
         raise PeftliteError(
             f"give the path of a JSONL file, or a list of rows: not {short(source)}"
         )

@@ -14,11 +14,15 @@ from peftlite.table import short
 from peftlite.train.state import mix_seeds, seeded
 
 
+def is_indexed(data: Any) -> bool:
+    """Whether data has a length, and examples by index."""
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
 def is_stream(data: Any) -> bool:
     """Whether data is torch's `IterableDataset`, or else has an order but no examples by index."""
-    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     iterable = hasattr(data, "__iter__") and not isinstance(data, DataLoader)
-    return isinstance(data, IterableDataset) or (iterable and not indexed)
+    return isinstance(data, IterableDataset) or (iterable and not is_indexed(data))
 
 
 def check_restarts(name: str, data: Iterable[Any]) -> None:

@@ -47,7 +47,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         args = _with_config(args, argv)
         if getattr(args, "print_config", False):
-            print(config.written(args, command.arguments))
+            print(config.written(args, command.options))
             return 0
         outcome = args.run(args)
     except BrokenPipeError:
@@ -66,7 +66,7 @@ def _with_config(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Name
     if getattr(args, "config", None) is None:
         return args
     name, *typed = argv
-    words = config.typed(args.config, COMMANDS[name].arguments)
+    words = config.typed(args.config, COMMANDS[name].options)
     return _parser().parse_args([name, *words, *typed])
 
 
@@ -78,8 +78,7 @@ def _drop_output() -> None:
 
 def _as_typed(message: str, command: Command) -> str:
     """A message in the words of the command line: `max_length=8` as `--max-length 8`."""
-    options = [argument.split()[-1] for argument in command.arguments]
-    options = {option[2:].replace("-", "_"): option for option in options if option[:2] == "--"}
+    options = {name: f"--{name.replace('_', '-')}" for name in command.options}
     for name, option in {**ALSO, **options}.items():
         if option in options.values():
             message = re.sub(

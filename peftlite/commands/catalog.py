@@ -25,6 +25,12 @@ class Command:
     run: Callable[[argparse.Namespace], Outcome | int]
     json: bool = True  # whether it prints JSON where it is told to
 
+    @property
+    def options(self) -> dict[str, Mapping[str, Any]]:
+        """The arguments that are options, by their names in Python: `out` for `-o --out`."""
+        names = {argument.split()[-1]: how for argument, how in self.arguments.items()}
+        return {name[2:].replace("-", "_"): how for name, how in names.items() if name[:2] == "--"}
+
 
 def _demo(args: argparse.Namespace) -> int:
     import torch

@@ -12,14 +12,14 @@ from peftlite.spelling import ADVICE, nearest
 from peftlite.table import listed
 
 Options = Mapping[str, Mapping[str, Any]]
-"""A command's arguments, each with how argparse takes it."""
+"""A command's options by their names in Python, each with how argparse takes it."""
 
 OWN = ("config", "print_config")  # which no config has
 
 
-def typed(path: str, arguments: Options) -> list[str]:
+def typed(path: str, options: Options) -> list[str]:
     """What a file says as it is typed: `rank: 8` is `--rank=8`. Raises FileError."""
-    options = _options(arguments)
+    options = _options(options)
     words: list[str] = []
     seen: dict[str, int] = {}
     for key, value in _entries(path):
@@ -39,9 +39,9 @@ def typed(path: str, arguments: Options) -> list[str]:
     return words
 
 
-def written(args: Namespace, arguments: Options) -> str:
+def written(args: Namespace, options: Options) -> str:
     """The options that aren't as by default, in YAML."""
-    options = _options(arguments)
+    options = _options(options)
     given = {name: getattr(args, name) for name in options}
     given = {n: value for n, value in given.items() if value != options[n].get("default")}
     if given.get("set"):
@@ -62,13 +62,9 @@ def key_and_value(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _options(arguments: Options) -> dict[str, Mapping[str, Any]]:
-    """The options that a config may have, by their names in it."""
-    names = {option.split()[-1]: how for option, how in arguments.items()}
-    plain = {
-        option[2:].replace("-", "_"): how for option, how in names.items() if option[:2] == "--"
-    }
-    return {name: how for name, how in plain.items() if name not in OWN}
+def _options(options: Options) -> Options:
+    """Those that a config may have."""
+    return {name: how for name, how in options.items() if name not in OWN}
 
 
 def _instead(name: str, options: Options) -> str:

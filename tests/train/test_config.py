@@ -14,7 +14,7 @@ from peftlite import cli
 from peftlite.commands import config
 from peftlite.commands.train import _method
 
-OPTIONS = cli.COMMANDS["train"].arguments
+OPTIONS = cli.COMMANDS["train"].options
 RUN = """\
 model: llama/
 data: train.jsonl   # a comment

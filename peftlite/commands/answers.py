@@ -59,6 +59,11 @@ class Style:
         return {"do_sample": True, **given} if given and self.temperature != 0 else GREEDY
 
 
+def opening(args: argparse.Namespace) -> list[Message]:
+    """What opens each chat, as a command line has it."""
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
 class Writer:
     """A local model, its tokenizer and its deltas, which write."""
 

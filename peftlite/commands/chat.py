@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from peftlite.commands.answers import BASE, Writer
+from peftlite.commands.answers import BASE, Writer, opening
 from peftlite.errors import PeftliteError
 
 HELP = """\
@@ -29,8 +29,7 @@ def run_chat(args: argparse.Namespace) -> int:
             "goes on from a text; or set tokenizer.chat_template, for one to pl.data.CHATML, and "
             f"tokenizer.save_pretrained({args.model!r})"
         )
-    opening = [] if args.system is None else [{"role": "system", "content": args.system}]
-    chat = Chat(writer, "+".join(writer.deltas) or BASE, opening)
+    chat = Chat(writer, "+".join(writer.deltas) or BASE, opening(args))
     live = sys.stdin.isatty()
     if live:
         _tell(f"{HELP}\nwith {chat.name}")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from peftlite.commands.answers import BASE, Prompt, Writer
+from peftlite.commands.answers import BASE, Prompt, Writer, opening
 from peftlite.commands.outcome import Outcome
-from peftlite.commands.questions import Question, questions
+from peftlite.commands.questions import Question, a_line_each, questions
 from peftlite.errors import FileError, PeftliteError
 from peftlite.progress import bar
 
@@ -42,7 +42,7 @@ def _asked(args: argparse.Namespace) -> Iterator[Question]:
     for text in args.prompt or []:
         yield Question(_stdin().rstrip("\n") if text == "-" else text)
     if args.prompt_file == "-":
-        yield from (Question(line) for line in _stdin().splitlines() if line.strip())
+        yield from a_line_each(_stdin())
     elif args.prompt_file is not None:
         yield from questions(args.prompt_file)
 
@@ -56,7 +56,7 @@ def _stdin() -> str:
 
 def _as_chat(writer: Writer, args: argparse.Namespace, prompt: Prompt) -> Prompt:
     """A text as a chat of one message, where the tokenizer has a template for such."""
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    system = opening(args)
     if isinstance(prompt, str) and (args.raw or not writer.has_template):
         if system:
             why = "--raw is given" if args.raw else "the tokenizer has no chat template"

@@ -40,7 +40,7 @@ class Question:
 def questions(path: str) -> Iterator[Question]:
     """A prompt a line: plain text, or, in a file that has rows, a pair or a chat."""
     if not has_rows(path):
-        yield from (Question(line) for line in plain_text(path).splitlines() if line.strip())
+        yield from a_line_each(plain_text(path))
         return
     for row in Lines(path, Kind(_as_row, _check)):
         *asked, last = row.get("messages", [row])
@@ -50,6 +50,11 @@ def questions(path: str) -> Iterator[Question]:
             yield Question(asked, last["content"], row.get("tools"))
         else:
             yield Question(row["messages"], None, row.get("tools"))
+
+
+def a_line_each(text: str) -> Iterator[Question]:
+    """The prompts of plain text."""
+    return (Question(line) for line in text.splitlines() if line.strip())
 
 
 def _as_row(row: Row) -> Row:

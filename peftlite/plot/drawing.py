@@ -1,4 +1,4 @@
-"""Drawing: the axes of a plot, its colours and its legend; here alone matplotlib is imported."""
+"""Drawing: the axes of a plot, its colours and its legend; an error where matplotlib is missing."""
 
 from __future__ import annotations
 

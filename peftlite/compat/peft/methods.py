@@ -198,12 +198,12 @@ class Wanted:
                 raise PeftliteError(
                     f"{self.settings.path!r} has tokens of {name}, which no module is called"
                 )
-            scores[address] = torch.zeros(self.sites[address].shape)
-            scores[address][rows] = 1
-        chosen, count = (
-            sum(s.sum().item() for s in scores.values()),
-            sum(map(torch.numel, scores.values())),
-        )
+            n, *each = self.sites[address].shape
+            score = torch.zeros(n, *(1 for _ in each))
+            score[rows] = 1
+            scores[address] = score.expand(n, *each)  # the delta keeps it: a number for each row
+        chosen = sum(s.count_nonzero().item() for s in scores.values())
+        count = sum(map(torch.numel, scores.values()))
         method = SparseMask(fraction=chosen / count, select="given", scores=scores)
         yield from ((method, address) for address in scores)
 

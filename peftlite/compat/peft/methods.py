@@ -21,7 +21,7 @@ from peftlite.core.patch import Method
 from peftlite.core.site import Site, keeps_statistics, sites, walk
 from peftlite.errors import PeftliteError
 from peftlite.io.peft.config import Config, ends
-from peftlite.io.peft.folder import CLASSIFIES, GENERATES, PREFIX, PROMPTS
+from peftlite.io.peft.folder import CLASSIFIES, GENERATES, PREFIX, PROMPTS, ROWS
 from peftlite.io.peft.form import Form, Layer
 from peftlite.io.peft.forms import FORMS
 from peftlite.io.peft.reading.prompts import places_of
@@ -42,7 +42,6 @@ from peftlite.methods.shira import SHiRA
 from peftlite.methods.sparse import SparseMask
 from peftlite.table import listed, short
 
-TOKENS, _BESIDE = "TRAINABLE_TOKENS", "trainable_token_indices"
 _FOREIGN = "trust_remote_code"  # which a setting of a file must not ask for
 # what a file's outputs don't go by, and training does
 _REFUSED = frozenset(
@@ -114,7 +113,7 @@ class Wanted:
 
     def _own(self) -> Iterator[tuple[Method, str]]:
         """The method that each of its tensors has."""
-        if self.kind in (*PROMPTS, TOKENS):
+        if self.kind in (*PROMPTS, ROWS):
             return
         data, form = self.settings.data, FORMS.get(self.kind)
         if not data.get("target_modules") and not data.get("target_parameters"):
@@ -181,14 +180,14 @@ class Wanted:
 
     def _tokens(self) -> Iterator[tuple[Method, str]]:
         """The rows of embeddings that train."""
-        take = self.settings.take
-        tokens = take("token_indices" if self.kind == TOKENS else _BESIDE, None, list, dict)
+        setting = "token_indices" if self.kind == ROWS else "trainable_token_indices"
+        tokens = self.settings.take(setting, None, list, dict)
         if not tokens:
             return
         if isinstance(tokens, list):
             model: Any = self.model
             outer = [path for path, m in self.modules.items() if m is model.get_input_embeddings()]
-            names = self.settings.names("target_modules") if self.kind == TOKENS else []
+            names = self.settings.names("target_modules") if self.kind == ROWS else []
             tokens = dict.fromkeys(names or outer[:1], tokens)
         scores: dict[str, Tensor] = {}
         for name, rows in tokens.items():

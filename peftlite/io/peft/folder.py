@@ -20,7 +20,8 @@ CLASSIFIES, GENERATES = "SEQ_CLS", ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks
 ALONE = "LN_TUNING"  # which trains a copy of any module, for what isn't beside another method
 CLASSIFIER = ("score", "classifier")  # what peft's classifiers have for a head
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-KNOWN = (*FORMS, *PROMPTS, ALONE, "TRAINABLE_TOKENS")
+ROWS = "TRAINABLE_TOKENS"  # which trains rows of embeddings
+KNOWN = (*FORMS, *PROMPTS, ALONE, ROWS)
 
 
 def folders(path: Path) -> list[str]:

@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 from peftlite.core.assign import Placed
 from peftlite.core.site import CALL, walk, whole_address
 from peftlite.core.tensors import is_quantized, raw
-from peftlite.io.peft.folder import ALONE, CLASSIFIER, LAYER, PROMPTS
+from peftlite.io.peft.folder import ALONE, CLASSIFIER, LAYER, PROMPTS, ROWS
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 
 HEADS = {"SEQ_CLS": CLASSIFIER, "TOKEN_CLS": CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
-HEADLESS = (*PROMPTS, "TRAINABLE_TOKENS")
+HEADLESS = (*PROMPTS, ROWS)
 
 
 def write_replaced(draft: Draft, items: Sequence[Placed]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftlite.core.assign import Placed
 from peftlite.core.site import walk, whole_address
-from peftlite.io.peft.folder import TOKENS
+from peftlite.io.peft.folder import ROWS, TOKENS
 from peftlite.io.peft.form import embeds, is_tied_embedding
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 from peftlite.methods.full import AddPatch
@@ -63,7 +63,7 @@ def write_tokens(draft: Draft, items: Mapping[Placed, Tensor], alone: bool) -> N
             draft.tensors[f"{draft.key(path)}{inner}{TOKENS}"] = value[rows.to(value.device)]
             indices[path] = rows.tolist()
     if alone and len({*map(tuple, indices.values())}) == 1:
-        draft.kind, (tokens, *_) = "TRAINABLE_TOKENS", indices.values()
+        draft.kind, (tokens, *_) = ROWS, indices.values()
         targets = {path for item in items for path in _targets(draft, item)}
         draft.config = {"target_modules": sorted(targets), "token_indices": tokens}
     elif draft.kind == "LORA":

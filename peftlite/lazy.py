@@ -8,7 +8,7 @@ formed would be lost, so that is an error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 
 class Lazy(Tensor):
     """A tensor of the shape, dtype and device of another one, formed when it's needed."""
+
+    kind: ClassVar[str]
+    """What it is, in a word."""
 
     def form(self) -> Tensor:
         """The value."""
@@ -64,7 +67,9 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise PeftliteError(f"{func} reached a patched weight below autograd; use .clone() of it")
+        raise PeftliteError(
+            f"{func} reached a {cls.kind} weight below autograd; use .clone() of it"
+        )
 
 
 def _written(kind: type, func: Callable, args: tuple, kwargs: dict[str, Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft.utils import constants
 from torch import Tensor, nn
 
@@ -476,8 +477,6 @@ def test_a_base_is_found_by_what_the_folder_says(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_a_trainer_of_transformers_trains_and_saves(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-
     def script(lib: Library) -> Iterator[Any]:
         folder = tmp_path / ("theirs" if lib.names is peft else "ours")
         model = lib.model(llama(), "LoraConfig", task_type="CAUSAL_LM")

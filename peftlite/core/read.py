@@ -15,6 +15,7 @@ from peftlite.lazy import Lazy
 class Read(Lazy):
     """A tensor with the shape, dtype and device of `raw`, and the value its patches give it."""
 
+    kind = "patched"
     raw: Tensor
 
     @staticmethod

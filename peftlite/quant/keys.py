@@ -1,9 +1,11 @@
 """Keys: packed tensors in a state dict, 4-bit ones under the names that bitsandbytes gives them.
 
-weight                                     the codes
-weight.absmax, weight.quant_map, weight.nested_absmax, weight.nested_quant_map
-weight.quant_state.bitsandbytes__nf4       the rest, as the bytes of a JSON object
-weight.scale, weight.quant_state.peftlite__int8      of what has a scale a row
+Of a tensor `weight` there are:
+
+    weight                                     the codes
+    weight.absmax, weight.quant_map, weight.nested_absmax, weight.nested_quant_map
+    weight.quant_state.bitsandbytes__nf4       the rest, as the bytes of a JSON object
+    weight.scale, weight.quant_state.peftlite__int8      of what has a scale a row
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from peftlite.errors import PeftliteError
 from peftlite.quant import nf4
 from peftlite.quant.packing import KINDS, Packing
 
-_STATES = {f"quant_state.{'bitsandbytes' if k == 'nf4' else 'peftlite'}__{k}": k for k in KINDS}
+
+def _state(kind: str) -> str:
+    return f"quant_state.{'bitsandbytes' if kind == 'nf4' else 'peftlite'}__{kind}"
+
+
+_STATES = {_state(kind): kind for kind in KINDS}
 
 
 def written(how: Packing, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,9 +41,8 @@ def written(how: Packing, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found["nested_quant_map"] = nf4.dynamic_map().to(device, copy=True)
             said |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32"}
             said["nested_offset"] = offset.item()
-    key = next(key for key, kind in _STATES.items() if kind == how.kind)
     text = json.dumps(said).encode()
-    return found | {key: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    return found | {_state(how.kind): torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def read(entries: Mapping[str, Tensor]) -> tuple[Packing, dict[str, Tensor]]:

@@ -28,6 +28,7 @@ class Packed(Lazy):
         parts: its codes, "", and their scales, by name.
     """
 
+    kind = "packed"
     packing: Packing
     parts: Mapping[str, Tensor]
 

@@ -115,11 +115,11 @@ def quantize(
     check_given("scales", scales, ("absmax", "search"))
     check_given("block", block, nf4.SIZES)
     _refuse_deltas(model)
-    search, found, rows = scales == "search", [], []
+    found, rows = [], []
     for site in _chosen(model, targets, skip):
-        found.append((site, *pack(site.whole, kind, block, double_quant, search)))
-    for site, how, parts in found:
         w = site.whole.detach()
+        how, parts = pack(w, kind, block, double_quant, search=scales == "search")
+        found.append((site, how, parts))
         error = (how.unpack(parts).float() - w.float()).norm() / w.float().norm().clamp(min=1e-38)
         after = sum(part.nbytes for part in parts.values())
         rows.append((site.address, tuple(w.shape), w.nbytes, after, float(error)))

@@ -11,7 +11,8 @@ Of a tensor `weight` there are:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,18 @@ def written(how: Packing, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
             said["nested_offset"] = offset.item()
     text = json.dumps(said).encode()
     return found | {_state(how.kind): torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def config(dtype: torch.dtype, double: bool, left: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of a model whose linear maps are in nf4, but those that are `left`."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "llm_int8_skip_modules": [*left],
+    }
 
 
 def read(entries: Mapping[str, Tensor]) -> tuple[Packing, dict[str, Tensor]]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from peftlite.core import maps
 from peftlite.core import targets as patterns
 from peftlite.core.attach import deltas
 from peftlite.core.patch import Targets
-from peftlite.core.site import Site, sites
-from peftlite.core.tensors import is_sharded, raw
+from peftlite.core.site import Site, sites, walk
+from peftlite.core.tensors import bytes_in, is_sharded, raw
 from peftlite.core.turns import in_turn
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import check_given
-from peftlite.quant import nf4
+from peftlite.io import base
+from peftlite.quant import keys, nf4
 from peftlite.quant.holder import hold, packings, release
 from peftlite.quant.packed import Packed
-from peftlite.quant.packing import KINDS, pack
+from peftlite.quant.packing import KINDS, Packing, pack
 from peftlite.table import Shown, size, table
 
 SMALL = 4096
@@ -48,13 +52,16 @@ class Packs(Shown):
     """What `quantize` did; printing it shows a table.
 
     Attributes:
-        kind: the format.
+        kind: the format; those that a checkpoint has.
         rows: for each tensor its address, shape, bytes before and after, and
-            ‖W − Ŵ‖ / ‖W‖, the relative error in the Frobenius norm.
+            ‖W − Ŵ‖ / ‖W‖, the relative error in the Frobenius norm; NaN of what was packed before.
+        config: what config.json says of them as its `quantization_config`, so that transformers
+            reads a saved model with bitsandbytes; None where that has no such layers.
     """
 
     kind: str
     rows: tuple[tuple[str, tuple[int, ...], int, int, float], ...]
+    config: Mapping[str, Any] | None = None
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -67,11 +74,15 @@ class Packs(Shown):
 
     def _lines(self) -> Iterator[str]:
         shown = [
-            [address, "×".join(map(str, shape)), size(before), size(after), f"{error:.4f}"]
+            [address, "×".join(map(str, shape)), size(before), size(after), _shown(error)]
             for address, shape, before, after, error in self.rows
         ]
         yield table(["tensor", "shape", "bytes", "packed", "error"], shown)
         yield self._summary()
+
+
+def _shown(error: float) -> str:
+    return "" if math.isnan(error) else f"{error:.4f}"
 
 
 @in_turn
@@ -83,6 +94,7 @@ def quantize(
     double_quant: bool = True,
     block: int = nf4.BLOCK,
     scales: str = "absmax",
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Packs:
     """W → codes and scales: packs large weights of a base in place, and freezes them.
 
@@ -101,10 +113,14 @@ def quantize(
             arXiv:2305.14314.
         block: weights that share one of nf4's scales: a power of 2 from 32 to 4096.
         scales: "absmax", the largest of the block, or "search", the one of ten that errs least.
+        checkpoint: a safetensors file or a folder with all of the model's tensors, of which some
+            are packed: they are read from there, and no other argument is given. The model may be
+            on the meta device, so that it is never there unpacked.
 
     Raises:
         PeftliteError: deltas are attached, a tensor is packed already, isn't finite, or is of
             another dtype, or an argument is out of range. Nothing has changed.
+        FileError: a checkpoint is missing or damaged, or isn't the model's. Nothing has changed.
 
     Example:
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -115,10 +131,21 @@ def quantize(
     check_given("scales", scales, ("absmax", "search"))
     check_given("block", block, nf4.SIZES)
     _refuse_deltas(model)
+    if checkpoint is not None:
+        given = (kind, targets, skip, double_quant, block, scales)
+        if given != ("nf4", None, (), True, nf4.BLOCK, "absmax"):
+            raise PeftliteError("a checkpoint says what is packed, and how: give it alone")
+        return _read(model, checkpoint)
+    return _pack(model, kind, _chosen(model, targets, skip), double_quant, block, scales)
+
+
+def _pack(
+    model: nn.Module, kind: str, chosen: list[Site], double: bool, block: int, scales: str
+) -> Packs:
     found, rows = [], []
-    for site in _chosen(model, targets, skip):
+    for site in chosen:
         w = site.whole.detach()
-        how, parts = pack(w, kind, block, double_quant, search=scales == "search")
+        how, parts = pack(w, kind, block, double, search=scales == "search")
         found.append((site, how, parts))
         error = (how.unpack(parts).float() - w.float()).norm() / w.float().norm().clamp(min=1e-38)
         after = sum(part.nbytes for part in parts.values())
@@ -127,7 +154,31 @@ def quantize(
         codes = nn.Parameter(parts[""], requires_grad=False)
         for module, slot in site.owners:
             hold(module, slot, how, codes, parts)
-    return Packs(kind, tuple(rows))
+    return Packs(kind, tuple(rows), _config(model, found, double))
+
+
+def _read(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Packs:
+    """Fills a model from a checkpoint."""
+    rows, kinds = [], {}
+    for place, how in base.read(model, checkpoint):
+        kinds[how.kind] = None
+        before, after = how.shape.numel() * how.dtype.itemsize, bytes_in(raw(*place.owners[0]))
+        rows.append((place.names[0], tuple(how.shape), before, after, math.nan))
+    return Packs(", ".join(kinds) or "nothing", tuple(rows))
+
+
+def _config(
+    model: nn.Module, found: list[tuple[Site, Packing, Any]], double: bool
+) -> Mapping[str, Any] | None:
+    """What transformers has to know, where it has a layer of bitsandbytes for each tensor."""
+    hows = [how for _, how, _ in found]
+    theirs = all(
+        how.kind == "nf4" and maps.kind_of(site.module) is maps.Linear for site, how, _ in found
+    )
+    if not found or not theirs:
+        return None
+    left = [path for path, m in walk(model) if isinstance(m, nn.Linear) and not packings(m)]
+    return keys.config(hows[0].dtype, double, left)
 
 
 def _refuse_deltas(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +79,30 @@ def _own(model: nn.Module):
     return w.packing, w.parts
 
 
+def filling(model: nn.Module, path: Path) -> None:
+    pl.quantize(model, checkpoint=path)
+
+
+def holding(tensors: dict[str, Tensor | None] | None = None) -> Callable[[Path], None]:
+    """A file of a packed model, with some tensors in place of its own; without those of None."""
+    entries = {**packed().state_dict(), **(tensors or {})}
+    kept = {key: tensor for key, tensor in entries.items() if tensor is not None}
+    return lambda path: safetensors.torch.save_file(kept, path)
+
+
+def tied() -> nn.Module:
+    model = linears()
+    model[1].weight = model[0].weight
+    return model
+
+
+def with_tables() -> nn.Module:
+    model = linears()
+    table = torch.empty(4, device="meta")
+    model[1].register_buffer("table", table, persistent=False)
+    return model
+
+
 ATTACHED = "'sql' is attached, and knows its base by the very numbers: pl.detach it first"
 NAMES = "'absmax', 'nested_absmax', 'nested_quant_map', 'quant_map'"
 UNREAD = "has a 'quant_state.bitsandbytes__nf4' that can't be read: …"
@@ -86,6 +111,23 @@ CASES = [
     Case(quantizing(kind="nf5"), "kind must be one of 'nf4', 'int8', 'fp8', not 'nf5'",
          model=linears),
     Case(quantizing(), ATTACHED),
+    Case(quantizing(kind="int8", checkpoint="x"), "a checkpoint says what is packed, and how: give "
+         "it alone", model=linears),
+    Case(filling, "0.weight is packed or sharded already: take a plain model", model=packed,
+         file=holding()),
+    Case(filling, "1.table is a buffer on the meta device that no checkpoint holds: build the "
+         "model so that parameters alone are there, as within accelerate.init_empty_weights()",
+         model=with_tables, file=holding()),
+    Case(filling, "… lacks 1 of the model's tensors: 1.weight; it has such as 0.bias; 0.weight",
+         pl.FileError, model=linears, file=holding({"1.weight": None})),
+    Case(filling, "… has 1 tensors that the model lacks: 2.weight", pl.FileError, model=linears,
+         file=holding({"2.weight": torch.zeros(4, 4)})),
+    Case(filling, "the model ties 1.weight to 0.weight, which the file has otherwise", pl.FileError,
+         model=tied, file=holding()),
+    Case(filling, f"0.weight is of no packing that is known here: beside its codes are [{NAMES}]",
+         pl.FileError, model=linears, file=holding({f"0.weight.{STATE}": None})),
+    Case(filling, "1.weight has shape (2, 4) in the file, and (4, 4) in the model", pl.FileError,
+         model=linears, file=holding({"1.weight": torch.zeros(2, 4)})),
     Case(lambda model, _: pl.dequantize(model), ATTACHED, model=with_lora),
     Case(quantizing(targets="0"), "0.weight is packed already, as nf4: skip it", model=packed),
     Case(quantizing(targets="0.bias"), "0.bias is torch.float32 of (4,); quantize takes tensors of "

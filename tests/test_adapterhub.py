@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -26,9 +26,12 @@ from tests.zoo import CLASSES, HIDDEN, TOKENS, VOCAB, WIDTH, Kind, seeded
 import adapters  # only once the file above has seen whether it is there
 from adapters import (
     BnConfig,
+    DiReftConfig,
     DoubleSeqBnConfig,
     IA3Config,
     LoRAConfig,
+    LoReftConfig,
+    NoReftConfig,
     ParBnConfig,
     PrefixTuningConfig,
     SeqBnConfig,
@@ -144,6 +147,72 @@ def test_a_folder_gives_what_adapters_gives(row: Row, kind: Kind, tmp_path: Path
     output = kind.run(ours, kind.batch())
     assert (output - expected).abs().max() <= 1e-5 < (expected - base).abs().max()
     assert pl.inspect(tmp_path).format == "adapterhub"
+
+
+# -- ReFT
+
+REFT = (
+    LoReftConfig(r=2),
+    LoReftConfig(r=3, prefix_positions=0, suffix_positions=2, layers=[0]),
+    NoReftConfig(r=2, prefix_positions=2, suffix_positions=1, tied_weights=True),
+    DiReftConfig(r=2),
+)
+
+
+def masked(kind: Kind) -> Kind:
+    """A kind with rows that are padded, on the left in one and on the right in the other."""
+
+    def inputs(b: int) -> dict[str, Tensor]:
+        batch = kind.inputs(b)
+        mask = torch.ones_like(batch["input_ids"])
+        mask[0, :2], mask[1, -1] = 0, 0
+        return {**batch, "attention_mask": mask}
+
+    return replace(kind, inputs=inputs)
+
+
+def spread(model: Any) -> None:
+    """Turns R away from nothing, which it is once training has changed its diagonal of −1."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight.original"):
+            parameter.sub_(torch.eye(*parameter.shape))
+
+
+def told(folder: Path, config: Any) -> None:
+    """Says in a folder which of two it is."""
+    file = folder / "adapter_config.json"
+    said = json.loads(file.read_text())
+    said["config"]["subtract_projection"] = config.subtract_projection
+    file.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("config", REFT, ids=lambda config: f"{type(config).__name__}{config.r}")
+@pytest.mark.parametrize(
+    "kind",
+    [*(masked(KIND[n]) for n in ALL if n != "hf_t5"), KIND["hf_gptj"], KIND["hf_vit"]],
+    ids=lambda kind: kind.name,
+)
+@torch.no_grad()
+def test_reft_changes_what_adapters_changes(kind: Kind, config: Any, tmp_path: Path) -> None:
+    expected, base = saved(kind, config, tmp_path, spread)
+    told(tmp_path, config)
+    ours: Any = kind.model()
+    ours.set_attn_implementation("eager")  # as theirs: what a padding gives is another in each
+    pl.load(ours, tmp_path)
+    output = kind.run(ours, kind.batch())
+    assert (output - expected).abs().max() <= 1e-5 < (expected - base).abs().max()
+
+
+@torch.no_grad()
+def test_reft_goes_on_in_a_cache_as_adapters_does(tmp_path: Path) -> None:
+    kind, theirs = KIND["hf_llama"], []
+    saved(kind, LoReftConfig(r=2), tmp_path, lambda model: (spread(model), theirs.append(model)))
+    pl.load(ours := kind.model(), tmp_path)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    ids = torch.randint(3, VOCAB, (2, 4))
+    found, expected = (m.generate(ids, **options).logits for m in (ours, theirs[0].eval()))
+    assert (torch.stack(found) - torch.stack(expected)).abs().max() <= 1e-5
 
 
 # -- heads

@@ -6,6 +6,7 @@ A key is a module's path, what is kept there, the adapter's name, and a paramete
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from peftlite.core.patch import Method
 from peftlite.core.site import CALL, Site
 from peftlite.errors import FileError
-from peftlite.io import prefixes
+from peftlite.io import prefixes, reft
 from peftlite.io.content import Content, Info, told
 from peftlite.io.files import Entry, Tensors, fitting
 from peftlite.io.peft import folder as peft
@@ -35,7 +36,7 @@ MODELS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 HEAD = "head_config.json"
 
-_KINDS = r"loras|adapters|(?:attention|layer)_text_(?:task|lang)_adapters"  # the last are old
+_KINDS = r"loras|adapters|refts|(?:attention|layer)_text_(?:task|lang)_adapters"  # the last are old
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "tanh": "tanh", "swish": "silu", "silu": "silu"}
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # where a folder says no version
 
@@ -49,6 +50,7 @@ _HARMLESS = {
         factorized_phm_W factorized_phm_rule shared_W_phm shared_phm_rule learn_phm phm_dim
         phm_rank phm_bias phm_c_init phm_init_range""",
     "prefix_tuning": "encoder_prefix cross_prefix dropout shared_gating bottleneck_size",
+    "reft": "output_reft layers dropout dtype",
 }
 
 _ENDS = ("before", "after")
@@ -129,6 +131,7 @@ class Reading:
         self.file = _open(folder, MODELS)
         take = {
             "lora": self._low_rank, "bottleneck": self._bottleneck, "prefix_tuning": self._prefix,
+            "reft": self._reft,
         }[self.kind]  # fmt: skip
         for path, keys in self._modules().items():
             with fitting(path, self._refuse):
@@ -353,6 +356,25 @@ class Reading:
             self._add(method, site.address, prefix=(entry, lambda part=part: part(self.file.get)))
         if not sites:
             raise self._refuse(f"its {place} is of attention that this model hasn't")
+
+    # -- ReFT
+
+    def _reft(self, path: str, keys: Mapping[str, str]) -> None:
+        """h + Rᵀ(Wh + b − Rh) for the first and last positions of what a block gives."""
+        how = reft.How.of(self.config, self.about.take("model_type", "", str))
+        self._tensors(keys, *how.keys)
+        w, b = self._entries(keys, *how.keys[:2])
+        if w.shape[0] != how.method.rank or w.shape[0] >= w.shape[1]:
+            raise self._refuse(
+                f"has 'r' as {how.method.rank}, and {path} {w.shape[0]} of {w.shape[1]}"
+            )
+        made = functools.cache(lambda: how.tensors(lambda name: self.file.get(keys[name])))
+        own: dict[str, tuple[Entry, Make]] = {
+            name: (entry, lambda name=name, dtype=entry.dtype: made()[name].to(dtype))
+            for name, entry in {"v": w, "w": w, "b": b}.items()
+        }
+        call = _called(path.removesuffix(".reft_layer"), "")
+        self._add(how.method, call if self.there is None else self._site(call).address, **own)
 
     # -- the head
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from peftlite.errors import PeftliteError
 from peftlite.table import short
 
 TOKENS = ("inputs_embeds", "input_ids")
 MASK = "attention_mask"
+MASKS = (MASK, "attn_mask")  # the last is a block's, of DistilBERT
 POSITIONS = ("position_ids", "cache_position")
 # of transformers from 5 on, before, of a single layer, and of models that aren't all attention
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params", "mems")
@@ -58,6 +61,18 @@ def of_tokens(given: Mapping[str, Any], address: str) -> Any:
 def own(cache: Any) -> Any:
     """The cache of a stack's own tokens, where it has another for an encoder's."""
     return getattr(cache, "self_attention_cache", cache)
+
+
+def real(given: Mapping[str, Any], address: str, t: int) -> Any:
+    """Which of the t tokens of a call, made by now, its mask doesn't call padding: (b, t) or
+    (1, t); None if all of them are real."""
+    mask = next((given[name] for name in MASKS if isinstance(given.get(name), Tensor)), None)
+    if mask is None:
+        return None
+    # to be added to scores (b, h, t, k), or true where keys (b, k) are seen
+    seen = mask == 0 if mask.is_floating_point() and mask.dim() == 4 else mask.bool()
+    seen = seen.flatten(1, 2).any(1) if mask.dim() == 4 else seen
+    return seen[:, begun(given, address, t) :][:, :t]
 
 
 def begun(given: Mapping[str, Any], address: str, t: int) -> Any:

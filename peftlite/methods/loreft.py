@@ -19,9 +19,27 @@ from peftlite.errors import PeftliteError
 from peftlite.fields import integer, one_of
 from peftlite.methods.calls import CallMethod, CallPatch, is_block, is_made
 from peftlite.methods.features import Features, arguments, by_name, change_first
-from peftlite.methods.keywords import POSITIONS, begun
+from peftlite.methods.keywords import POSITIONS, begun, real
 
 Init = Literal["linear", "identity"]
+Counted = Literal["sequence", "call"]
+
+
+def rotation(v: Tensor) -> Tensor:
+    """R (r, d) of the rows v (r, d): for unit vectors, H_r … H₁ = I − Vᵀ(½I + L)⁻¹V, L the lower
+    part of VVᵀ."""
+    v = v.to(wide(v))
+    with torch.autocast(v.device.type, enabled=False):
+        v = v / vector_norm(v, dim=-1, keepdim=True)
+        identity = torch.eye(*v.shape, dtype=v.dtype, device=v.device)
+        r = len(v)
+        inverse = (v @ v.mT).tril(-1) + identity[:, :r] / 2
+        return identity - v[:, :r].mT @ solve_triangular(inverse, v, upper=False)
+
+
+def reflections(matrix: Tensor) -> Tensor:
+    """The rows v (r, d) whose R spans what the rows of a matrix (r, d) span."""
+    return torch.geqrf(matrix.mT)[0].tril(-1).fill_diagonal_(1.0).mT
 
 
 class LoReFTPatch(CallPatch):
@@ -50,9 +68,7 @@ class LoReFTPatch(CallPatch):
         if self.v.is_meta:
             return
         # the reflections that a QR of a random matrix is made of: R spans a random subspace
-        random = torch.randn(self.v.mT.shape, device=self.v.device)
-        vectors = torch.geqrf(random)[0].tril(-1)
-        self.v.copy_(vectors.fill_diagonal_(1.0).mT)
+        self.v.copy_(reflections(torch.randn(self.v.mT.shape, device=self.v.device).mT))
         if self.method.init == "identity":
             self.w.copy_(self.rotation())
             self.b.zero_()
@@ -62,14 +78,8 @@ class LoReFTPatch(CallPatch):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def rotation(self) -> Tensor:
-        """R (r, d): for unit vectors, H_r … H₁ = I − Vᵀ(½I + L)⁻¹V, L the lower part of VVᵀ."""
-        v = self.v.to(wide(self.v))
-        with torch.autocast(v.device.type, enabled=False):
-            v = v / vector_norm(v, dim=-1, keepdim=True)
-            identity = torch.eye(*v.shape, dtype=v.dtype, device=v.device)
-            r = len(v)
-            inverse = (v @ v.mT).tril(-1) + identity[:, :r] / 2
-            return identity - v[:, :r].mT @ solve_triangular(inverse, v, upper=False)
+        """R (r, d)."""
+        return rotation(self.v)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = by_name(self.names, args, kwargs)
@@ -102,12 +112,24 @@ class LoReFTPatch(CallPatch):
         if places is not None:
             return places
         places = torch.arange(t, device=h.device)
+        if self.method.counted == "call":
+            return _ends(places, real(given, self.address, t), first, last)
         known = (given.get(name) for name in POSITIONS)
         index = next((p for p in known if isinstance(p, Tensor) and p.dim() < 3), None)
         if index is None:
             index = places + begun(given, self.address, t)
         begins = (index == 0).any(-1, keepdim=True)
         return (index < first) | ((places >= t - last) & begins)
+
+
+def _ends(places: Tensor, real: Tensor | None, first: Any, last: Any) -> Tensor:
+    """Which places (t) are the first and last of those that are real (b, t); of all if None."""
+    begin, end = 0, len(places)
+    if real is not None:
+        begin = real.int().argmax(-1, keepdim=True)
+        end = begin + real.sum(-1, keepdim=True)
+    index, left = places - begin, end - places
+    return ((index >= 0) & (index < first)) | ((left > 0) & (left <= last))
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,9 @@ class LoReFT(CallMethod):
     Args:
         rank: r.
         positions: "all", or the first and last of a prompt: "f7+l7", "f7", "l7".
+        counted: "sequence": from where a sequence begins, as above; "call": by each call on its
+            own, between the padding that its mask has on either side. So what is decoded from a
+            cache is a first and last position, too: adapters' way, for its files.
         init: "linear": the paper's, R of a random subspace, W and b uniform in ±1/√d; "identity":
             W = R and b = 0, so that nothing changes at first.
         width: d, where it can't be told from a module's layers.
@@ -140,7 +165,9 @@ class LoReFT(CallMethod):
     rank: int = integer(4)
     positions: str = "all"
     init: Init = one_of("linear", Init)
+    counted: Counted = one_of("sequence", Counted)
 
+    added: ClassVar[Mapping[str, Any]] = {"counted": "sequence"}
     # 9e-4 for LLaMA-7B (×3): stanfordnlp/pyreft, examples/loreft/README.md
     rate: ClassVar[float] = 3
     takes = "calls that are made and give features, at least rank of them"

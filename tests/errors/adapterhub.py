@@ -14,6 +14,15 @@ from tests.errors.case import Case, linears
 
 LORA = {"architecture": "lora", "r": 2, "alpha": 4}
 SCALE = {**LORA, "composition_mode": "scale"}
+REFT = {"architecture": "reft", "prefix_positions": 2, "tied_weights": True}
+UNIT = {
+    f"0.reft_layer.refts.a.units.0.{name}": torch.ones(shape)
+    for name, shape in (
+        ("learned_source.weight", (2, 4)),
+        ("learned_source.bias", (2,)),
+        ("projection.weight", (2, 4)),
+    )
+}
 PREFIX = {"architecture": "prefix_tuning", "flat": True, "prefix_length": 2}
 POOL = {"0.prefix_tunings.a.self_prefix.control_trans": torch.ones(8)}
 SIZES = {"reduction_factor": 2, "non_linearity": "relu"}
@@ -55,8 +64,8 @@ def folder(
 CASES: list[Case | Callable[[], Case]] = [
     folder(
         "has the architecture 'union', which can't be read; these can: lora, bottleneck, "
-        "prefix_tuning; where it changes weights, model.merge_adapter there, and pl.extract makes "
-        "a delta of the model before and after",
+        "prefix_tuning, reft; where it changes weights, model.merge_adapter there, and pl.extract "
+        "makes a delta of the model before and after",
         {"architecture": "union"},
         BOTTLENECK,
     ),
@@ -115,6 +124,27 @@ CASES: list[Case | Callable[[], Case]] = [
         SIZES,
         BOTTLENECK,
     ),
+    folder(
+        "0.reft_layer can't be: in a model of the type 't5' adapters counts positions otherwise; "
+        "these can be read: bert, …",
+        REFT,
+        UNIT,
+        kind="t5",
+    ),
+    folder(
+        "0.reft_layer can't be: its first positions have another intervention than its last, and "
+        "here they have the same: 'tied_weights', 'prefix_positions' or 'suffix_positions' alone",
+        {**REFT, "tied_weights": False, "suffix_positions": 1},
+        UNIT,
+    ),
+    folder(
+        "0.reft_layer can't be: a NoReFT and a DiReFT are saved alike, and adapters itself loads "
+        'both as NoReFT: add to "config" in that file "subtract_projection": true if it is a '
+        "NoReFT, false if it is a DiReFT",
+        REFT,
+        UNIT,
+    ),
+    folder("has 'r' as 1, and 0.reft_layer 2 of 4", {**REFT, "subtract_projection": True}, UNIT),
     folder(
         "is a lora with 'use_dora' as True, which may change the model in a way that peftlite "
         "doesn't have",

@@ -119,6 +119,9 @@ CASES = [
     Case(loaded(pl.LoReFT(positions="f2"), pl.LoReFT()),
          "blocks.0(): the bank has room for changes of all positions alone, and this is of 'f2': "
          "make it with pl.LoReFT(positions='f1', …)", model=bare),
+    Case(loaded(pl.LoReFT(positions="f2", counted="call"), pl.LoReFT(positions="f2")),
+         "blocks.0(): positions are counted by the sequence in the bank's room, and by the call "
+         "in this: a bank has one way", model=bare),
     Case(loaded(pl.PrefixTuning(prefix_length=3), pl.PrefixTuning(prefix_length=2)),
          "blocks.0.attn(): a prefix (2, 2, 3, 6) doesn't fit the room for (2, 2, 2, 6) "
          f"{MAKE}prefix_length", model=bare),

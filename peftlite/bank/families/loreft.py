@@ -51,6 +51,11 @@ class MixedLoReFT(Mixed):
                 f"{self.address}: the bank has room for changes of all positions alone, and this "
                 f"is of {patch.method.positions!r}: make it with pl.LoReFT(positions='f1', …)"
             )
+        if not patch.everywhere and patch.method.counted != self.template.method.counted:
+            raise PeftliteError(
+                f"{self.address}: positions are counted by the {self.template.method.counted} in "
+                f"the bank's room, and by the {patch.method.counted} in this: a bank has one way"
+            )
         rotation = patch.rotation()
         first, last = (2**62, 0) if patch.everywhere else patch.method.ends
         return {

@@ -346,6 +346,9 @@ CASES = [
               "out the bias of what has the same weight"), biased),
     exporting(pl.BitFit(add_missing=True), cannot("0()", "peft's BEFT doesn't take a Conv1d"),
               lambda: nn.Sequential(nn.Conv1d(4, 4, 3, bias=False), nn.Linear(4, 4))),
+    exporting([pl.DoRA(targets="0"), pl.BitFit(targets="0()", add_missing=True)],
+              cannot("0()", "peft adds no bias to the DoRA at 0"),
+              lambda: nn.Sequential(nn.Linear(4, 4, bias=False))),
     exporting(pl.BitFit(add_missing=True), cannot("a()", "it is b(), too, which peft would leave "
               "as it is"), aliased),
     exporting(pl.FullTuning(targets="scale_matrix"), cannot("scale_matrix", "peft takes a copy of "

@@ -38,6 +38,7 @@ class Layer:
         site: None without a model, or where the model has no such module.
         by_name: whether `target_parameters` names it, in a file that is read.
         inner: whether it's the last map of an attention, which peft changes with the first.
+        turned: whether it's an output head with an embedding's weight, and so with its change.
         old: whether a stack's factors are as they were before peft 0.19.
         blocks: of how many blocks a factor may be that is saved as those alone (BD-LoRA).
         expert: whether it's of one expert, which has a site with the others.
@@ -48,6 +49,7 @@ class Layer:
     site: Any = None
     by_name: bool = False
     inner: bool = False
+    turned: bool = False
     old: bool = False
     blocks: int = 1
     expert: bool = False

@@ -155,6 +155,8 @@ class LoRAForm(Form):
     def theirs(self, patch: Any, layer: Layer) -> Tensors:
         a, b = (x.detach() for x in patch.factors())
         module, ones = layer.site.module, layer.ones
+        if layer.turned:
+            a, b = b.mT.contiguous(), a.mT.contiguous()
         if ones:
             a, b = a.reshape(-1, *layer.site.shape[1:]), b.reshape(*b.shape, *ones)
         elif a.dim() == 3:

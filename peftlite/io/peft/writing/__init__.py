@@ -23,7 +23,12 @@ from peftlite.io.peft.writing.draft import Draft, refuse
 from peftlite.io.peft.writing.modules import write_modules
 from peftlite.io.peft.writing.prompts import check_task, write_prompts
 from peftlite.io.peft.writing.replaced import write_heads, write_replaced
-from peftlite.io.peft.writing.shifts import are_shifts, write_shifts
+from peftlite.io.peft.writing.shifts import (
+    are_shifts,
+    beside_lora,
+    write_beside_lora,
+    write_shifts,
+)
 from peftlite.io.peft.writing.tokens import rows_of, write_tokens
 from peftlite.methods.full import AddPatch
 from peftlite.methods.prefix import PrefixTuning
@@ -93,7 +98,8 @@ def _draft(delta: Delta, task: Any) -> Draft:
     own = [item for item in items if type(item.method) in kinds]
     others = [item for item in items if item not in own]
     rows = {item: rows for item in others if (rows := rows_of(item)) is not None}
-    replaced = [item for item in others if item not in rows]
+    biases = beside_lora(own, others)
+    replaced = [item for item in others if item not in rows and item not in biases]
     if not own and not rows and are_shifts(replaced):
         return write_shifts(Draft(delta, "BEFT", task), replaced)
     for item in replaced:
@@ -102,6 +108,8 @@ def _draft(delta: Delta, task: Any) -> Draft:
     draft = Draft(delta, next(iter(names), ALONE), task)
     if draft.form:
         write_modules(draft, draft.form, own)
+        if biases:
+            write_beside_lora(draft, own, biases)
     elif own:
         write_prompts(draft, own)
     if rows:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from peftlite.core import maps
 from peftlite.core.assign import Placed
-from peftlite.io.peft.form import Form, Layer
+from peftlite.core.site import walk, whole_address
+from peftlite.io.peft.form import Form, Layer, is_tied_embedding
 from peftlite.io.peft.writing.draft import Draft, module_of, refuse
 from peftlite.methods.ia3 import ScalePatch
+from peftlite.methods.lora import LoRA
 from peftlite.table import listed
 
 
@@ -36,6 +39,8 @@ def write_modules(draft: Draft, form: Form, items: Sequence[Placed]) -> None:
     draft.config["target_modules"] = _targets(draft.targets)
     if starts:
         draft.config["target_parameters"] = sorted(starts)
+    if any(layer.turned for _, layer in layers):
+        draft.config["ensure_weight_tying"] = True
     if any(maps.kind_of(item.site.module) is maps.TransposedLinear for item in items):
         draft.config["fan_in_fan_out"] = True
 
@@ -56,7 +61,27 @@ def _layers(draft: Draft, items: Sequence[Placed]) -> list[tuple[Placed, Layer]]
         else:
             inner = isinstance(item.site.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
             found.append((item, Layer(module_of(item), item.site, inner=inner)))
+            found += [(item, layer) for layer in _tied(draft, item)]
     return found
+
+
+def _tied(draft: Draft, item: Placed) -> list[Layer]:
+    """The output heads that have an embedding's weight, and get its LoRA: `ensure_weight_tying`."""
+    site, home = item.site, draft.delta.home
+    if len(site.owners) == 1:
+        return []
+    paths = [whole_address(name).rpartition(".")[0] for name in site.names]
+    known = any(path.rpartition(".")[2] in ("embed_tokens", "lm_head") for path in paths)
+    root = None if home is None or home.root is None else next(walk(home.root))[1]
+    heads = all(maps.kind_of(module) is maps.Linear for module, _ in site.owners[1:])
+    if (
+        type(item.method) is not LoRA
+        or not (known and heads and len(paths) == len(site.owners))
+        or not is_tied_embedding(root, site.module)
+    ):
+        refuse(item, f"it is tied to {listed(site.names[1:])}, and peft would untie it")
+    others = zip(paths[1:], site.owners[1:], strict=True)
+    return [Layer(path, replace(site, owners=(own,)), turned=True) for path, own in others]
 
 
 def _settings(
@@ -91,8 +116,6 @@ def _check(draft: Draft, form: Form, item: Placed, layer: Layer) -> None:
     site = item.site
     if site.index is not None:
         refuse(item, "peft takes whole weights")
-    if len(site.owners) > 1:
-        refuse(item, f"it is tied to {listed(site.names[1:])}, and peft would untie it")
     if not form.taken(site) or not layer.path:
         refuse(item, f"peft's {draft.kind} doesn't take a {type(site.module).__name__}")
     if what := form.forgotten(site):

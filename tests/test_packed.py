@@ -2,6 +2,7 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.core.tensors import raw
-from peftlite.quant import keys
+from peftlite.quant import keys, nf4
 from peftlite.quant.packing import KINDS as FORMATS
 from peftlite.quant.packing import pack
 from tests.cells import disturb
@@ -62,6 +63,46 @@ def test_errors_are_those_of_normal_weights() -> None:
         assert float((formed - w).norm() / w.norm()) == pytest.approx(error, abs=3e-4)
         if kind == "nf4" and not search:
             assert float((formed - w).abs().mean()) == pytest.approx(0.0728, abs=3e-4)
+
+
+def test_codes_are_the_nearest_to_the_last_bit() -> None:
+    """Beside each bound of two codes, and each number that a bin of the table begins at."""
+    c = nf4.levels()
+    bounds = (c[1:] + c[:-1]) / 2
+    beside = [bounds]
+    for way in (-torch.inf, torch.inf):
+        step = bounds
+        for _ in range(3):
+            step = torch.nextafter(step, torch.tensor(way))
+            beside.append(step)
+    with seeded():
+        y = torch.cat([*beside, torch.randn(64), torch.arange(-(2**15), 2**15) / 2**15])
+    y = torch.cat([y, torch.ones(-len(y) % 64)]).view(-1, 64)
+    codes = nf4.nearest(y, torch.ones(len(y)))
+    assert torch.equal(codes, torch.bucketize(y, bounds).to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("n", "block"), [(3, 64), (70, 32), (2**18 + 4096 + 7, 4096)])
+def test_what_is_read_is_the_formula(n: int, block: int, dtype: torch.dtype) -> None:
+    with seeded():
+        how, parts = pack(torch.randn(n).to(dtype), "nf4", block)
+    byte = parts[""].view(-1)
+    q = torch.stack([byte >> 4, byte & 15], 1).view(-1)[:n]
+    scale = nf4.scales(parts).repeat_interleave(block)[:n]
+    assert torch.equal(how.unpack(parts), (nf4.levels()[q.int()] * scale).to(dtype))
+
+
+def test_what_is_kept_in_inference_mode_serves_training() -> None:
+    def both() -> None:
+        model, x = mlp(), torch.randn(3, 64, requires_grad=True)
+        with torch.inference_mode():
+            pl.quantize(model)
+            model(x)
+        model(x).sum().backward()
+
+    with ThreadPoolExecutor(1) as pool:  # which has kept nothing yet
+        pool.submit(both).result()
 
 
 def test_fp8_is_read_as_torch_casts_it() -> None:

@@ -7,7 +7,6 @@ for the next ones, so that nothing of the size of x is formed in the wider dtype
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from itertools import repeat
 
@@ -16,12 +15,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from peftlite.kernels.reference import FIRST, HALF, SECOND, STEP, kept, threshold
+from peftlite.kernels.workspace import workspace
 
 _ENTRIES = 2**19  # of x or y, that a thread converts and masks at once
 _PIECE = 128  # columns, that a thread sums over the tokens at once
 _FEW = 16  # rows of A, that are slow as columns of a result
-
-_kept = threading.local()
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
@@ -149,26 +147,12 @@ def _blocks(
         # a mask needs as much again
         entries = _ENTRIES // (2 if dropout else 1) * min(torch.get_num_threads(), 4)
         step = max(1, min(tokens, entries // max(1, columns)))
-        room = _room(step * columns, dtype).view(step, columns)
+        room = workspace("rows", (step, columns), dtype)
         every = [slice(i, i + step) for i in range(0, max(1, tokens), step)]
     masks = _masks(x, every, dropout, seed) if dropout and seed is not None else repeat(None)
     for rows, mask in zip(every, masks, strict=False):
         part = x[rows]
         yield rows, part, room[: part.shape[0]], mask
-
-
-def _room(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory for some numbers, one user at a time: new pages cost as much as a product does.
-
-    The thread keeps it: 2¹⁹ numbers for each of up to 4 threads of torch, which are 8 MiB of fp32.
-    """
-    count, room = count * dtype.itemsize, getattr(_kept, "room", None)
-    if room is None or room.shape[0] < count:
-        with torch.inference_mode(False):  # whose tensors are not for use outside of it
-            room = torch.empty(count, dtype=torch.uint8, device="cpu")
-        if type(room) is Tensor:  # and not a fake of one
-            _kept.room = room
-    return room[:count].view(dtype)
 
 
 def _masks(x: Tensor, every: list[slice], dropout: float, seed: Tensor) -> Iterator[Tensor]:

@@ -161,6 +161,8 @@ class Holder:
         """Copies a state dict's entries into a slot: codes, or a tensor to be coded."""
         how, parts = packings(self)[slot], _parts(self, slot)
         if [*given] == [""] and given[""].is_floating_point():
+            if not given[""].isfinite().all():
+                raise PeftliteError("has numbers that aren't finite")
             theirs, new = pack(given[""], how.kind, how.block, "nested_absmax" in parts)
         else:
             theirs, new = keys.read(given)

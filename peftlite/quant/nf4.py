@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.kernels.workspace import workspace
+
 BLOCK, NESTED_BLOCK = 64, 256
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Of a block, as bitsandbytes takes them."""
@@ -27,8 +29,9 @@ _LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _ZERO = 7  # its code
-_CHUNK = 1 << 20  # weights that are coded at a time
-_PIECE = 1 << 15  # bytes of codes that are read at a time: what they make fits a cache
+_CHUNK = 1 << 17  # weights that are coded at a time: what they make fits a cache
+_PIECE = 1 << 16  # bytes of codes that are read at a time: so does that
+_HALF = 1 << 15  # half the bins of the table that codes are found by
 
 
 @functools.cache
@@ -56,27 +59,56 @@ def pack(w: Tensor, block: int, double: bool, search: bool = False) -> dict[str,
     """
     flat = w.detach().reshape(-1)
     whole = len(flat) // block * block
-    codes, scales = [], []
+    codes = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=w.device)
+    scales, left = [], codes
     for piece in (*flat[:whole].split(_CHUNK), flat[whole:]):
         if not len(piece):
             continue
-        blocks = piece.float().view(-1, min(block, len(piece)))  # the last may be a shorter one
-        scale = blocks.abs().amax(1)
+        shape = -1, min(block, len(piece))  # the last may be a shorter one
+        blocks = workspace("blocks", piece.shape, torch.float32, w.device).copy_(piece).view(shape)
+        scale = torch.abs(blocks, out=workspace("y", blocks.shape, torch.float32, w.device)).amax(1)
         if search:
             scale = _least_error(blocks, scale)
-        codes.append(nearest(blocks, scale).view(-1))
+        q = nearest(blocks, scale).view(-1)
+        if len(q) % 2:
+            q = F.pad(q, (0, 1), value=_ZERO)
+        torch.bitwise_or(q[::2] << 4, q[1::2], out=left[: len(q) // 2])
+        left = left[len(q) // 2 :]
         scales.append(scale)
-    q, absmax = torch.cat(codes), torch.cat(scales)
-    q = F.pad(q, (0, len(q) % 2), value=_ZERO).view(-1, 2)
-    parts = {"": (q[:, :1] << 4) | q[:, 1:]}
-    return parts | (_nested(absmax) if double else {"absmax": absmax})
+    absmax = torch.cat(scales)
+    return {"": codes[:, None]} | (_nested(absmax) if double else {"absmax": absmax})
 
 
 def nearest(blocks: Tensor, scale: Tensor) -> Tensor:
-    """The codes (n, block) in uint8 of numbers in blocks with scales (n,)."""
-    c = levels().to(blocks.device)
-    y = blocks * (1 / scale.clamp(min=1e-38))[:, None]
-    return torch.bucketize(y, (c[1:] + c[:-1]) / 2, out_int32=True).to(torch.uint8)
+    """The codes (n, block) in uint8, until the next ones, of numbers in blocks with scales (n,).
+
+    They're found by a table of bins, but where the bound of two codes is in a bin.
+    """
+    size, device = blocks.shape, blocks.device
+    y, bin = (workspace(what, size, torch.float32, device) for what in ("y", "bin"))
+    torch.mul(blocks, (1 / scale.clamp(min=1e-38))[:, None], out=y).clamp_(-1, 1)
+    if y.numel() % 8:
+        return _code(y)
+    step = workspace("step", size, torch.int32, device)
+    step.copy_(torch.add(_HALF, y, alpha=_HALF, out=bin))
+    q = workspace("q", (y.numel(),), torch.uint8, device)
+    torch.index_select(_bins().to(device), 0, step.view(-1), out=q)
+    unsure = (q.view(torch.int64) & 0x1010101010101010).nonzero().view(-1)  # by eights
+    q.view(-1, 8)[unsure] = _code(y.view(-1, 8)[unsure])
+    return q.view(size)
+
+
+def _code(y: Tensor) -> Tensor:
+    c = levels().to(y.device, y.dtype)
+    return torch.bucketize(y, (c[1:] + c[:-1]) / 2).to(torch.uint8)
+
+
+@functools.cache
+def _bins() -> Tensor:
+    """The codes (65537,) of what is in a bin, or 16: its bound may be off by a 30th of one."""
+    start = torch.arange(-_HALF, _HALF + 1, dtype=torch.float64)
+    first, last = (_code((start + end) / _HALF) for end in (-1 / 30, 31 / 30))
+    return torch.where(first == last, first, 16)
 
 
 def _least_error(blocks: Tensor, absmax: Tensor) -> Tensor:
@@ -115,26 +147,31 @@ def scales(parts: Mapping[str, Tensor]) -> Tensor:
     absmax = parts["absmax"]
     if "nested_absmax" not in parts:
         return absmax
-    nested = parts["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(absmax)]
-    return dynamic_map().to(absmax.device)[absmax.int()] * nested + parts["nested_offset"]
+    nested = parts["nested_absmax"][:, None].expand(-1, NESTED_BLOCK).reshape(-1)[: len(absmax)]
+    made = dynamic_map().to(absmax.device).index_select(0, absmax.int())
+    return made.mul_(nested).add_(parts["nested_offset"])
 
 
 def unpack(parts: Mapping[str, Tensor], block: int, out: Tensor) -> Tensor:
     """Writes W, rounded once from fp32, into a contiguous tensor of n numbers."""
     codes, absmax, n = parts[""].view(-1), scales(parts), out.numel()
-    flat = out.view(-1)
-    table = _pairs().to(codes.device)
+    flat, pairs = out.view(-1), _pairs().to(codes.device)
     whole = n // block * block
-    step = max(_PIECE, block // 2)
-    for start in range(0, whole // 2, step):
-        piece = codes[start : min(start + step, whole // 2)]
-        made = table[piece.int()].view(torch.float32).view(-1, block)
-        first = 2 * start // block
-        into = flat[2 * start : 2 * (start + len(piece))].view(-1, block)
-        torch.mul(made, absmax[first : first + len(made), None], out=into)
+    rows = min(max(1, 2 * _PIECE // block) if out.is_cpu else n, whole // block)
+    byte = workspace("byte", (rows * block // 2,), torch.int32, out.device)
+    two = workspace("two", (rows * block // 2,), torch.int64, out.device)
+    made = two.view(torch.float32).view(-1, block)
+    # all is cut beforehand: what a call costs in Python counts here
+    bytes = codes[: whole // 2].split(rows * block // 2)
+    scale = absmax[: whole // block, None].split(rows)
+    for q, s, w in zip(bytes, scale, flat[:whole].view(-1, block).split(rows), strict=True):
+        if len(w) < rows:
+            byte, two, made = byte[: len(q)], two[: len(q)], made[: len(w)]
+        torch.index_select(pairs, 0, byte.copy_(q), out=two)
+        w.copy_(made.mul_(s))
     if rest := n - whole:
-        made = table[codes[whole // 2 :].int()].view(torch.float32)[:rest]
-        flat[whole:] = (made * absmax[-1]).to(out.dtype)
+        last = pairs.index_select(0, codes[whole // 2 :].int()).view(torch.float32)[:rest]
+        flat[whole:] = last * absmax[-1]
     return out
 
 

@@ -5,7 +5,6 @@ What an operation keeps of it for the backward pass is the codes: it is formed a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from peftlite.kernels.workspace import workspace
 from peftlite.lazy import Lazy
 from peftlite.quant.packing import Packing, pack
 
@@ -127,17 +127,9 @@ class _Back(torch.autograd.Function):
         return _Linear.apply(ddx, None, *ctx.packed), None, None
 
 
-_workspaces = threading.local()
-
-
 def _formed(packing: Packing, parts: Mapping[str, Tensor]) -> Tensor:
     """W in this thread's workspace, until the next product."""
-    kept: dict[Any, Tensor] = _workspaces.__dict__.setdefault("kept", {})
-    place, n = (parts[""].device, packing.dtype), packing.shape.numel()
-    room = kept.get(place)
-    if room is None or room.numel() < n:
-        room = kept[place] = torch.empty(n, dtype=packing.dtype, device=place[0])
-    return packing.unpack(parts, room[:n].view(packing.shape))
+    return packing.unpack(parts, workspace("W", packing.shape, packing.dtype, parts[""].device))
 
 
 def _keeping_codes(formed: list[tuple[Tensor, Packed]]) -> Any:

@@ -74,6 +74,10 @@ def taking(model: nn.Module, _: Path) -> None:
     model[0]._take("weight", keys.written(*_own(other)))
 
 
+def taking_nan(model: nn.Module, _: Path) -> None:
+    model[0]._take("weight", {"": torch.full((4, 4), torch.nan)})
+
+
 def _own(model: nn.Module):
     w = raw(model[0], "weight")
     return w.packing, w.parts
@@ -143,6 +147,7 @@ CASES = [
          "pl.dequantize the model first", model=packed),
     Case(taking, "is Packing(kind='int8', …) of ['', 'scale'], where here is Packing(kind='nf4', …",
          model=packed),
+    Case(taking_nan, "has numbers that aren't finite", model=packed),
     Case(reading(bad(STATE, None)), "is of no packing that is known here: beside its codes are "
          f"[{NAMES}]"),
     Case(reading(rewritten(b'"nf4"', b'"fp4"')), UNREAD),

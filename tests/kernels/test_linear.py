@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlite as pl
 from peftlite import kernels
-from peftlite.kernels import dispatch, lora_linear, reference, torch_ops
+from peftlite.kernels import dispatch, lora_linear, reference, torch_ops, workspace
 from tests.kernels.against import NAMES, assert_close, factors, run, truth
 
 
@@ -79,7 +79,7 @@ def test_in_blocks_and_pieces(
 
 
 def test_room_that_is_kept_is_of_use_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "_kept", threading.local())
+    monkeypatch.setattr(workspace, "_kept", threading.local())
     tensors = factors(64, i=48, o=40, rank=4)
 
     def call(*_: object) -> dict[str, Tensor | None]:
@@ -90,10 +90,10 @@ def test_room_that_is_kept_is_of_use_everywhere(monkeypatch: pytest.MonkeyPatch)
 
     with FakeTensorMode():
         assert isinstance(shrink(), FakeTensor)
-    assert not vars(torch_ops._kept)
+    assert not vars(workspace._kept)
     with torch.inference_mode():
         shrink()
-    assert not torch_ops._kept.room.is_inference()
+    assert not any(tensor.is_inference() for tensor in vars(workspace._kept).values())
     with FakeTensorMode():
         assert isinstance(shrink(), FakeTensor)
     alone = call()

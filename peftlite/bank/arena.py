@@ -24,11 +24,16 @@ Row = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor that every slot has at a site; `neutral` is its value where it changes nothing."""
+    """A tensor that every slot has at a site; `neutral` is its value where it changes nothing.
+
+    A matrix may lie by columns: the first of them, which are all that a small delta uses, are then
+    one stretch of memory, as fused optimizers take it for granted.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     neutral: float = 0.0
+    by_columns: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -83,12 +88,14 @@ class Arena:
         """A site's tensors in one row, each (*shape), or in several."""
         part, places = self._places[site]
         lead = buffers[part].shape[:-1]
-        return {
-            name: buffers[part][..., start : start + field.num_bytes]
-            .view(field.dtype)
-            .view((*lead, *field.shape))
-            for name, (start, field) in places.items()
-        }
+
+        def view(start: int, field: Field) -> Tensor:
+            own = buffers[part][..., start : start + field.num_bytes].view(field.dtype)
+            if field.by_columns:
+                return own.view((*lead, *reversed(field.shape))).mT
+            return own.view((*lead, *field.shape))
+
+        return {name: view(*place) for name, place in places.items()}
 
     def blank(self) -> Row:
         """A row of neutral values, in memory that a device can copy from by itself."""

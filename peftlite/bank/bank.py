@@ -52,7 +52,8 @@ class DeltaBank(Shown):
         methods: what to make room for, and where: methods, files and deltas that need it. If None,
             `LoRA(rank=max_rank)` wherever its rows can be told apart, and what is loaded before
             the first forward.
-            A method's `dtype` is the slots'; by default that of the weight beside it.
+            A method's `dtype` is the slots'; by default that of the weight beside it, or that of a
+            trainable delta.
         memory_budget: bytes of the host's memory for deltas; all they need if None.
 
     Raises:
@@ -294,6 +295,33 @@ class DeltaBank(Shown):
                 yield
         finally:
             batches.release(entries)
+
+    def adopt(self, name: str, delta: Delta) -> None:
+        """Has a delta of this model, attached or not, learn by `train`, on its own parameters.
+
+        They live in a slot until `evict`, with their last values from then on.
+
+        Raises PeftliteError: as `load` and `train`, or its parameters aren't what a slot holds.
+
+        Example:
+            model = nn.Linear(8, 4)
+            delta = pl.attach(model, pl.LoRA(rank=4), name="sql")
+            bank = pl.DeltaBank(model, slots=2, max_rank=4, methods=delta)
+            bank.adopt("sql", delta)
+            with bank.train(["sql", None]):
+                model(torch.randn(2, 8)).square().sum().backward()
+            bank.evict("sql")
+        """
+        self.load(name, delta, check_base="off")
+        self._settled()
+        entry = self._slots.bring(name)
+        try:
+            self._room.leaves(entry, list(delta.placed.values()))
+        except BaseException:
+            self.drop(name)
+            raise
+        finally:
+            self._slots.release([entry])
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of a delta as `address:name`, on its slot's memory, in the slots' dtype.

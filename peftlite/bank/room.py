@@ -145,11 +145,15 @@ class Room:
             mixed.decode(patches, self.arena.fields(row, mixed.number))
         return Delta(entry.name, [method for method, _ in entry.built_by], placed)
 
-    def leaves(self, entry: Entry) -> Leaves:
-        """The parameters of a delta that is held in its slot. Raises PeftliteError."""
+    def leaves(self, entry: Entry, own: Iterable[Placed] = ()) -> Leaves:
+        """The parameters of a delta that is held in its slot; `own` has them, if anything does.
+
+        Raises PeftliteError.
+        """
         assert entry.slot is not None
         if entry.leaves is None:
-            entry.leaves = Leaves(self.by_mixed(entry.placed(on="meta")), entry.slot)
+            groups = self.by_mixed(own or entry.placed(on="meta"))
+            entry.leaves = Leaves(groups, entry.slot, bool(own))
             self._training.add(entry.leaves)
         return entry.leaves
 
@@ -179,14 +183,24 @@ def _is_mixed(model: nn.Module, item: Placed) -> bool:
 
 
 def like(delta: Delta) -> list[Placed]:
-    """What a delta has placed, without values."""
-    by_method = [(how, [p.site.address for p in placed]) for how, placed in delta.by_method()]
+    """What a delta has placed, without values; in its own dtype if it is trainable."""
+    dtype = next((p.dtype for p in delta.parameters() if p.requires_grad), None)
+    by_method = [
+        (how if dtype is None else _kept_in(how, dtype), [p.site.address for p in placed])
+        for how, placed in delta.by_method()
+    ]
     shapes = {
         address: {name: tensor.shape for name, tensor in item.patch.saved().items()}
         for address, item in delta.placed.items()
     }
     there = {address: item.site for address, item in delta.placed.items()}
     return place(there, by_method, shapes, on="meta")
+
+
+def _kept_in(method: Method, dtype: torch.dtype) -> Method:
+    """A method whose slots are of a dtype, unless it says of which."""
+    free = getattr(method, "dtype", dtype) is None
+    return replace(method, dtype=dtype) if free else method  # type: ignore[call-arg]
 
 
 def _made_by(

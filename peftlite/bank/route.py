@@ -98,7 +98,11 @@ def _rows(x: Tensor, router: int, batch: bool) -> Tensor:
 def _check_batch(rows: Rows, n: int) -> None:
     """Raises PeftliteError unless a batch of n rows has a name for each, or as many as was said."""
     b = len(rows.slots)
-    if b == 1 or n in (b, b * rows.repeat) or n == b * _made_of_each():
+    if rows.lies:  # of a training step, which has as many as were named
+        b, fits = b * rows.repeat, n == b * rows.repeat
+    else:
+        fits = n in (b, b * rows.repeat)
+    if b == 1 or fits or n == b * _made_of_each():
         return
     raise PeftliteError(
         f"{b} rows were named, and the batch has {n}: name one delta, or None, per batch row; "

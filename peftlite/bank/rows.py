@@ -54,12 +54,14 @@ class Rows:
             graph, where only the device knows.
         tables: of a site, if not those of the arena: in training, they are made of parameters.
         repeat: how many rows of a batch, one after another, share each of these.
+        lies: whether those tables have a row for each of these, in their order.
     """
 
     slots: Tensor
     runs: tuple[Run, ...] | None
     tables: Callable[[Any], Tables] | None
     repeat: int
+    lies: bool
 
     def __init__(
         self,
@@ -67,8 +69,10 @@ class Rows:
         runs: tuple[Run, ...] | None = None,
         tables: Callable[[Any], Tables] | None = None,
         repeat: int = 1,
+        lies: bool = False,
     ):
         self.slots, self.runs, self.tables, self.repeat = slots, runs, tables, repeat
+        self.lies = lies
         self._elsewhere: dict[torch.device, Rows] = {}
 
     @classmethod
@@ -95,5 +99,5 @@ class Rows:
         if device not in self._elsewhere:
             with torch.inference_mode(False):
                 moved = self.slots.to(device)
-            self._elsewhere[device] = Rows(moved, self.runs, self.tables, self.repeat)
+            self._elsewhere[device] = Rows(moved, self.runs, self.tables, self.repeat, self.lies)
         return self._elsewhere[device]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.bank.families.mixed import Mixed
@@ -16,30 +16,42 @@ from peftlite.errors import PeftliteError
 
 
 class Leaves:
-    """The parameters of a delta in training: views of what its slot holds, as far as it's used."""
+    """The parameters of a delta in training: views of what its slot holds, as far as it's used.
 
-    def __init__(self, groups: Iterable[tuple[Mixed, Sequence[Patch]]], slot: int):
+    Args:
+        groups: what mixes its patches, and the patches.
+        own: whether they are the patches' own parameters, which live in the slot from now on.
+    """
+
+    def __init__(
+        self, groups: Iterable[tuple[Mixed, Sequence[Patch]]], slot: int, own: bool = False
+    ):
         self.named: dict[str, nn.Parameter] = {}
         self._leaves: dict[tuple[Mixed, str], nn.Parameter] = {}
         for mixed, patches in groups:
             _check(mixed, patches)
             contents = {name: table[slot] for name, table in mixed.tables.items()}
             for name, used in mixed.used(contents).items():
-                leaf = nn.Parameter(used)
+                leaf = _moved(mixed, patches[0], name, used) if own else nn.Parameter(used)
                 self._leaves[mixed, name] = self.named[f"{mixed.address}:{name}"] = leaf
 
-    def padded(self, mixed: Mixed, name: str) -> Tensor | None:
-        """A parameter with zeros where its table's row has no use; None if the table is fixed."""
-        leaf = self._leaves.get((mixed, name))
-        if leaf is None:
-            return None
-        missing = [n - m for n, m in zip(mixed.tables[name].shape[1:], leaf.shape, strict=True)]
-        return F.pad(leaf, [m for n in reversed(missing) for m in (0, n)]) if any(missing) else leaf
+    def of(self, mixed: Mixed, name: str) -> nn.Parameter | None:
+        """What is learned of a table's row; None if the table is fixed, or has no row of it."""
+        return self._leaves.get((mixed, name))
 
     def leave(self) -> None:
         """Leaves the slot: what an optimizer writes from now on changes no delta."""
         for leaf in self.named.values():
             leaf.data = leaf.data.clone()
+
+
+def _moved(mixed: Mixed, patch: Patch, name: str, used: Tensor) -> nn.Parameter:
+    """A patch's own parameter, on a slot's memory. Raises PeftliteError."""
+    leaf = mixed.parameter(patch, name)
+    if not isinstance(leaf, nn.Parameter) or (leaf.shape, leaf.dtype) != (used.shape, used.dtype):
+        raise mixed.cannot("be trained in a bank, where it isn't the parameters alone", patch)
+    leaf.data = used
+    return leaf
 
 
 def _check(mixed: Mixed, patches: Sequence[Patch]) -> None:
@@ -55,16 +67,62 @@ def _check(mixed: Mixed, patches: Sequence[Patch]) -> None:
 
 
 def training_rows(numbers: Sequence[int], leaves: Mapping[int, Leaves]) -> Rows:
-    """Rows of these slots, whose tables are made of the leaves of each; 0 is the base."""
-    distinct = list(dict.fromkeys(numbers))
-    back = torch.tensor([distinct.index(number) for number in numbers], device="cpu")
+    """Rows of these slots, whose tables are made of the leaves of each; 0 is the base.
+
+    Where each slot has its rows side by side, as many as the others, a table lies as the batch
+    does, and nothing of it is copied.
+    """
+    runs = [(slot, len([*run])) for slot, run in itertools.groupby(numbers)]
+    lies = len({slot for slot, _ in runs}) == len(runs) and len({size for _, size in runs}) == 1
+    distinct = [slot for slot, _ in runs] if lies else sorted(set(numbers))
+    there = _place(distinct)
 
     def tables(mixed: Any) -> Tables:
-        return {name: stack(mixed, name, table) for name, table in mixed.tables.items()}
+        return {name: rows(mixed, name, table) for name, table in mixed.tables.items()}
 
-    def stack(mixed: Mixed, name: str, table: Tensor) -> Tensor:
-        rows = [leaves[slot].padded(mixed, name) if slot in leaves else None for slot in distinct]
-        parts = zip(distinct, rows, strict=True)
-        return torch.stack([table[slot] if row is None else row for slot, row in parts])
+    def rows(mixed: Mixed, name: str, table: Tensor) -> Tensor:
+        own = [leaves[slot].of(mixed, name) if slot in leaves else None for slot in distinct]
+        learned = [leaf for leaf in own if leaf is not None]
+        if not learned:
+            return table[there]
+        if mixed.narrows:
+            widest = [max(sizes) for sizes in zip(*(leaf.shape for leaf in learned), strict=True)]
+            table = table[(slice(None), *map(slice, widest))]
+        places = [i for i, leaf in enumerate(own) if leaf is not None]
+        return Learned.apply(table, there, places, *learned)
 
-    return Rows(back, tables=tables)
+    if lies:
+        back = torch.arange(len(distinct), device="cpu")
+        return Rows(back, tables=tables, repeat=runs[0][1], lies=True)
+    return Rows(torch.tensor([distinct.index(n) for n in numbers], device="cpu"), tables=tables)
+
+
+def _place(slots: Sequence[int]) -> Any:
+    """Where slots lie in a table: a slice, which is viewed, or what is copied by."""
+    first = slots[0]
+    if list(slots) == list(range(first, first + len(slots))):
+        return slice(first, first + len(slots))
+    return list(slots)
+
+
+class Learned(torch.autograd.Function):
+    """The rows of a table, in which leaves live: each has the gradient of its row, unpadded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, there: Any, places: list[int], *leaves: nn.Parameter
+    ) -> Tensor:
+        ctx.places, ctx.shapes = places, [leaf.shape for leaf in leaves]
+        return table[there]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows = grad_outputs[0].unbind()
+        own = (rows[i] for i in ctx.places)
+        cut = zip(own, ctx.shapes, strict=True)
+        return (
+            None,
+            None,
+            None,
+            *(row if row.shape == shape else row[tuple(map(slice, shape))] for row, shape in cut),
+        )

@@ -7,11 +7,14 @@ the ranks (S,), k (b,). What a slot holds beyond its rank is zero.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.kernels import dispatch
+from peftlite.kernels.linear import differentiable
 from peftlite.kernels.ops import op
 
 Factors = tuple[Tensor, Tensor, float]
@@ -27,11 +30,57 @@ def rows_low_rank(
         torch.ops.peftlite.add_rows(y, x, a, b, scale, ranks, slots)
         return y
     a, b = a.index_select(0, slots), b.index_select(0, slots)
-    s = scale.index_select(0, slots)[:, None, None].to(a.dtype)
-    h = torch.bmm(x.to(a.dtype), a.mT) * s
+    return each_low_rank(y, x, a, b, scale.index_select(0, slots))
+
+
+def each_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """The sum, with A (b, r, i), B (b, o, r) and s (b,) of the rows themselves."""
+    h = torch.bmm(x.to(a.dtype), a.mT) * scale[:, None, None].to(a.dtype)
     if y.dtype is b.dtype:
         return torch.baddbmm(y, h, b.mT)
     return y + torch.bmm(h, b.mT).to(y.dtype)
+
+
+def each_linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor
+) -> Tensor:
+    """x Wᵀ + bias and that sum at once, for a frozen W (o, i): nothing as large as x is copied."""
+    plain = dispatch.is_plain_weight(w) and not w.requires_grad and a.dtype is x.dtype is w.dtype
+    if (
+        not plain
+        or torch.is_autocast_enabled(x.device.type)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return each_low_rank(F.linear(x, w, bias), x, a, b, scale)
+    return EachLinear.apply(x, w, bias, a, b, scale[:, None, None].to(a.dtype))
+
+
+class EachLinear(torch.autograd.Function):
+    """As `lora_linear` has it, with factors for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: Tensor
+    ) -> Tensor:
+        h = torch.bmm(x, a.mT).mul_(s)
+        ctx.save_for_backward(x, w, bias, a, b, s, h)
+        return F.linear(x, w, bias).baddbmm_(h, b.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, w, bias, a, b, s, h = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def again(x: Tensor, w: Tensor, bias: Any, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+                return each_low_rank(F.linear(x, w, bias), x, a, b, s[:, 0, 0])
+
+            return differentiable(again, (x, w, bias, a, b, s), ctx.needs_input_grad, dy)
+        dh = torch.bmm(dy, b).mul_(s)
+        db = torch.bmm(dy.mT, h) if ctx.needs_input_grad[4] else None
+        da = torch.bmm(dh.mT, x) if ctx.needs_input_grad[3] else None
+        dx = (dy @ w).baddbmm_(dh, a) if ctx.needs_input_grad[0] else None
+        return dx, None, None, da, db, None
 
 
 @op(

@@ -28,13 +28,16 @@ class History(Shown):
         events: dicts of FIELDS and more: a probe's score by its name, and how much of it was lost
             since before training as `… forgotten`. `memory` is the most bytes held so far: on the
             device, or by the process where that is the CPU.
-        stopped: why it ended: "done", "early" (no better for `patience` epochs) or "asked".
+        stopped: why it ended: "done", "early" (no better for `patience` epochs), "asked", or
+            "failed", where others that trained with it went on.
         best: the checkpoint of the best epoch, a folder; None without one.
+        error: of one that failed.
     """
 
     events: list[Event] = field(default_factory=list)
     stopped: str = ""
     best: Path | None = None
+    error: Exception | None = None
 
     @property
     def epochs(self) -> list[Event]:

@@ -58,6 +58,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.history: History = self.log.history
+        self.go_back: Callable[[Tensor], None] = torch.autograd.backward  # type: ignore
         self.parameters: list[nn.Parameter] = [
             p for d in self.deltas for p in d.parameters() if p.requires_grad
         ]
@@ -130,7 +131,7 @@ class Run:
                     f"the loss doesn't go back to {self.names}: see that nothing between is under "
                     "torch.no_grad, detached, or of a model without it"
                 )
-            self.scaler.scale(loss).backward()
+            self.go_back(self.scaler.scale(loss))
             self.batches.append(batch)
             self.tokens += measure.count_tokens(batch, examples)
         losses.all_reduce(self.processes)

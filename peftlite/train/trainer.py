@@ -34,6 +34,7 @@ from peftlite.train.parallel import Parallel, Processes
 from peftlite.train.schedule import Schedule, adamw, parameter_groups
 from peftlite.train.settings import Autocast, Settings
 from peftlite.train.state import Tree, fork_rng
+from peftlite.train.together.batcher import Shared
 
 Auto = Literal["auto"]
 Resume = bool | str | os.PathLike[str]
@@ -209,9 +210,10 @@ class Trainer(Shown, Spelled):
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON holds it."""
-        return asdict(self._settings())
+        return asdict(self.decided())
 
-    def _settings(self) -> Settings:
+    def decided(self) -> Settings:
+        """The settings, with a number in place of "auto"."""
         decided = {
             "epochs": self._epochs, "batch_size": self._batch_size, "lr": self._lr,
             "examples": self._examples, "steps": self.total_steps, "processes": self._processes,
@@ -257,28 +259,64 @@ class Trainer(Shown, Spelled):
         deltas = self.deltas
         parallel.check_unsharded(deltas)
         processes.check_same("the settings", self.settings(), "give all processes the same")
-        store, state = self._checkpoints(resume, deltas, processes, held)
-        parameters = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
-        device = parameters[0].device
+        settings = self.decided()
+        store, state = self._checkpoints(resume, deltas, settings, processes, held)
+        device = trainable(deltas)[0].device
         processes.broadcast_deltas(self.model, deltas, device)
         with (
-            modes.others_frozen(self.model, parameters),
-            modes.training(self.model),
-            self._wrapped(deltas) as model,
+            self.prepared(deltas) as model,
             fork_rng(device, processes.seed(self.seed)),
-            self._advised(),
+            self._advised(settings),
         ):
-            run = self._run(model, deltas, device, store, processes)
-            if state is not None:
-                run.resume(state)
-            with run.log.opened(self, run.step), closing(run.loader):
-                run.train()
-                if store is not None and run.best["name"]:
-                    run.history.best = store.folder / run.best["name"]
+            run = self._run(model, deltas, settings, store, processes)
+            return self._done(run, state)
+
+    @contextmanager
+    def prepared(self, deltas: list[Delta]) -> Iterator[nn.Module]:
+        """The model as it is while deltas train: the one place where it is wrapped."""
+        with ExitStack() as stack:
+            stack.enter_context(modes.others_frozen(self.model, trainable(deltas)))
+            stack.enter_context(modes.training(self.model))
+            if self.gradient_checkpointing:
+                stack.enter_context(modes.gradient_checkpointing(self.model))
+            if parallel.will_shard(self.parallel, self.model):
+                parallel.shard(self.model, deltas)
+                stack.callback(self.model.reshard)  # a forward pass leaves the root as it was
+            yield torch.compile(self.model) if self.compile else self.model  # type: ignore
+
+    def fit_shared(
+        self,
+        shared: Shared,
+        deltas: list[Delta],
+        settings: Settings,
+        resume: Resume,
+        callback: Callback,
+    ) -> History:
+        """`fit` among others, on a model that is prepared for all, with a callback of theirs."""
+        one, device = Processes(0, 1), trainable(deltas)[0].device
+        with ExitStack() as held, fork_rng(device, self.seed), self._advised(settings):
+            store, state = self._checkpoints(resume, deltas, settings, one, held)
+            run = self._run(shared, deltas, settings, store, one, callback)
+            run.go_back = shared.back
+            return self._done(run, state)
+
+    def _done(self, run: Run, state: dict[str, Tree] | None) -> History:
+        """The history of a run, from a state on if there is one."""
+        if state is not None:
+            run.resume(state)
+        with run.log.opened(self, run.step), closing(run.loader):
+            run.train()
+            if run.store is not None and run.best["name"]:
+                run.history.best = run.store.folder / run.best["name"]
         return run.history
 
     def _checkpoints(
-        self, resume: Resume, deltas: list[Delta], processes: Processes, held: ExitStack
+        self,
+        resume: Resume,
+        deltas: list[Delta],
+        settings: Settings,
+        processes: Processes,
+        held: ExitStack,
     ) -> tuple[Checkpoints | None, dict[str, Tree] | None]:
         """Where checkpoints go, and the state to go on from; None for neither."""
         if self.folder is None:
@@ -288,20 +326,21 @@ class Trainer(Shown, Spelled):
         bases = {delta.name: base_of(delta, "sha256") for delta in deltas}
         store = Checkpoints(as_path(self.folder), self.keep, self.save_every, bases)
         processes.on_first(lambda: held.enter_context(store.locked()))
-        given = (resume, self.model, deltas, self.settings())
+        given = (resume, self.model, deltas, asdict(settings))
         return store, processes.on_first(lambda: store.resume(*given))
 
     def _run(
         self,
         model: nn.Module,
         deltas: list[Delta],
-        device: torch.device,
+        settings: Settings,
         store: Checkpoints | None,
         processes: Processes,
+        callback: Callback | None = None,
     ) -> Run:
-        """A run, and all that it takes, by these settings."""
-        settings = self._settings()
-        loss, lr = self.loss, self._lr * self.lr_multiplier
+        """A run, and all that it takes; with a callback it is one of several."""
+        device = trainable(deltas)[0].device
+        loss, lr = self.loss, settings.lr * self.lr_multiplier
         if self.autocast is not None:
             loss = torch.autocast(device.type, AUTOCAST[self.autocast])(loss)
         groups = parameter_groups(deltas, lr, self.b_ratio, self.weight_decay)
@@ -316,35 +355,33 @@ class Trainer(Shown, Spelled):
         )  # fmt: skip
         return Run(
             settings, model, deltas, loss, train,
-            Validator(self.model, model, loss, val, self.valid_every, self.probes, device,
-                      processes),
-            (self.optimizer or adamw)(groups), self._log(store, device, processes), store,
+            Validator(model if callback else self.model, model, loss, val, self.valid_every,
+                      self.probes, device, processes),
+            (self.optimizer or adamw)(groups),
+            self._log(store, device, processes, callback), store,
             processes, self.check_every or (1 if device.type == "cpu" else 16),
             lambda: self.stopping,
         )  # fmt: skip
 
-    def _log(self, store: Checkpoints | None, device: torch.device, processes: Processes) -> Log:
+    def _log(
+        self,
+        store: Checkpoints | None,
+        device: torch.device,
+        processes: Processes,
+        callback: Callback | None,
+    ) -> Log:
         """Where events go: from the first process alone."""
         if not processes.first:
             return Log(None, (), device)
-        if self.progress:
+        first = [] if callback is None else [callback]
+        if self.progress and callback is None:
             print(self)
-        callbacks = [*([Progress()] if self.progress else []), *self.callbacks]
-        return Log(store and store.folder / "events.jsonl", callbacks, device)
+            first = [Progress()]
+        path = store and store.folder / "events.jsonl"
+        return Log(path, [*first, *self.callbacks], device)
 
     @contextmanager
-    def _wrapped(self, deltas: list[Delta]) -> Iterator[nn.Module]:
-        """The model as it runs: the one place where it is wrapped."""
-        with ExitStack() as stack:
-            if self.gradient_checkpointing:
-                stack.enter_context(modes.gradient_checkpointing(self.model))
-            if parallel.will_shard(self.parallel, self.model):
-                parallel.shard(self.model, deltas)
-                stack.callback(self.model.reshard)  # a forward pass leaves the root as it was
-            yield torch.compile(self.model) if self.compile else self.model  # type: ignore
-
-    @contextmanager
-    def _advised(self) -> Iterator[None]:
+    def _advised(self, settings: Settings) -> Iterator[None]:
         """Says what to change where memory doesn't suffice."""
         try:
             yield
@@ -352,7 +389,7 @@ class Trainer(Shown, Spelled):
             known = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not known and "DefaultCPUAllocator" not in str(error):
                 raise
-            most = math.ceil(self._settings().micro_batch / self._processes)
+            most = math.ceil(settings.micro_batch / settings.processes)
             ways = {
                 f"accumulate={2 * self.accumulate}, for the same result": most > 1,
                 "shorter examples": most == 1,
@@ -363,3 +400,8 @@ class Trainer(Shown, Spelled):
             raise PeftliteError(
                 f"out of memory with {most} examples at a time: try {advice}"
             ) from error
+
+
+def trainable(deltas: Sequence[Delta]) -> list[nn.Parameter]:
+    """The parameters of deltas that are to learn."""
+    return [p for delta in deltas for p in delta.parameters() if p.requires_grad]

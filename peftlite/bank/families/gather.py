@@ -21,7 +21,7 @@ def slots_of(rows: Rows, n: int) -> Tensor:
 
 def per_row(table: Tensor, rows: Rows) -> Tensor:
     """What each row takes of a table, (b, *shape)."""
-    return table.index_select(0, rows.slots)
+    return table if rows.lies else table.index_select(0, rows.slots)
 
 
 def along(table: Tensor, rows: Rows, y: Tensor, dim: int) -> Tensor:

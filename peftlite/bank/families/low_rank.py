@@ -10,16 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import per_row, rescaled
+from peftlite.bank.families.gather import fold, per_row, rescaled
 from peftlite.bank.families.linear import MixedLinear
 from peftlite.bank.families.mixed import Contents, is_whole
 from peftlite.bank.rows import Rows, Tables
-from peftlite.core.maps import Embedding, Map, kind_of, unwrap
+from peftlite.core.maps import Embedding, Linear, Map, TransposedLinear, kind_of, unwrap
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.core.tensors import narrow, wide, widen
 from peftlite.errors import PeftliteError, TargetError
-from peftlite.kernels.rows import Factors, groups_low_rank, rows_low_rank, runs_low_rank
+from peftlite.kernels.rows import (
+    Factors,
+    each_linear,
+    each_low_rank,
+    groups_low_rank,
+    rows_low_rank,
+    runs_low_rank,
+)
 from peftlite.methods.dora import DoRAPatch
 from peftlite.methods.lora import LoRAPatch
 from peftlite.methods.low_rank import LowRankPatch
@@ -32,6 +39,7 @@ class MixedLowRank(MixedLinear):
     """`a` (R, i) and `b` (o, R) in each slot, with the rank r ≤ R that is used of them, and s."""
 
     learned: ClassVar[tuple[str, ...]] = ("a", "b")
+    narrows: ClassVar[bool] = True
 
     def __init__(self, site: Site, patch: LowRankPatch, max_rank: int):
         super().__init__(site, patch, max_rank)
@@ -41,7 +49,7 @@ class MixedLowRank(MixedLinear):
     def fields(self) -> dict[str, Field]:
         return {
             "a": Field((self.max_rank, self.i), self.dtype),
-            "b": Field((self.o, self.max_rank), self.dtype),
+            "b": Field((self.o, self.max_rank), self.dtype, by_columns=True),
             "scale": Field((), wide(torch.empty(0, dtype=self.dtype))),
             "rank": Field((), torch.int32),
         }
@@ -75,7 +83,19 @@ class MixedLowRank(MixedLinear):
         r = int(contents["rank"])
         return {"a": contents["a"][:r], "b": contents["b"][:, :r]}
 
+    def mix(
+        self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if not (rows.lies and type(inner) in (Linear, TransposedLinear)):
+            return super().mix(rows, tables, inner, input, *args, **kwargs)
+        x, factors = fold(input, rows), (tables[name] for name in ("a", "b", "scale"))
+        w = inner.weight.t() if inner.transposed else inner.weight
+        y = each_linear(x, w, inner.bias, *factors)
+        return y.view(*input.shape[:-1], y.shape[-1])
+
     def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
+        if rows.lies:
+            return each_low_rank(y, x, tables["a"], tables["b"], tables["scale"])
         if not self.by_runs(rows, tables, x, y):
             a, b, scale, rank = (tables[name] for name in ("a", "b", "scale", "rank"))
             return rows_low_rank(y, x, a, b, scale, rank, rows.slots)

@@ -41,6 +41,8 @@ class Mixed(Patch):
     """The tables that `bank.train` trains."""
     trained: ClassVar[tuple[type[Patch], ...]] = ()
     """The patches whose parameters those are, and nothing else of them."""
+    narrows: ClassVar[bool] = False
+    """Whether its tables may be as narrow as the widest of what a batch has in them."""
     template: Any
     """The patch that room was made by."""
 

@@ -1,0 +1,184 @@
+"""Batcher: many callers of one model, each with a delta of its own, whose calls run as one.
+
+    caller 1   loss(model, batch):   model(x₁) ┐               ┌ y₁   L₁ ┐
+    caller 2   loss(model, batch):   model(x₂) ┤ model([x₁ x₂] ┤ y₂   L₂ ┤ (L₁ + L₂).backward()
+
+Rows have nothing to do with each other, so each delta has the gradients that it would have alone. A
+call that fits no other runs by itself. A way back waits for all whose calls it may go through; a
+call outside of training waits for nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.bank.bank import DeltaBank
+from peftlite.bank.room import NAME
+from peftlite.core.find import require
+from peftlite.train.together.call import Call, How, joined, parted
+from peftlite.train.together.caller import Caller, Modes
+
+Asking = tuple[Caller, Call]
+
+
+class Shared(nn.Module):
+    """The model as a caller has it: its calls, and its ways back, run with those of others."""
+
+    def __init__(self, model: nn.Module, ask: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._orig_mod = model  # as torch.compile calls what it wraps
+        self.training: bool = model.training
+        self._ask = ask
+
+        @functools.wraps(model.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._wait(args, kwargs)
+
+        self.forward = forward  # with the arguments of the model's, for who asks
+
+    def _wait(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        root, registry = require(self._orig_mod)
+        chosen = registry.choice.now()
+        if not (chosen == () or (isinstance(chosen, tuple) and NAME in chosen)):
+            return self._orig_mod(*args, **kwargs)  # a choice of the caller's own
+        return self._ask(Call(How.now(root.training), bool(chosen), args, kwargs))
+
+    def back(self, loss: Tensor) -> None:
+        """`loss.backward()`, with those of the others."""
+        self._ask(loss)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._orig_mod, name)
+
+
+class Batcher:
+    """Runs callers, and answers what they ask for.
+
+    Args:
+        bank: has the delta that each caller is named by.
+        model: the bank's, or what wraps it.
+    """
+
+    def __init__(self, bank: DeltaBank, model: nn.Module) -> None:
+        self.bank, self.model = bank, model
+        self.modes = Modes(bank.model)
+        self._live: list[Caller] = []
+        self._ahead: set[Caller] = set()  # whose calls are yet to be gone back through
+        self._warned = False
+
+    def caller(self, name: str, work: Callable[[Shared], Any]) -> Caller:
+        """Code that calls the model with a delta of the bank, in training or not."""
+
+        def run(ask: Callable[[Any], Any]) -> Any:
+            with self.bank.use(name):  # for what calls a part of the model by itself
+                return work(Shared(self.model, ask))
+
+        return Caller(name, run, self.modes)
+
+    def run(self, callers: Iterable[Caller], most: int) -> Iterable[Caller]:
+        """Gives callers as they are over; of those to come, `most` are there at a time."""
+        coming = iter(callers)
+        try:
+            while True:
+                while len(self._live) < most and (new := next(coming, None)) is not None:
+                    self._live.append(new)
+                    new.run()
+                over = [caller for caller in self._live if caller.over]
+                for caller in over:
+                    self._live.remove(caller)
+                    self._ahead.discard(caller)
+                    yield caller
+                if not (over or self._live):
+                    return
+                if not over:
+                    self._answer()
+        finally:
+            for caller in self._live:
+                caller.end()
+            self._live.clear()
+
+    def _answer(self) -> None:
+        """Answers some of what is asked for, at least one."""
+        calls = [(c, c.asked) for c in self._live if isinstance(c.asked, Call)]
+        outside = [(c, call) for c, call in calls if not call.how.gradients]
+        back = [c for c in self._live if isinstance(c.asked, Tensor)]
+        self._forward(outside)
+        if back and self._ahead <= {*back}:
+            self._backward(back)
+        else:
+            self._forward([(c, call) for c, call in calls if call.how.gradients])
+
+    # -- forward
+
+    def _forward(self, asking: Sequence[Asking]) -> None:
+        groups: list[list[Asking]] = []
+        for caller, call in asking:
+            group = next((g for g in groups if call.fits(g[0][1])), None)
+            groups.append([(caller, call)]) if group is None else group.append((caller, call))
+        for group in groups:
+            outputs = self._outputs(group)
+            if group[0][1].how.gradients:
+                self._ahead.update(caller for caller, _ in group)
+            for (caller, _), output in zip(group, outputs, strict=True):
+                caller.run(output)
+
+    def _outputs(self, group: Sequence[Asking]) -> Sequence[Any]:
+        """What each has of the output of all, or the error that it raises by itself."""
+        try:
+            output = self._call(group)
+        except Exception as error:
+            return [error] if len(group) == 1 else self._one_by_one(group)
+        if len(group) == 1:
+            return [output]
+        parts = parted([call for _, call in group], output)
+        if parts is not None:
+            return parts
+        if not self._warned:
+            warnings.warn(
+                "the model's output can't be told apart by rows, so calls run one by one: have it "
+                "give outputs per row alone (no labels, use_cache=False)",
+                stacklevel=2,
+            )
+        self._warned = True
+        return self._one_by_one(group)
+
+    def _one_by_one(self, group: Sequence[Asking]) -> Sequence[Any]:
+        return [self._outputs([asking])[0] for asking in group]
+
+    def _call(self, group: Sequence[Asking]) -> Any:
+        calls = [call for _, call in group]
+        how, (args, kwargs) = calls[0].how, joined(calls)
+        rows = [
+            caller.name if call.changed else None
+            for caller, call in group
+            for _ in range(call.rows or 1)
+        ]
+        before = self.modes.now()
+        self.modes.set(how.training)
+        try:
+            with how.again():
+                with self.bank.train(rows) if how.gradients else self.bank.rows(rows):
+                    return self.model(*args, **kwargs)
+        finally:
+            self.modes.set(before)
+
+    # -- backward
+
+    def _backward(self, callers: Sequence[Caller]) -> None:
+        answer: BaseException | None = None
+        try:
+            torch.autograd.backward([caller.asked for caller in callers])
+        except Exception as error:
+            answer = error
+        self._ahead.clear()
+        for caller in callers:
+            caller.run(answer)

@@ -26,14 +26,14 @@ Row = tuple[Tensor, ...]
 class Field:
     """A tensor that every slot has at a site; `neutral` is its value where it changes nothing.
 
-    A matrix may lie by columns: the first of them, which are all that a small delta uses, are then
-    one stretch of memory, as fused optimizers take it for granted.
+    Of dimension `used` a smaller delta has the first entries alone. It is the outermost in memory,
+    so that these are one stretch, as torch's fused optimizers take for granted.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     neutral: float = 0.0
-    by_columns: bool = False
+    used: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -91,9 +91,11 @@ class Arena:
 
         def view(start: int, field: Field) -> Tensor:
             own = buffers[part][..., start : start + field.num_bytes].view(field.dtype)
-            if field.by_columns:
-                return own.view((*lead, *reversed(field.shape))).mT
-            return own.view((*lead, *field.shape))
+            if not field.used:
+                return own.view((*lead, *field.shape))
+            size, rest = field.shape[field.used], [*field.shape]
+            del rest[field.used]
+            return own.view((*lead, size, *rest)).movedim(len(lead), len(lead) + field.used)
 
         return {name: view(*place) for name, place in places.items()}
 

@@ -184,9 +184,8 @@ def _is_mixed(model: nn.Module, item: Placed) -> bool:
 
 def like(delta: Delta) -> list[Placed]:
     """What a delta has placed, without values; in its own dtype if it is trainable."""
-    dtype = next((p.dtype for p in delta.parameters() if p.requires_grad), None)
     by_method = [
-        (how if dtype is None else _kept_in(how, dtype), [p.site.address for p in placed])
+        (_trained(how, placed), [item.site.address for item in placed])
         for how, placed in delta.by_method()
     ]
     shapes = {
@@ -197,10 +196,13 @@ def like(delta: Delta) -> list[Placed]:
     return place(there, by_method, shapes, on="meta")
 
 
-def _kept_in(method: Method, dtype: torch.dtype) -> Method:
-    """A method whose slots are of a dtype, unless it says of which."""
-    free = getattr(method, "dtype", dtype) is None
-    return replace(method, dtype=dtype) if free else method  # type: ignore[call-arg]
+def _trained(method: Method, placed: Sequence[Placed]) -> Method:
+    """A method whose slots are of the dtype in which it is trained, where that isn't the base's."""
+    learned = {p.dtype for item in placed for p in item.patch.parameters() if p.requires_grad}
+    base = {item.site.tensor.dtype for item in placed if not item.site.is_call}
+    if len(learned) != 1 or learned <= base or getattr(method, "dtype", learned) is not None:
+        return method
+    return replace(method, dtype=learned.pop())
 
 
 def _made_by(

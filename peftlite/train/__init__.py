@@ -5,10 +5,12 @@ from peftlite.train.continual import Forgetting, forgetting
 from peftlite.train.events import Callback, TensorBoard, WandB
 from peftlite.train.history import History
 from peftlite.train.settings import Training
+from peftlite.train.together.jobs import fit_together
+from peftlite.train.together.service import Client, Service
 from peftlite.train.trainer import Trainer
 from peftlite.train.trials import Trial, Trials, search
 
 __all__ = [
-    "Callback", "Forgetting", "History", "TensorBoard", "Trainer", "Training", "Trial", "Trials",
-    "WandB", "data", "forgetting", "losses", "search",
+    "Callback", "Client", "Forgetting", "History", "Service", "TensorBoard", "Trainer", "Training",
+    "Trial", "Trials", "WandB", "data", "fit_together", "forgetting", "losses", "search",
 ]  # fmt: skip

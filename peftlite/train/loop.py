@@ -58,7 +58,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.history: History = self.log.history
-        self.go_back: Callable[[Tensor], None] = torch.autograd.backward  # type: ignore
+        self.go_back: Callable[[Tensor], None] = torch.autograd.backward
         self.parameters: list[nn.Parameter] = [
             p for d in self.deltas for p in d.parameters() if p.requires_grad
         ]

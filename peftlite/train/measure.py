@@ -145,6 +145,10 @@ class Validator:
             found = metrics.means("full_valid")
             if "correct" in metrics.names:
                 found["full_valid_perplexity"] = math.exp(min(found["full_valid_loss"], 700))
+        return found | self._probed() if self.probes else found
+
+    def _probed(self) -> dict[str, float]:
+        found: dict[str, float] = {}
         with torch.no_grad(), fork_rng(self.device), evaluating(self.model):
             for name, probe in self.probes.items():
                 score = _score(name, probe(self.model))

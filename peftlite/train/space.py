@@ -20,11 +20,11 @@ Choice: TypeAlias = "dict[str, Any]"
 Space: TypeAlias = "Mapping[str, Any]"  # by name: a list, (low, high), or (low, high, "log")
 
 
-def count_trials(space: Any, how: How, trials: int | None) -> int:
+def count_trials(space: Any, how: How, trials: int | None, together: int = 1) -> int:
     """How many trials to make. Raises PeftliteError for what can't be searched."""
     check_given("how", how, get_args(How))
     _check_space(space, how)
-    check_counts(trials=trials)
+    check_counts(trials=trials, together=together)
     if how == "grid":
         return min(trials or grid_size(space), grid_size(space))
     if trials is None:

@@ -25,7 +25,7 @@ Tree = Any
 
 def random_state(device: torch.device) -> dict[str, Tree]:
     """The state of all the generators that code on a device draws from."""
-    (version, words, gauss), (kind, keys, *rest), cpu, others = generators(device)
+    (version, words, gauss), (kind, keys, *rest), cpu, others = _generators(device)
     return {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
         "numpy": {"kind": kind, "keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest},
@@ -39,7 +39,7 @@ def set_random_state(state: dict[str, Tree], device: torch.device) -> None:
     words = tuple(python["words"].tolist())
     keys = numpy["keys"].numpy().astype(np.uint32)
     given = (python["version"], words, python["gauss"]), (numpy["kind"], keys, *numpy["rest"])
-    set_generators((*given, state["torch"], state["device"]), device)
+    _set_generators((*given, state["torch"], state["device"]), device)
 
 
 def mix_seeds(*numbers: int) -> int:
@@ -71,7 +71,7 @@ def fork_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
 
     `torch.random.fork_rng`, with Python's and NumPy's too. None leaves them where they are.
     """
-    before = generators(device)
+    before = _generators(device)
     try:
         if seed is not None:
             random.seed(seed)
@@ -82,10 +82,10 @@ def fork_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
                 getattr(kind, "manual_seed_all", kind.manual_seed)(seed)
         yield
     finally:
-        set_generators(before, device)
+        _set_generators(before, device)
 
 
-def generators(device: torch.device) -> tuple[Any, ...]:
+def _generators(device: torch.device) -> tuple[Any, ...]:
     """The states as Python, NumPy and torch have them."""
     others = []
     if device.type != "cpu":
@@ -94,7 +94,7 @@ def generators(device: torch.device) -> tuple[Any, ...]:
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), others
 
 
-def set_generators(states: tuple[Any, ...], device: torch.device) -> None:
+def _set_generators(states: tuple[Any, ...], device: torch.device) -> None:
     python, numpy, cpu, others = states
     random.setstate(python)
     np.random.set_state(numpy)
@@ -141,6 +141,11 @@ def set_optimizer_state(
     ]
     theirs = {i: slots[place] for i, place in enumerate(found) if place in slots}
     optimizer.load_state_dict({"state": theirs, "param_groups": groups})
+    for parameter, slots in optimizer.state.items():
+        # moments lie as their parameter does, which torch's fused kernels take for granted
+        for name, slot in slots.items():
+            if isinstance(slot, Tensor) and slot.shape == parameter.shape:
+                slots[name] = torch.empty_like(parameter, dtype=slot.dtype).copy_(slot)
 
 
 def _owners(optimizer: torch.optim.Optimizer, names: Names) -> list[list[Any]]:

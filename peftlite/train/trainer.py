@@ -210,9 +210,9 @@ class Trainer(Shown, Spelled):
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON holds it."""
-        return asdict(self.decided())
+        return asdict(self._decided())
 
-    def decided(self) -> Settings:
+    def _decided(self) -> Settings:
         """The settings, with a number in place of "auto"."""
         decided = {
             "epochs": self._epochs, "batch_size": self._batch_size, "lr": self._lr,
@@ -259,12 +259,12 @@ class Trainer(Shown, Spelled):
         deltas = self.deltas
         parallel.check_unsharded(deltas)
         processes.check_same("the settings", self.settings(), "give all processes the same")
-        settings = self.decided()
+        settings = self._decided()
         store, state = self._checkpoints(resume, deltas, settings, processes, held)
         device = trainable(deltas)[0].device
         processes.broadcast_deltas(self.model, deltas, device)
         with (
-            self.prepared(deltas) as model,
+            self._prepared(deltas) as model,
             fork_rng(device, processes.seed(self.seed)),
             self._advised(settings),
         ):
@@ -272,7 +272,7 @@ class Trainer(Shown, Spelled):
             return self._done(run, state)
 
     @contextmanager
-    def prepared(self, deltas: list[Delta]) -> Iterator[nn.Module]:
+    def _prepared(self, deltas: list[Delta]) -> Iterator[nn.Module]:
         """The model as it is while deltas train: the one place where it is wrapped."""
         with ExitStack() as stack:
             stack.enter_context(modes.others_frozen(self.model, trainable(deltas)))
@@ -284,7 +284,7 @@ class Trainer(Shown, Spelled):
                 stack.callback(self.model.reshard)  # a forward pass leaves the root as it was
             yield torch.compile(self.model) if self.compile else self.model  # type: ignore
 
-    def fit_shared(
+    def _fit_shared(
         self,
         shared: Shared,
         deltas: list[Delta],

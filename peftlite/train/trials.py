@@ -17,11 +17,12 @@ from peftlite.table import Shown, Table, format_cell, listed, short, table
 from peftlite.train.events import Callback
 from peftlite.train.history import Event, History
 from peftlite.train.measure import best_of
-from peftlite.train.parallel import process_group
+from peftlite.train.parallel import Processes, process_group
 from peftlite.train.settings import Training
 from peftlite.train.space import Choice, How, Space, choose, count_trials, restored
 from peftlite.train.state import fork_rng
 from peftlite.train.study import Study, plain
+from peftlite.train.together.jobs import Job, train
 from peftlite.train.trainer import Trainer
 
 STARTUP = 4
@@ -117,6 +118,7 @@ def search(
     *,
     seed: int = 0,
     prune: bool = True,
+    together: int = 1,
     file: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Trials:
@@ -137,7 +139,9 @@ def search(
             the tree-structured Parzen estimators of optuna (Bergstra et al., NeurIPS 2011).
         seed: of the choices, and of the numbers that `build` draws, the same for every trial.
         prune: stop a trial whose best so far is worse than the median of the others' at that epoch
-            (Golovin et al., KDD 2017, §3.2.2).
+            (Golovin et al., KDD 2017, §3.2.2); together, the worse half after 1, 2, 4, … epochs.
+        together: how many trials train at a time on the base that `build` attaches their deltas
+            to, by `pl.fit_together`.
         file: JSONL to keep the trials that are over; a search that finds it goes on after them.
         progress: print a line for each trial.
 
@@ -153,7 +157,7 @@ def search(
             return pl.Trainer(model, loss, data[6:], data[:6], **options)
         print(pl.search(build, {"rank": [1, 2]}, how="grid").best.choice)
     """
-    count = count_trials(space, how, trials)
+    count = count_trials(space, how, trials, together)
     about = {"how": how, "seed": seed, "prune": prune, "space": plain(dict(space))}
     with process_group("auto") as processes:
         study = Study(file if processes.first else None, about)
@@ -161,14 +165,19 @@ def search(
             lines = processes.broadcast(own)[:count]
             found = [Trial(**{**line, "choice": restored(space, line["choice"])}) for line in lines]
             while len(found) < count:
-                trial = Trial(len(found) + 1, _choose(space, how, found, seed))
-                _run(build, trial, found if prune else [], seed)
-                vars(trial).update(processes.broadcast(_result(trial)))
-                found.append(trial)
-                study.add(vars(trial))
-                if progress and processes.first:
-                    print(_line(trial, count))
+                new = _begun(space, how, found, seed, min(together, count - len(found)))
+                _try(build, new, found if prune else None, seed)
+                _note(new, study, processes, count if progress else 0)
+                found += new
     return Trials(found)
+
+
+def _begun(space: Space, how: How, found: Sequence[Trial], seed: int, count: int) -> list[Trial]:
+    """The next trials, with their choices."""
+    every = [*found]
+    for _ in range(count):
+        every.append(Trial(len(every) + 1, _choose(space, how, every, seed)))
+    return every[len(found) :]
 
 
 def _choose(space: Space, how: How, found: Sequence[Trial], seed: int) -> Choice:
@@ -181,40 +190,85 @@ def _result(trial: Trial) -> dict[str, Any]:
     return {name: value for name, value in vars(trial).items() if name != "choice"}
 
 
+def _try(
+    build: Callable[[Choice], Trainer],
+    trials: Sequence[Trial],
+    before: Sequence[Trial] | None,
+    seed: int,
+) -> None:
+    """Trains the next trials; those before them prune, unless there is to be no pruning."""
+    if len(trials) > 1:
+        _run_together(build, trials, before is not None, seed)
+    else:
+        _run(build, trials[0], before or [], seed)
+
+
 def _run(
     build: Callable[[Choice], Trainer], trial: Trial, others: Sequence[Trial], seed: int
 ) -> None:
     """Trains, and leaves nothing behind but the trial's fields."""
+    trainer = _built(build, trial, seed)
+    trainer.callbacks = [*trainer.callbacks, _Pruner(trial, others)]
+    with ExitStack() as stack:
+        for delta in trainer.deltas:
+            stack.callback(detach, trainer.model, delta)
+        _check_metric(trainer)
+        try:
+            trainer.fit(resume=trainer.folder is not None)
+        except PeftliteError as error:
+            trial.state, trial.error = "failed", str(error)
+    _check_values(trial)
+
+
+def _run_together(
+    build: Callable[[Choice], Trainer], trials: Sequence[Trial], prune: bool, seed: int
+) -> None:
+    """The same, for several whose rows are one batch."""
+    jobs: list[Job] = []
+    for trial in trials:
+        trainer = _built(build, trial, seed)
+        jobs.append(Job.of(trainer, trainer.folder is not None))
+        detach(trainer.model, jobs[-1].delta)  # the next one may have its name
+        _check_metric(trainer)
+    halvers: list[_Halver] = []
+    for trial, job in zip(trials, jobs, strict=True):
+        halvers.append(_Halver(trial, halvers if prune else []))
+        job.trainer.callbacks = [*job.trainer.callbacks, halvers[-1]]
+    for trial, history in zip(trials, train(jobs, None, progress=False), strict=True):
+        if (error := history.error) is not None:
+            trial.state, trial.error = "failed", str(error) or type(error).__name__
+        _check_values(trial)
+
+
+def _built(build: Callable[[Choice], Trainer], trial: Trial, seed: int) -> Trainer:
     with fork_rng(torch.device("cpu"), seed):
         trainer = build(dict(trial.choice))
     if not isinstance(trainer, Trainer):
         raise PeftliteError(f"build makes a pl.Trainer of a choice, not {short(trainer)}")
     trial.metric = trainer.metric
-    trainer.callbacks = [*trainer.callbacks, _Pruner(trial, others)]
-    with ExitStack() as stack:
-        for delta in trainer.deltas:
-            stack.callback(detach, trainer.model, delta)
-        if trainer.val is None and trainer.metric.startswith("full_valid"):
-            raise PeftliteError(
-                f"a search goes by {trainer.metric}: give the Trainer val, or another metric"
-            )
-        try:
-            trainer.fit(resume=trainer.folder is not None)
-        except PeftliteError as error:
-            trial.state, trial.error = "failed", str(error)
+    return trainer
+
+
+def _check_metric(trainer: Trainer) -> None:
+    if trainer.val is None and trainer.metric.startswith("full_valid"):
+        raise PeftliteError(
+            f"a search goes by {trainer.metric}: give the Trainer val, or another metric"
+        )
+
+
+def _check_values(trial: Trial) -> None:
     if trial.state == "done" and not trial.values:
         trial.state, trial.error = "failed", f"no epoch has a finite {trial.metric}"
 
 
 @dataclass
-class _Pruner(Callback):
+class _Noter(Callback):
     """A callback: notes the metric after each epoch, and stops a trial that is worse than most."""
 
     trial: Trial
-    others: Sequence[Trial]
 
     def start(self, trainer: Training, history: History) -> None:
-        self.trainer = trainer
+        self.trainer, self.ended = trainer, False
         for event in history.events:
             self.event(event)
 
@@ -223,9 +277,29 @@ class _Pruner(Callback):
         if value is None or not event["step"] or event["epoch"] != int(event["epoch"]):
             return
         self.trial.values.append(value)
-        if event["step"] < event["total_steps"] and self._is_worse():
-            self.trial.state = "pruned"
-            self.trainer.stop()
+        self.ended = event["step"] == event["total_steps"]
+        self.judge()
+
+    def end(self, history: History) -> None:
+        self.ended = True
+
+    def judge(self) -> None:
+        """Looks at what was noted."""
+
+    def prune(self) -> None:
+        self.trial.state = "pruned"
+        self.trainer.stop()
+
+
+@dataclass
+class _Pruner(_Noter):
+    """Stops a trial that is worse than the median of others."""
+
+    others: Sequence[Trial]
+
+    def judge(self) -> None:
+        if not self.ended and self._is_worse():
+            self.prune()
 
     def _is_worse(self) -> bool:
         best, epochs = best_of(self.trial.metric), len(self.trial.values)
@@ -234,6 +308,35 @@ class _Pruner(Callback):
             return False
         own, median = best(self.trial.values), float(np.median(theirs))
         return own != median and best(own, median) == median
+
+
+@dataclass
+class _Halver(_Noter):
+    """Stops the worse half of those that train together, after 1, 2, 4, … epochs."""
+
+    others: list[_Halver]
+
+    def judge(self) -> None:
+        epochs, left = len(self.trial.values), [each for each in self.others if each.is_left]
+        if epochs & (epochs - 1) or any(len(each.trial.values) < epochs for each in left):
+            return
+        best = best_of(self.trial.metric)
+        left.sort(key=lambda each: best(each.trial.values[:epochs]), reverse=best is max)
+        for worse in left[-(-len(left) // 2) :]:
+            worse.prune()
+
+    @property
+    def is_left(self) -> bool:
+        return not self.ended and self.trial.state == "done"
+
+
+def _note(trials: Sequence[Trial], study: Study, processes: Processes, shown_of: int) -> None:
+    """Keeps how trials went, as the first process has it, and prints it."""
+    for trial in trials:
+        vars(trial).update(processes.broadcast(_result(trial)))
+        study.add(vars(trial))
+        if shown_of and processes.first:
+            print(_line(trial, shown_of))
 
 
 def _line(trial: Trial, count: int) -> str:

@@ -40,8 +40,10 @@ def searching(
 
     def act(model: nn.Module, path: Path) -> Any:
         file = path if path.exists() else None
-        build = options.get("build", building(model, **options))
-        return search(build, space, trials, how, file=file, progress=False).best
+        own = {key: value for key, value in options.items() if key != "together"}
+        build = options.get("build", building(model, **own))
+        given = {"file": file, "together": options.get("together", 1), "progress": False}
+        return search(build, space, trials, how, **given).best
 
     return act
 

@@ -40,6 +40,7 @@ class MixedBottleneck(Mixed):
         shapes = (self.r, self.i), (self.r,), (self.o, self.r), (self.o,)
         return {
             **{n: Field(s, self.dtype) for n, s in zip(self.learned, shapes, strict=True)},
+            "up": Field((self.o, self.r), self.dtype, used=1),
             "scale": Field((), torch.promote_types(self.dtype, torch.float32)),
             "function": Field((), torch.int32),
             "size": Field((), torch.int32),

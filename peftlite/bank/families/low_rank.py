@@ -49,7 +49,7 @@ class MixedLowRank(MixedLinear):
     def fields(self) -> dict[str, Field]:
         return {
             "a": Field((self.max_rank, self.i), self.dtype),
-            "b": Field((self.o, self.max_rank), self.dtype, by_columns=True),
+            "b": Field((self.o, self.max_rank), self.dtype, used=1),
             "scale": Field((), wide(torch.empty(0, dtype=self.dtype))),
             "rank": Field((), torch.int32),
         }

@@ -29,7 +29,7 @@ class MixedPrefix(Mixed):
         self.shape: tuple[Any, ...] = tuple(patch.prefix.shape)
 
     def fields(self) -> dict[str, Field]:
-        return {"prefix": Field(self.shape, self.dtype), "used": Field((), torch.int64)}
+        return {"prefix": Field(self.shape, self.dtype, used=2), "used": Field((), torch.int64)}
 
     def encode(self, patches: Sequence[Any]) -> Contents:
         prefix = patches[0].current()

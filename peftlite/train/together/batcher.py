@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from peftlite.bank.bank import DeltaBank
 from peftlite.bank.room import NAME
+from peftlite.core.choice import Choice
 from peftlite.core.find import require
 from peftlite.train.together.call import Call, How, joined, parted
-from peftlite.train.together.caller import Caller, Modes
+from peftlite.train.together.caller import Caller, Draws, Modes
 
 Asking = tuple[Caller, Call]
 
@@ -30,11 +31,11 @@ Asking = tuple[Caller, Call]
 class Shared(nn.Module):
     """The model as a caller has it: its calls, and its ways back, run with those of others."""
 
-    def __init__(self, model: nn.Module, ask: Callable[[Any], Any]) -> None:
+    def __init__(self, model: nn.Module, choice: Choice, ask: Callable[[Any], Any]) -> None:
         super().__init__()
         self._orig_mod = model  # as torch.compile calls what it wraps
         self.training: bool = model.training
-        self._ask = ask
+        self._choice, self._ask = choice, ask
 
         @functools.wraps(model.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -43,11 +44,10 @@ class Shared(nn.Module):
         self.forward = forward  # with the arguments of the model's, for who asks
 
     def _wait(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        root, registry = require(self._orig_mod)
-        chosen = registry.choice.now()
+        chosen = self._choice.now()
         if not (chosen == () or (isinstance(chosen, tuple) and NAME in chosen)):
             return self._orig_mod(*args, **kwargs)  # a choice of the caller's own
-        return self._ask(Call(How.now(root.training), bool(chosen), args, kwargs))
+        return self._ask(Call(How.now(self._orig_mod.training), bool(chosen), args, kwargs))
 
     def back(self, loss: Tensor) -> None:
         """`loss.backward()`, with those of the others."""
@@ -70,7 +70,8 @@ class Batcher:
 
     def __init__(self, bank: DeltaBank, model: nn.Module) -> None:
         self.bank, self.model = bank, model
-        self.modes = Modes(bank.model)
+        self.modes, self.draws = Modes(bank.model), Draws()
+        self._choice = require(bank.model)[1].choice
         self._live: list[Caller] = []
         self._ahead: set[Caller] = set()  # whose calls are yet to be gone back through
         self._warned = False
@@ -80,9 +81,9 @@ class Batcher:
 
         def run(ask: Callable[[Any], Any]) -> Any:
             with self.bank.use(name):  # for what calls a part of the model by itself
-                return work(Shared(self.model, ask))
+                return work(Shared(self.model, self._choice, ask))
 
-        return Caller(name, run, self.modes)
+        return Caller(name, run, self.modes, self.draws)
 
     def run(self, callers: Iterable[Caller], most: int) -> Iterable[Caller]:
         """Gives callers as they are over; of those to come, `most` are there at a time."""
@@ -105,6 +106,7 @@ class Batcher:
             for caller in self._live:
                 caller.end()
             self._live.clear()
+            self.draws.give(None)
 
     def _answer(self) -> None:
         """Answers some of what is asked for, at least one."""
@@ -128,20 +130,20 @@ class Batcher:
             outputs = self._outputs(group)
             if group[0][1].how.gradients:
                 self._ahead.update(caller for caller, _ in group)
-            for (caller, _), output in zip(group, outputs, strict=True):
-                caller.run(output)
+            for (caller, _), answer in zip(group, outputs, strict=True):
+                caller.run(*answer)
 
-    def _outputs(self, group: Sequence[Asking]) -> Sequence[Any]:
+    def _outputs(self, group: Sequence[Asking]) -> Sequence[tuple[Any, Exception | None]]:
         """What each has of the output of all, or the error that it raises by itself."""
         try:
             output = self._call(group)
         except Exception as error:
-            return [error] if len(group) == 1 else self._one_by_one(group)
+            return [(None, error)] if len(group) == 1 else self._one_by_one(group)
         if len(group) == 1:
-            return [output]
+            return [(output, None)]
         parts = parted([call for _, call in group], output)
         if parts is not None:
-            return parts
+            return [(part, None) for part in parts]
         if not self._warned:
             warnings.warn(
                 "the model's output can't be told apart by rows, so calls run one by one: have it "
@@ -151,7 +153,7 @@ class Batcher:
         self._warned = True
         return self._one_by_one(group)
 
-    def _one_by_one(self, group: Sequence[Asking]) -> Sequence[Any]:
+    def _one_by_one(self, group: Sequence[Asking]) -> Sequence[tuple[Any, Exception | None]]:
         return [self._outputs([asking])[0] for asking in group]
 
     def _call(self, group: Sequence[Asking]) -> Any:
@@ -163,6 +165,7 @@ class Batcher:
             for _ in range(call.rows or 1)
         ]
         before = self.modes.now()
+        self.draws.give(None)
         self.modes.set(how.training)
         try:
             with how.again():
@@ -174,11 +177,12 @@ class Batcher:
     # -- backward
 
     def _backward(self, callers: Sequence[Caller]) -> None:
-        answer: BaseException | None = None
+        failed: Exception | None = None
+        self.draws.give(None)
         try:
             torch.autograd.backward([caller.asked for caller in callers])
         except Exception as error:
-            answer = error
+            failed = error
         self._ahead.clear()
         for caller in callers:
-            caller.run(answer)
+            caller.run(error=failed)

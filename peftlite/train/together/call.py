@@ -59,21 +59,22 @@ class Call:
 
     def __init__(self, how: How, changed: bool, args: tuple, kwargs: dict[str, Any]) -> None:
         self.how, self.changed = how, changed
-        paths, self.spec = pytree.tree_flatten_with_path((args, kwargs))
-        self.leaves = [leaf for _, leaf in paths]
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         tensors = [t for t in self.leaves if isinstance(t, Tensor) and t.dim()]
         batch = next((t for t in tensors if t.dim() > 1), tensors[0] if tensors else None)
         self.rows: int | None = None if batch is None else len(batch)
         mask = kwargs.get(MASK)
         self.tokens: int | None = None
+        longer: list[int] = []
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.tokens = mask.shape[1]
-        names = [str(getattr(path[-1], "key", "")) for path, _ in paths]
-        self._padded = [self._is_padded(*pair) for pair in zip(names, self.leaves, strict=True)]
-
-    def _is_padded(self, name: str, leaf: Any) -> bool:
+            longer += map(id, args[:1])  # ids, as the losses give them
+        longer += [id(kwargs[name]) for name in PADDED if name in kwargs]
         shape = (self.rows, self.tokens)
-        return name in PADDED and isinstance(leaf, Tensor) and leaf.shape == shape
+        self._padded = [
+            id(leaf) in longer and isinstance(leaf, Tensor) and leaf.shape == shape
+            for leaf in self.leaves
+        ]
 
     def fits(self, other: Call) -> bool:
         """Whether the two may be one call."""

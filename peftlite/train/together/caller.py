@@ -7,16 +7,15 @@ at random on the host, and the modes that it puts the model into, are its own.
 from __future__ import annotations
 
 import contextvars
+import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-
-from peftlite.train.state import generators, set_generators
-
-HOST = torch.device("cpu")
 
 
 class Ended(BaseException):
@@ -45,6 +44,31 @@ class Modes:
                 module.training = own
 
 
+class Draws:
+    """Whose numbers Python's, NumPy's and torch's generators of the host draw: nobody's, to begin.
+
+    Who is given them for the first time draws what comes next.
+    """
+
+    def __init__(self) -> None:
+        self._who: Any = None
+        self._states: dict[Any, tuple[Any, ...]] = {}
+
+    def give(self, who: Any) -> None:
+        if who is self._who:
+            return
+        before = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+        self._states[self._who], self._who = before, who
+        if who in self._states:
+            own, bits, drawn = self._states.pop(who)
+            random.setstate(own)
+            torch.set_rng_state(drawn)
+        else:
+            bits = np.random.MT19937()
+            bits.state = np.random.get_bit_generator().state
+        np.random.set_bit_generator(bits)
+
+
 class Caller:
     """A function in a thread of its own, asleep until it is run.
 
@@ -52,6 +76,7 @@ class Caller:
         name: of the delta that it calls the model with.
         work: what it does; it is given `ask`.
         modes: of the model.
+        draws: shared with the other callers.
 
     Attributes:
         asked: what it waits for.
@@ -59,57 +84,57 @@ class Caller:
     """
 
     def __init__(
-        self, name: str, work: Callable[[Callable[[Any], Any]], Any], modes: Modes
+        self,
+        name: str,
+        work: Callable[[Callable[[Any], Any]], Any],
+        modes: Modes,
+        draws: Draws,
     ) -> None:
-        self.name, self._work, self._modes = name, work, modes
+        self.name, self._work, self._modes, self._draws = name, work, modes, draws
         self.asked: Any = None
         self.result: Any = None
         self.error: BaseException | None = None
         self.over = False
-        self._answer: Any = None
-        self._state = generators(HOST), modes.now()
-        self._wake, self._sleep = threading.Semaphore(0), threading.Semaphore(0)
+        self._answer: Future[Any] = Future()
+        self._mode = modes.now()
+        self._wake, self._sleep = threading.Lock(), threading.Lock()
+        self._wake.acquire()
+        self._sleep.acquire()
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(self._live,), daemon=True)
         self._thread.start()
 
-    def run(self, answer: Any = None) -> None:
-        """Runs it up to what it asks for next, or to its end. An exception is raised in it."""
-        outside = generators(HOST), self._modes.now()
-        self._enter(self._state)
-        self._answer, self.asked = answer, None
+    def run(self, answer: Any = None, error: BaseException | None = None) -> None:
+        """Runs it up to what it asks for next, or to its end, with an answer or an error."""
+        outside = self._modes.now()
+        self._draws.give(self)
+        self._modes.set(self._mode)
+        self._answer, self.asked = Future(), None
+        self._answer.set_result(answer) if error is None else self._answer.set_exception(error)
         self._wake.release()
         self._sleep.acquire()
-        self._state = generators(HOST), self._modes.now()
-        self._enter(outside)
+        self._mode = self._modes.now()
+        self._modes.set(outside)
         if self.over:
             self._thread.join()
-
-    def _enter(self, state: Any) -> None:
-        drawn, mode = state
-        set_generators(drawn, HOST)
-        self._modes.set(mode)
 
     def end(self) -> None:
         """Ends it where it waits."""
         while not self.over:
-            self.run(Ended())
+            self.run(error=Ended())
 
     def ask(self, what: Any) -> Any:
         """Waits for an answer; in the caller's own thread."""
         self.asked = what
         self._sleep.release()
         self._wake.acquire()
-        answer = self._answer
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        return self._answer.result()
 
     def _live(self) -> None:
         self._wake.acquire()
         try:
-            if not isinstance(self._answer, BaseException):
-                self.result = self._work(self.ask)
+            self._answer.result()
+            self.result = self._work(self.ask)
         except BaseException as error:
             self.error = error
         finally:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from peftlite.bank.bank import DeltaBank
 from peftlite.core.delta import Delta
-from peftlite.core.find import require
+from peftlite.core.find import find, require
 from peftlite.errors import PeftliteError
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.progress import bar
@@ -20,6 +21,7 @@ from peftlite.table import listed, short
 from peftlite.train.events import Callback
 from peftlite.train.history import Event, History
 from peftlite.train.settings import Settings, Training
+from peftlite.train.state import fork_rng
 from peftlite.train.together.batcher import Batcher, Shared
 from peftlite.train.together.caller import Caller
 from peftlite.train.trainer import Resume, Trainer
@@ -33,28 +35,29 @@ class Job(Callback):
     trainer: Trainer
     delta: Delta
     settings: Settings
+    resume: Resume = False
     history: History = field(default_factory=History)
     bar: Any = None
 
     @classmethod
-    def of(cls, trainer: Any) -> Job:
+    def of(cls, trainer: Any, resume: Resume) -> Job:
         """Raises PeftliteError unless it can share a base."""
         if not isinstance(trainer, Trainer):
             raise PeftliteError(f"fit_together takes trainers, not {short(trainer)}")
         if trainer.compile:
             raise PeftliteError("compile=True is for a trainer that is alone: leave it out")
         with _chosen(trainer):
-            deltas, settings = trainer.deltas, trainer.decided()
+            deltas, settings = trainer.deltas, trainer._decided()
         if len(deltas) > 1:
             names = listed(repr(delta.name) for delta in deltas)
             raise PeftliteError(f"a trainer that shares a base trains one delta, not {names}")
         if settings.processes > 1:
             raise PeftliteError("trainers share a base in one process: give them parallel=None")
-        return cls(trainer, deltas[0], settings)
+        return cls(trainer, deltas[0], settings, resume)
 
-    def work(self, resume: Resume, shared: Shared) -> History:
+    def work(self, shared: Shared) -> History:
         """Its whole run."""
-        return self.trainer.fit_shared(shared, [self.delta], self.settings, resume, self)
+        return self.trainer._fit_shared(shared, [self.delta], self.settings, self.resume, self)
 
     def start(self, trainer: Training, history: History) -> None:
         self.history = history
@@ -86,9 +89,10 @@ def fit_together(
 
     Each learns what it would by `fit()` alone, to rounding, from its own data, by its own loss,
     rate, schedule and seed, and has its own checkpoints, early stopping and history; only dropout
-    draws other numbers. One that fails ends by itself: its history is "failed", with the error. Any
-    loss will do whose calls of the model have a batch and give a row for each row of it; calls of
-    one shape run as one, and so do texts of different lengths that come with an `attention_mask`.
+    draws other numbers. One that fails ends by itself: its history is "failed", with the error, and
+    a warning says so. Any loss will do whose calls of the model have a batch and give a row for
+    each row of it; calls of one shape run as one, and so do texts of different lengths that come
+    with an `attention_mask`.
 
     Args:
         trainers: of one model, each of another delta, which can be mixed by rows: see
@@ -114,12 +118,16 @@ def fit_together(
     """
     if not isinstance(trainers, list | tuple) or not trainers:
         raise PeftliteError(f"fit_together takes a list of trainers, not {short(trainers)}")
-    return train([Job.of(trainer) for trainer in trainers], at_once, resume, progress)
+    jobs = [Job.of(trainer, resume) for trainer in trainers]
+    histories = train(jobs, at_once, progress)
+    for job in jobs:
+        if (error := job.history.error) is not None:
+            message = f"{job.delta.name!r} failed, and the others went on: {error}"
+            warnings.warn(message, stacklevel=2)
+    return histories
 
 
-def train(
-    jobs: Sequence[Job], at_once: int | None, resume: Resume, progress: bool
-) -> list[History]:
+def train(jobs: Sequence[Job], at_once: int | None, progress: bool) -> list[History]:
     """Their histories, in order; those that failed say so. Raises PeftliteError as above."""
     _check(jobs)
     first = jobs[0].trainer
@@ -127,7 +135,8 @@ def train(
     steps = sum(job.settings.steps for job in jobs)
     with (
         _bank(first.model, deltas, most) as bank,
-        first.prepared(deltas) as model,
+        first._prepared(deltas) as model,
+        fork_rng(next(deltas[0].parameters()).device, first.seed),
         closing(bar(None, "train", total=steps, unit="step", disable=not progress)) as shown,
     ):
         batcher = Batcher(bank, model)
@@ -137,7 +146,7 @@ def train(
             for name, job in names.items():
                 job.bar = shown
                 bank.adopt(name, job.delta)
-                yield batcher.caller(name, partial(job.work, resume))
+                yield batcher.caller(name, job.work)
 
         for caller in batcher.run(callers(), most):
             job = names[caller.name]
@@ -156,19 +165,19 @@ def _check(jobs: Sequence[Job]) -> None:
     for name in ("gradient_checkpointing", "parallel"):
         if len(values := {getattr(job.trainer, name) for job in jobs}) > 1:
             raise PeftliteError(f"{name} is the model's, so one for all trainers, not {values}")
-    for what in ("delta", "folder"):
-        own = [getattr(job.trainer if what == "folder" else job, what) for job in jobs]
-        given = [str(x.name if what == "delta" else x) for x in own if x is not None]
-        if twice := {each for each in given if given.count(each) > 1}:
-            raise PeftliteError(
-                f"{what} {listed(map(repr, twice))} is of several trainers: give each its own"
-            )
+    folders = [os.path.abspath(f) for job in jobs if (f := job.trainer.folder) is not None]
+    deltas = {id(job.delta) for job in jobs}
+    if len(deltas) < len(jobs) or len({*folders}) < len(folders):
+        raise PeftliteError(
+            "two trainers have one delta, or one folder: name each one's own, as delta= and folder="
+        )
 
 
 @contextmanager
 def _bank(model: nn.Module, deltas: Sequence[Delta], slots: int) -> Iterator[DeltaBank]:
     """A bank with room for deltas to train in, while the choice that stood is put aside."""
-    standing = require(model)[1].choice.standing
+    found = find(model)
+    standing = () if found is None else found[1].choice.standing
     ranks = [
         len(item.patch.factors()[0])
         for delta in deltas
@@ -184,4 +193,5 @@ def _bank(model: nn.Module, deltas: Sequence[Delta], slots: int) -> Iterator[Del
         yield bank
     finally:
         bank.close()
-        use(model, standing)
+        if standing:
+            use(model, standing)

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.core.tensors import raw
 from peftlite.quant import keys, nf4
 from peftlite.quant.packing import KINDS as FORMATS
-from peftlite.quant.packing import pack
+from peftlite.quant.packing import Packing, pack, pack_beside
 from tests.cells import disturb
 from tests.digest import assert_same, bits, digest
 from tests.zoo import KINDS, Kind, seeded
@@ -105,6 +106,26 @@ def test_what_is_kept_in_inference_mode_serves_training() -> None:
         pool.submit(both).result()
 
 
+def test_a_product_beside_the_codes_makes_up_for_what_they_lose() -> None:
+    """LoftQ's and QPiSSA's: by turns each is the best for what the other leaves."""
+    with seeded():
+        w = torch.randn(96, 80)
+    lost = w - _formed(pack(w, "nf4"))
+    once = w - _formed(pack_beside(w, 8, "loftq", 1, kind="nf4"))
+    rest = torch.linalg.svdvals(lost)[8:].norm()
+    torch.testing.assert_close(once.norm(), rest)
+    more = {
+        init: [(w - _formed(pack_beside(w, 8, init, t, kind="nf4"))).norm() for t in (1, 4)]
+        for init in ("loftq", "pissa")
+    }
+    assert more["loftq"][1] < more["loftq"][0] < lost.norm()
+    assert more["pissa"][0] < more["loftq"][0]
+
+
+def _formed(packed: tuple[Packing, dict[str, Tensor]]) -> Tensor:
+    return packed[0].unpack(packed[1])
+
+
 def test_fp8_is_read_as_torch_casts_it() -> None:
     codes = torch.arange(256).to(torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F].view(-1, 1)  # all but NaN
@@ -159,16 +180,20 @@ def test_a_model_is_what_its_codes_stand_for(kind: Kind) -> None:
     assert packed_bytes(model) == before
 
 
-@each_format
-def test_a_state_dict_gives_the_same_model(format: str, tmp_path: Path) -> None:
-    model, other = mlp(), mlp(7 - 1)
+@pytest.mark.parametrize("format, rank", [("nf4", 0), ("int8", 0), ("fp8", 0), ("nf4", 2)])
+def test_a_state_dict_gives_the_same_model(format: str, rank: int, tmp_path: Path) -> None:
+    model, other = mlp(), mlp()
     with torch.no_grad():
         other[0].weight.mul_(2)
-    pl.quantize(model, format)
-    pl.quantize(other, format)
+    pl.quantize(model, format, rank=rank)
+    pl.quantize(other, format, rank=rank)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "packed.safetensors")
     other.load_state_dict(safetensors.torch.load_file(tmp_path / "packed.safetensors"))
     assert packed_bytes(other) == packed_bytes(model)
+    if rank:  # of which no plain one has a product
+        with pytest.raises(RuntimeError, match=r"of \['', .*, where here is .*'left', 'right'\]"):
+            other.load_state_dict(mlp().state_dict())
+        return
     other.load_state_dict(mlp().state_dict())  # a plain one is packed as it comes
     assert packed_bytes(other) == packed_bytes(model)
 
@@ -212,7 +237,7 @@ def test_tied_tensors_are_packed_once_and_stay_tied() -> None:
     kind = KIND["gpt_tied"]
     model = kind.model()
     packs = pl.quantize(model, targets="*")
-    names = [row[0] for row in packs.rows]
+    names = [*packs.shapes]
     tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2]
     assert len(names) == len(set(names))
     state = model.state_dict()
@@ -292,11 +317,75 @@ def test_a_merge_packs_again_and_goes_back_to_every_byte(format: str) -> None:
     assert packed_bytes(model) == before and torch.equal(model(x), output)
 
 
-def test_a_plan_counts_what_codes_stand_for() -> None:
-    model = mlp()
-    count = pl.plan(model, pl.LoRA(rank=2)).base_parameters
-    pl.quantize(model, targets="*")
-    assert pl.plan(model, pl.LoRA(rank=2)).base_parameters == count
+@pytest.mark.parametrize("how", [{"scales": "search"}, {"rank": 2}], ids=str)
+def test_a_merge_packs_again_as_it_was_packed(how: dict) -> None:
+    """A delta of nothing loses no more than the first packing, and keeps what is beside codes."""
+    model, plain = mlp(), mlp()
+    pl.quantize(model, **how)
+    before = packed_bytes(model)
+    delta = pl.attach(model, pl.FullTuning(targets="0.weight"), "a")
+    with torch.no_grad():  # back to the weights that were packed
+        delta.placed["0.weight"].patch.difference.copy_(plain[0].weight - model[0].weight)
+    pl.merge(model, "a")
+    lost = (model[0].weight - plain[0].weight).norm() / plain[0].weight.norm()
+    assert lost <= 1.001 * pl.quantize(mlp(), **how).errors["0.weight"]
+    pl.unmerge(model, "a")
+    assert packed_bytes(model) == before
+
+
+def test_embeddings_are_looked_up_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[int] = []
+    unpack = Packing.unpack
+    monkeypatch.setattr(
+        Packing, "unpack", lambda how, *a: formed.append(how.shape.numel()) or unpack(how, *a)
+    )
+    ids = torch.tensor([[3, 49, 3], [0, 7, 7]], dtype=torch.int32)
+    for kind, options in (("nf4", {}), ("nf4", {"double_quant": False}), ("int8", {}), ("fp8", {})):
+        with seeded():
+            model = nn.Embedding(50, 64, padding_idx=7)
+        pl.quantize(model, kind, targets="*", **options)
+        expected = F.embedding(ids, model.weight + 0)
+        formed.clear()
+        assert torch.equal(model(ids), expected) and formed == [6 * 64]
+        pl.attach(model, pl.LoRA(rank=2, targets="weight"))
+        formed.clear()
+        assert torch.equal(model(ids), expected) and formed == [6 * 64]
+        with pytest.raises(IndexError):
+            model(torch.tensor([50]))
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "loftq", "pissa", "olora"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_starts_of_lora_on_a_packed_base(init: str, rank: int) -> None:
+    model, plain = mlp(), mlp()
+    pl.quantize(model, targets="0", rank=rank)
+    with seeded():
+        x = torch.randn(80, 64)
+    before, output = packed_bytes(model), model(x)
+    delta = pl.attach(model, pl.LoRA(rank=6, init=init, targets="0"))
+    if init in ("eva", "corda", "loftq"):
+        loss = lambda model, x: model(x).sum()  # noqa: E731
+        pl.initialize(model, delta, [x], loss=loss, original=plain.state_dict())
+    if init == "loftq":
+        assert (model(x) - plain(x)).norm() < 0.95 * (output - plain(x)).norm()
+    else:
+        torch.testing.assert_close(model(x), output)
+    pl.detach(model, "default")
+    assert torch.equal(model(x), output) and packed_bytes(model) == before
+
+
+def test_a_plan_counts_what_codes_stand_for_and_what_they_take() -> None:
+    model, method = mlp(), pl.LoRA(rank=2)
+    before = pl.plan(model, method)
+    pl.quantize(model)
+    after = pl.plan(model, method)
+    assert after.base_parameters == before.base_parameters
+    assert (before.packed_bytes, after.packed_bytes) == (after.base_bytes, after.base_bytes)
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    assert after.base_bytes == sum(tensors.values())
+    assert after.optimizer_bytes == 2 * 4 * after.num_parameters
+    assert "after pl.quantize)" in str(before) and "pl.quantize" not in str(after)
+    assert pl.plan(model, method) and pl.plan(nn.Linear(64, 65, device="meta"), pl.BitFit())
 
 
 @each_format

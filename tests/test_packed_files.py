@@ -34,7 +34,7 @@ def test_a_packed_checkpoint_fills_a_plain_model(build: Any) -> None:
     model = build().eval()
     packs = pl.quantize(model, checkpoint=BNB)
     formed = safetensors.torch.load_file(HERE / "bitsandbytes_formed.safetensors")
-    assert {row[0] for row in packs.rows} == formed.keys() and packs.kind == "nf4"
+    assert packs.shapes.keys() == formed.keys() and packs.kind == "nf4"
     for name, theirs in formed.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         assert torch.equal(raw(module, "weight").form(), theirs)
@@ -88,7 +88,7 @@ def test_tied_and_other_tensors_come_along(tmp_path: Path) -> None:
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("3.")}
     safetensors.torch.save_file(state, tmp_path / "m.safetensors")
     packs = pl.quantize(other, checkpoint=tmp_path / "m.safetensors")
-    assert [row[0] for row in packs.rows] == ["0.weight", "1.weight"]
+    assert [*packs.shapes] == ["0.weight", "1.weight"]
     assert other[0]._parameters["weight"] is other[3]._parameters["weight"]
     assert packed_bytes(other).keys() == packed_bytes(model).keys()
     assert other[2].running_mean.float().eq(0.5).all() and other[1].bias.dtype is torch.bfloat16

@@ -684,7 +684,8 @@ blocks.*.attn.v_proj.weight      2  LoRA      12×16         112
 blocks.*.attn.o_proj.weight      2  LoRA      16×12         112
 blocks.0.mlp.0.weight            1  LoRA      20×16          72
 blocks.1.mlp()                   1  Watching  call            0
-LoRA at 9, Watching at 1 sites: 520 parameters, 2.0 KiB (12.405% of the base's 4,192)"""
+LoRA at 9, Watching at 1 sites: 520 parameters, 2.0 KiB (12.405% of the base's 4,192)
+memory: base 16.4 KiB, gradients 2.0 KiB, AdamW 4.1 KiB"""
 
 
 def test_targets_are_read_when_the_method_is_used() -> None:

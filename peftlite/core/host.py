@@ -337,8 +337,9 @@ def _read(module: Any, slot: str) -> Tensor:
             "call the model itself, so that the rows can be told apart"
         )
     patches = hosted.active(names).get(slot)
-    # FSDP looks for its own shard by name
-    if not patches or is_sharded(w):
+    if is_sharded(w):  # FSDP looks for its own shard by name, which may be of codes
+        return module._parameters.get(slot, w)
+    if not patches:
         return w
     if not _is_grad_enabled():
         _check_reached(names, {slot: patches})

@@ -89,7 +89,9 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_quantized(tensor: Tensor) -> bool:
     """Whether a tensor holds codes in place of numbers: by its dtype, or by a class of its own."""
     numbers = tensor.is_floating_point() or tensor.is_complex()
-    return not numbers or (hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor))
+    if isinstance(tensor, Packed) or not numbers:
+        return True
+    return hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -132,7 +134,8 @@ def is_opaque(tensor: Tensor) -> bool:
 
 def plain_parts(tensor: Any) -> list[Tensor]:
     """The plain tensors that one is made of: itself, or the codes and scales of a quantised one."""
-    if not (hasattr(tensor, "__tensor_flatten__") and is_quantized(tensor)):
+    coded = hasattr(tensor, "__tensor_flatten__") and is_quantized(tensor)
+    if not coded or (is_sharded(tensor) and not isinstance(tensor, Packed)):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in plain_parts(getattr(tensor, name))]

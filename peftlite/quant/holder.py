@@ -91,12 +91,20 @@ class Holder:
     _packs: tuple[type, frozenset[str]]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and name in self.__dict__[ATTRIBUTE]:
+        if name in self.__dict__[ATTRIBUTE] and not self._takes(name, value):
             raise PeftliteError(
                 f"{name!r} of a {type(self).__name__} is packed, and no tensor can be put in its "
                 "place: pl.dequantize the model first"
             )
         super().__setattr__(name, value)
+
+    def _takes(self, name: str, value: Any) -> bool:
+        """Whether a value is no tensor, or codes as they are there: FSDP2 spreads and gathers."""
+        codes: Any = self._parameters[name]
+        return not isinstance(value, Tensor) or (
+            isinstance(value, nn.Parameter)
+            and (value.dtype, value.shape) == (codes.dtype, codes.shape)
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = {name: b for name, b in self._buffers.items() if is_part(self, name)}
@@ -163,7 +171,8 @@ class Holder:
         if [*given] == [""] and given[""].is_floating_point():
             if not given[""].isfinite().all():
                 raise PeftliteError("has numbers that aren't finite")
-            theirs, new = pack(given[""], how.kind, how.block, "nested_absmax" in parts)
+            double = "nested_absmax" in parts
+            theirs, new = pack(given[""], how.kind, how.block, double, how.search)
         else:
             theirs, new = keys.read(given)
         if (theirs.cast(how.dtype), new.keys()) != (how, parts.keys()):
@@ -190,12 +199,17 @@ def _holder_class(base: type, slots: frozenset[str]) -> type:
         kind = type("_Kind", (_Kind, type(base)), {})
         copyreg.pickle(kind, _reduced)
     body: dict[str, Any] = {"_packs": (base, slots), "__module__": base.__module__}
-    body |= {slot: property(lambda self, slot=slot: packed(self, slot)) for slot in slots}
+    body |= {slot: property(lambda self, slot=slot: _read(self, slot)) for slot in slots}
     if issubclass(base, nn.RNNBase):  # which keeps its tensors in a list, too
         body["_flat_weights"] = property(_flat_weights, lambda self, _: None)
     made = kind(base.__name__, (Holder, base), body)
     made.__qualname__ = base.__qualname__
     return _classes.setdefault((id(base), slots), made)
+
+
+def _read(module: nn.Module, slot: str) -> Any:
+    codes = module._parameters[slot]
+    return codes if hasattr(codes, "placements") else packed(module, slot)
 
 
 def _flat_weights(module: Any) -> list[Any]:

@@ -6,6 +6,9 @@ Of a tensor `weight` there are:
     weight.absmax, weight.quant_map, weight.nested_absmax, weight.nested_quant_map
     weight.quant_state.bitsandbytes__nf4       the rest, as the bytes of a JSON object
     weight.scale, weight.quant_state.peftlite__int8      of what has a scale a row
+    weight.left, weight.right                            of what has a product of low rank beside it
+
+Where there is such a product, the state is peftlite's, so that nobody reads the codes alone.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ import torch
 from torch import Tensor
 
 from peftlite.errors import PeftliteError
-from peftlite.quant import nf4
+from peftlite.quant import beside, nf4
 from peftlite.quant.packing import KINDS, Packing
 
 
-def _state(kind: str) -> str:
-    return f"quant_state.{'bitsandbytes' if kind == 'nf4' else 'peftlite'}__{kind}"
+def _state(kind: str, parts: Mapping[str, Tensor]) -> str:
+    theirs = kind == "nf4" and "left" not in parts
+    return f"quant_state.{'bitsandbytes' if theirs else 'peftlite'}__{kind}"
 
 
-_STATES = {_state(kind): kind for kind in KINDS}
+_STATES = {f"quant_state.peftlite__{kind}": kind for kind in KINDS}
+_STATES["quant_state.bitsandbytes__nf4"] = "nf4"
 
 
 def written(how: Packing, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,7 +48,7 @@ def written(how: Packing, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
             said |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32"}
             said["nested_offset"] = offset.item()
     text = json.dumps(said).encode()
-    return found | {_state(how.kind): torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    return found | {_state(how.kind, parts): torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def config(dtype: torch.dtype, double: bool, left: Sequence[str]) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def read(entries: Mapping[str, Tensor]) -> tuple[Packing, dict[str, Tensor]]:
     how = Packing(kind, shape, dtype, block)
     wanted = how.sizes(nested="nested_offset" in found)
     sizes = {name: tuple(part.shape) for name, part in found.items()}
-    if sizes != wanted:
+    of_codes = {name: size for name, size in sizes.items() if name not in beside.PARTS}
+    if of_codes != wanted or not beside.fits(found, shape):
         raise PeftliteError(f"has parts of {sizes}, where {tuple(shape)} has {wanted}")
     return how, found

@@ -148,8 +148,24 @@ def scales(parts: Mapping[str, Tensor]) -> Tensor:
     if "nested_absmax" not in parts:
         return absmax
     nested = parts["nested_absmax"][:, None].expand(-1, NESTED_BLOCK).reshape(-1)[: len(absmax)]
-    made = dynamic_map().to(absmax.device).index_select(0, absmax.int())
-    return made.mul_(nested).add_(parts["nested_offset"])
+    return _unnested(absmax, nested, parts["nested_offset"])
+
+
+def _unnested(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    made = dynamic_map().to(codes.device).index_select(0, codes.int())
+    return made.mul_(scale).add_(offset)
+
+
+def rows(parts: Mapping[str, Tensor], at: Tensor, n: int, block: int) -> dict[str, Tensor]:
+    """The parts of some rows (k,) of n numbers each, which are blocks, with scales in fp32."""
+    codes = parts[""].view(-1, n // 2).index_select(0, at).view(-1, 1)
+    per = n // block
+    blocks = (at[:, None] * per + torch.arange(per, device=at.device)).view(-1)
+    own = {"absmax": parts["absmax"].index_select(0, blocks)}
+    if "nested_absmax" in parts:
+        nested = parts["nested_absmax"].index_select(0, blocks // NESTED_BLOCK)
+        own["absmax"] = _unnested(own["absmax"], nested, parts["nested_offset"])
+    return {"": codes, **own}
 
 
 def unpack(parts: Mapping[str, Tensor], block: int, out: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftlite.kernels.workspace import workspace
 from peftlite.lazy import Lazy
+from peftlite.quant import beside
 from peftlite.quant.packing import Packing, pack
 
 _transforms = torch._C._functorch.maybe_current_level
@@ -42,16 +43,35 @@ class Packed(Lazy):
         self.packing, self.parts = packing, parts
 
     def form(self) -> Tensor:
+        if hasattr(self, "placements"):
+            return _spread(self.full_tensor().form(), self.parts[""])
         return self.packing.unpack(self.parts)
+
+    # -- what tells a tensor that is spread over processes, as its codes then are
+
+    @property
+    def placements(self) -> Any:
+        return self.parts[""].placements
+
+    @property
+    def device_mesh(self) -> Any:
+        return self.parts[""].device_mesh
+
+    def full_tensor(self) -> Packed:
+        """The same with all of its codes (every process has to ask)."""
+        return self.each(_whole)
 
     def why_not_written(self) -> str:
         return f"is kept in {self.packing.kind}, whose codes it wouldn't reach: pl.dequantize first"
 
     def like(self, w: Tensor) -> Packed:
         """Another tensor of its shape, packed as it is."""
-        how = self.packing
-        _, parts = pack(w, how.kind, how.block, "nested_absmax" in self.parts)
-        return Packed(how, parts)
+        how, double = self.packing, "nested_absmax" in self.parts
+        low = {name: self.parts[name] for name in beside.PARTS if name in self.parts}
+        w = _whole(w)
+        rest = w - beside.add(low, w.new_zeros(w.shape)) if low else w
+        _, parts = pack(rest, how.kind, how.block, double, how.search)
+        return Packed(how, {**parts, **low, "": _spread(parts[""], self.parts[""])})
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Packed:
         """The same, with parts that are copied or moved."""
@@ -73,6 +93,8 @@ class Packed(Lazy):
             return args[0]
         if func is F.linear and not kwargs and not isinstance(args[0], cls):
             return _linear(*args)
+        if func is F.embedding and (found := _looked_up(*args, **kwargs)) is not None:
+            return found
         formed: list[tuple[Tensor, Packed]] = []
 
         def form(w: Packed) -> Tensor:
@@ -82,6 +104,29 @@ class Packed(Lazy):
         args, kwargs = tree_map_only(Packed, form, (args, kwargs))
         with _keeping_codes(formed):
             return func(*args, **kwargs)
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _spread(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor, spread over processes as another one is."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def _looked_up(
+    ids: Tensor, w: Packed, *_: Any, max_norm: float | None = None, **__: Any
+) -> Tensor | None:
+    """The rows of w (n, d) at ids (…), formed by themselves; None where that can't be."""
+    if max_norm is not None or ids.numel() >= len(w) or _transforms() is not None:
+        return None
+    found = w.packing.rows(w.parts, ids.reshape(-1))
+    return None if found is None else found[0].unpack(found[1]).view(*ids.shape, -1)
 
 
 def _linear(x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:

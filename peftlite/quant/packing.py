@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftlite.quant import nf4, rows
+from peftlite.quant import beside, nf4, rows
 
 KINDS = ("nf4", "int8", "fp8")
 
@@ -22,12 +24,14 @@ class Packing:
         shape: of the tensor itself.
         dtype: what it is read in.
         block: nf4's; 0 for others, which have a scale a row.
+        search: whether its scales are searched for when it is packed again.
     """
 
     kind: str
     shape: torch.Size
     dtype: torch.dtype
     block: int = 0
+    search: bool = field(default=False, compare=False)
 
     def cast(self, dtype: torch.dtype) -> Packing:
         """The same codes, read in another dtype."""
@@ -44,14 +48,34 @@ class Packing:
             found |= {"nested_absmax": (-(-blocks // nf4.NESTED_BLOCK),), "nested_offset": ()}
         return found
 
+    def nbytes(self, nested: bool) -> int:
+        """Bytes of the parts."""
+        of = {"": 1, "absmax": 1 if nested else 4}
+        sizes = self.sizes(nested).items()
+        return sum(math.prod(size) * of.get(name, 4) for name, size in sizes)
+
+    def rows(
+        self, parts: Mapping[str, Tensor], at: Tensor
+    ) -> tuple[Packing, dict[str, Tensor]] | None:
+        """Some rows (n,) as a tensor of their own; None where codes or scales span several."""
+        n = self.shape[1:].numel()
+        if "left" in parts or (self.block and n % self.block):
+            return None
+        how = replace(self, shape=torch.Size((len(at), *self.shape[1:])))
+        if self.kind == "nf4":
+            return how, nf4.rows(parts, at, n, self.block)
+        return how, {name: part.index_select(0, at) for name, part in parts.items()}
+
     def unpack(self, parts: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """W of its shape and dtype, in `out` if that is given: contiguous, on the parts' device."""
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype, device=parts[""].device)
         with torch.no_grad():
             if self.kind == "nf4":
-                return nf4.unpack(parts, self.block, out)
-            return rows.unpack(parts, out)
+                nf4.unpack(parts, self.block, out)
+            else:
+                rows.unpack(parts, out)
+            return beside.add(parts, out)
 
 
 @torch.no_grad()
@@ -59,7 +83,30 @@ def pack(
     w: Tensor, kind: str, block: int = nf4.BLOCK, double: bool = True, search: bool = False
 ) -> tuple[Packing, dict[str, Tensor]]:
     """A tensor's packing and parts, of which "" has its codes."""
-    how = Packing(kind, w.shape, w.dtype, block if kind == "nf4" else 0)
+    how = Packing(kind, w.shape, w.dtype, block if kind == "nf4" else 0, search)
     if kind == "nf4":
         return how, nf4.pack(w, block, double, search)
     return how, rows.pack(w, kind)
+
+
+@torch.no_grad()
+def pack_beside(
+    w: Tensor, rank: int, init: str, iterations: int, stack: int = 0, **how: Any
+) -> tuple[Packing, dict[str, Tensor]]:
+    """As `pack`, with a product beside the codes: by turns Q of W − LR, and LR of W − Q.
+
+    `init` says which is first: "loftq" Q, "pissa" LR; of a stack `stack` dimensions are.
+    """
+    wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
+
+    def rest(low: Mapping[str, Tensor]) -> tuple[Packing, dict[str, Tensor]]:
+        return pack(wide - beside.add(low, wide.new_zeros(wide.shape)), **how)
+
+    def lost(packing: Packing, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return beside.first(wide - packing.unpack(parts), rank, stack)
+
+    packed = rest(beside.first(wide, rank, stack) if init == "pissa" else {})
+    for _ in range(iterations - 1):
+        packed = rest(lost(*packed))
+    low = {name: part.to(w.dtype) for name, part in lost(*packed).items()}
+    return packed[0].cast(w.dtype), packed[1] | low

@@ -43,7 +43,8 @@ def initialize(
       svd(WC)·C⁻¹, with C their covariance. Yang et al., arXiv:2406.05223, §3, the mode for
       learning a task ("instruction-previewed").
     - "loftq": s·BA is the best product of rank r for W₀ − W, with W₀ the weights before they were
-      quantised and W those of the model. Li et al., arXiv:2310.08659, algorithm 1 with T = 1.
+      quantised and W those of the model. Li et al., arXiv:2310.08659, algorithm 1 with T = 1;
+      `pl.quantize(model, rank=..., iterations=T)` does it with any T, in the base.
 
     With "lora_ga" and "corda" the model gives what it gave before; "loftq" brings it nearer to the
     original. Everything is computed before anything is changed.

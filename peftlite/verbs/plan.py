@@ -12,8 +12,11 @@ from peftlite.core.assign import Placed, assign, methods_in
 from peftlite.core.attach import base_parameters, deltas
 from peftlite.core.delta import Delta
 from peftlite.core.patch import Method
+from peftlite.core.site import walk
+from peftlite.core.tensors import bytes_in
 from peftlite.quant.holder import numbers
-from peftlite.table import Shown, listed
+from peftlite.table import Shown, listed, size
+from peftlite.verbs.quantize import saved
 
 
 @dataclass(repr=False)
@@ -23,10 +26,14 @@ class Plan(Shown):
     Attributes:
         delta: what would be attached, on the meta device.
         base_parameters: the size of the model.
+        base_bytes: what its tensors take, packed ones as they are.
+        packed_bytes: what they would take after `pl.quantize(model)`.
     """
 
     delta: Delta
     base_parameters: int
+    base_bytes: int
+    packed_bytes: int
 
     @property
     def addresses(self) -> list[str]:
@@ -44,6 +51,11 @@ class Plan(Shown):
         return self.delta.num_bytes
 
     @property
+    def optimizer_bytes(self) -> int:
+        """What AdamW keeps of what is trained: two numbers for each."""
+        return 2 * sum(p.nbytes for p in self.delta.parameters())
+
+    @property
     def larger(self) -> list[str]:
         """The tensors that have fewer numbers than their patches would train."""
         return [
@@ -59,10 +71,17 @@ class Plan(Shown):
     def _summary(self) -> str:
         return self.delta.total()
 
+    def _memory(self) -> str:
+        would = f" ({size(self.packed_bytes)} after pl.quantize)"
+        would = would if self.packed_bytes < self.base_bytes else ""
+        gradients, adamw = size(self.optimizer_bytes // 2), size(self.optimizer_bytes)
+        return f"base {size(self.base_bytes)}{would}, gradients {gradients}, AdamW {adamw}"
+
     def _lines(self) -> Iterator[str]:
         share = self.num_parameters / max(self.base_parameters, 1)
         yield self.delta.table()
         yield f"{self.delta.total()} ({share:.3%} of the base's {self.base_parameters:,})"
+        yield f"memory: {self._memory()}"
         if larger := self.larger:
             yield (
                 f"larger than the tensors that they change are {len(larger)} of {len(self)} "
@@ -84,4 +103,11 @@ def plan(model: nn.Module, method: Method | Sequence[Method]) -> Plan:
         for item in Placed.all([replace(site, on="meta") for site in sites], how)
     ]
     base = base_parameters(model, deltas(model).values())
-    return Plan(Delta("plan", methods, placed), numbers(model, (p for _, p in base)))
+    held = {
+        id(t): bytes_in(t)
+        for _, module in walk(model)
+        for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
+    }
+    count, now = numbers(model, (p for _, p in base)), sum(held.values())
+    return Plan(Delta("plan", methods, placed), count, now, now - saved(model))

@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftlite.core import maps
 from peftlite.core import targets as patterns
 from peftlite.core.attach import deltas
 from peftlite.core.patch import Targets
 from peftlite.core.site import Site, sites, walk
-from peftlite.core.tensors import bytes_in, is_sharded, raw
+from peftlite.core.tensors import bytes_in, is_quantized, is_sharded, raw
 from peftlite.core.turns import in_turn
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.fields import check_given
 from peftlite.io import base
-from peftlite.quant import keys, nf4
+from peftlite.quant import beside, keys, nf4
 from peftlite.quant.holder import hold, packings, release
 from peftlite.quant.packed import Packed
-from peftlite.quant.packing import KINDS, Packing, pack
+from peftlite.quant.packing import KINDS, Packing, pack, pack_beside
 from peftlite.table import Shown, size, table
 
 SMALL = 4096
@@ -53,31 +53,45 @@ class Packs(Shown):
 
     Attributes:
         kind: the format; those that a checkpoint has.
-        rows: for each tensor its address, shape, bytes before and after, and
-            ‖W − Ŵ‖ / ‖W‖, the relative error in the Frobenius norm; NaN of what was packed before.
+        shapes: of the tensors, by address, as all of these.
+        bytes_before: of each.
+        bytes_after: of its codes, and all that is beside them.
+        errors: ‖W − Ŵ‖ / ‖W‖, in the Frobenius norm; NaN of what was packed before.
         config: what config.json says of them as its `quantization_config`, so that transformers
             reads a saved model with bitsandbytes; None where that has no such layers.
     """
 
     kind: str
-    rows: tuple[tuple[str, tuple[int, ...], int, int, float], ...]
+    shapes: dict[str, tuple[int, ...]]
+    bytes_before: dict[str, int]
+    bytes_after: dict[str, int]
+    errors: dict[str, float]
     config: Mapping[str, Any] | None = None
 
     @property
     def nbytes(self) -> tuple[int, int]:
         """Bytes of the tensors, before and after."""
-        return sum(row[2] for row in self.rows), sum(row[3] for row in self.rows)
+        return sum(self.bytes_before.values()), sum(self.bytes_after.values())
+
+    def _add(self, address: str, w: Tensor, how: Packing, parts: Mapping[str, Tensor]) -> None:
+        self.shapes[address], self.bytes_before[address] = tuple(w.shape), w.nbytes
+        self.bytes_after[address] = sum(part.nbytes for part in parts.values())
+        lost = how.unpack(parts).float() - w.float()
+        self.errors[address] = float(lost.norm() / w.float().norm().clamp(min=1e-38))
 
     def _summary(self) -> str:
         before, after = self.nbytes
-        return f"{self.kind}: {len(self.rows)} tensors, {size(before)} in {size(after)}"
+        return f"{self.kind}: {len(self.shapes)} tensors, {size(before)} in {size(after)}"
 
     def _lines(self) -> Iterator[str]:
-        shown = [
-            [address, "×".join(map(str, shape)), size(before), size(after), _shown(error)]
-            for address, shape, before, after, error in self.rows
-        ]
-        yield table(["tensor", "shape", "bytes", "packed", "error"], shown)
+        columns = {
+            "tensor": [*self.shapes],
+            "shape": ["×".join(map(str, shape)) for shape in self.shapes.values()],
+            "bytes": [size(count) for count in self.bytes_before.values()],
+            "packed": [size(count) for count in self.bytes_after.values()],
+            "error": [_shown(error) for error in self.errors.values()],
+        }
+        yield table([*columns], [*zip(*columns.values(), strict=True)])
         yield self._summary()
 
 
@@ -94,6 +108,9 @@ def quantize(
     double_quant: bool = True,
     block: int = nf4.BLOCK,
     scales: str = "absmax",
+    rank: int = 0,
+    init: str = "loftq",
+    iterations: int = 1,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Packs:
     """W → codes and scales: packs large weights of a base in place, and freezes them.
@@ -113,6 +130,12 @@ def quantize(
             arXiv:2305.14314.
         block: weights that share one of nf4's scales: a power of 2 from 32 to 4096.
         scales: "absmax", the largest of the block, or "search", the one of ten that errs least.
+        rank: r of a product LR beside the codes Q, in the tensor's dtype, which makes up for what
+            those lose: W is read as Q + LR. It is of the base, and as frozen; 0 for none.
+        init: which comes first. "loftq": Q of W, then LR is the first r singular directions of
+            what is lost (Li et al., arXiv:2310.08659, algorithm 1); "pissa": LR the first of W,
+            then Q of the rest (QPiSSA, Meng et al., arXiv:2404.02948, §4), and LR once more.
+        iterations: how often Q and LR are found, each of what the other leaves.
         checkpoint: a safetensors file or a folder with all of the model's tensors, of which some
             are packed: they are read from there, and no other argument is given. The model may be
             on the meta device, so that it is never there unpacked.
@@ -130,55 +153,64 @@ def quantize(
     check_given("kind", kind, KINDS)
     check_given("scales", scales, ("absmax", "search"))
     check_given("block", block, nf4.SIZES)
+    check_given("init", init, beside.INITS)
+    for name, given, least in (("rank", rank, 0), ("iterations", iterations, 1)):
+        if type(given) is not int or given < least:
+            raise PeftliteError(f"{name} must be a whole number from {least} up, not {given!r}")
     _refuse_deltas(model)
     if checkpoint is not None:
-        given = (kind, targets, skip, double_quant, block, scales)
-        if given != ("nf4", None, (), True, nf4.BLOCK, "absmax"):
+        given = (kind, targets, skip, double_quant, block, scales, rank, init, iterations)
+        if given != ("nf4", None, (), True, nf4.BLOCK, "absmax", 0, "loftq", 1):
             raise PeftliteError("a checkpoint says what is packed, and how: give it alone")
         return _read(model, checkpoint)
-    return _pack(model, kind, _chosen(model, targets, skip), double_quant, block, scales)
-
-
-def _pack(
-    model: nn.Module, kind: str, chosen: list[Site], double: bool, block: int, scales: str
-) -> Packs:
-    found, rows = [], []
-    for site in chosen:
-        w = site.whole.detach()
-        how, parts = pack(w, kind, block, double, search=scales == "search")
-        found.append((site, how, parts))
-        error = (how.unpack(parts).float() - w.float()).norm() / w.float().norm().clamp(min=1e-38)
-        after = sum(part.nbytes for part in parts.values())
-        rows.append((site.address, tuple(w.shape), w.nbytes, after, float(error)))
-    for site, how, parts in found:
+    how: dict[str, Any] = {"kind": kind, "block": block, "double": double_quant}
+    how["search"] = scales == "search"
+    found, packs = [], Packs(kind, {}, {}, {}, {})
+    for site in _chosen(model, targets, skip):
+        w, stack = site.whole.detach(), len(site.layout.stack)
+        packed = pack_beside(w, rank, init, iterations, stack, **how) if rank else pack(w, **how)
+        found.append((site, *packed))
+        packs._add(site.address, w, *packed)
+    for site, packing, parts in found:
         codes = nn.Parameter(parts[""], requires_grad=False)
         for module, slot in site.owners:
-            hold(module, slot, how, codes, parts)
-    return Packs(kind, tuple(rows), _config(model, found, double))
+            hold(module, slot, packing, codes, parts)
+    return replace(packs, config=_config(model, found, double_quant))
 
 
 def _read(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Packs:
     """Fills a model from a checkpoint."""
-    rows, kinds = [], {}
+    packs, kinds = Packs("", {}, {}, {}, {}), {}
     for place, how in base.read(model, checkpoint):
-        kinds[how.kind] = None
-        before, after = how.shape.numel() * how.dtype.itemsize, bytes_in(raw(*place.owners[0]))
-        rows.append((place.names[0], tuple(how.shape), before, after, math.nan))
-    return Packs(", ".join(kinds) or "nothing", tuple(rows))
+        name, kinds[how.kind] = place.names[0], None
+        packs.shapes[name], packs.errors[name] = tuple(how.shape), math.nan
+        packs.bytes_before[name] = how.shape.numel() * how.dtype.itemsize
+        packs.bytes_after[name] = bytes_in(raw(*place.owners[0]))
+    return replace(packs, kind=", ".join(kinds) or "nothing")
 
 
 def _config(
     model: nn.Module, found: list[tuple[Site, Packing, Any]], double: bool
 ) -> Mapping[str, Any] | None:
     """What transformers has to know, where it has a layer of bitsandbytes for each tensor."""
-    hows = [how for _, how, _ in found]
     theirs = all(
-        how.kind == "nf4" and maps.kind_of(site.module) is maps.Linear for site, how, _ in found
+        how.kind == "nf4" and "left" not in parts and maps.kind_of(site.module) is maps.Linear
+        for site, how, parts in found
     )
     if not found or not theirs:
         return None
     left = [path for path, m in walk(model) if isinstance(m, nn.Linear) and not packings(m)]
-    return keys.config(hows[0].dtype, double, left)
+    return keys.config(found[0][1].dtype, double, left)
+
+
+def saved(model: nn.Module) -> int:
+    """The bytes fewer that a model would have after `quantize`, as that is by default."""
+    found = 0
+    for site in sites(model):
+        if Quantization().default(site) and not is_quantized(site.whole):
+            w = site.whole
+            found += w.nbytes - Packing("nf4", w.shape, w.dtype, nf4.BLOCK).nbytes(nested=True)
+    return found
 
 
 def _refuse_deltas(model: nn.Module) -> None:
@@ -212,7 +244,7 @@ def dequantize(model: nn.Module) -> None:
     """Codes → Ŵ: what `quantize` packed is plain again, frozen, and what the codes stood for.
 
     Raises:
-        PeftliteError: deltas are attached. Nothing has changed.
+        PeftliteError: deltas are attached, or the codes are sharded. Nothing has changed.
 
     Example:
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -224,6 +256,8 @@ def dequantize(model: nn.Module) -> None:
     for module in [*model.modules()]:
         for slot in [*packings(module)]:
             w, codes = raw(module, slot), module._parameters[slot]
+            if is_sharded(w):
+                raise PeftliteError(f"{slot!r} isn't here whole: dequantise before it is sharded")
             if id(codes) not in plain:
                 plain[id(codes)] = nn.Parameter(w.form(), requires_grad=False)
             release(module, slot, plain[id(codes)])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import peftlite as pl
 from peftlite.core.tensors import raw
 from peftlite.quant import keys
+from tests.errors.attach import attaching
 from tests.errors.case import Case, linears
 
 
@@ -23,6 +24,12 @@ def infinite() -> nn.Module:
 def packed() -> nn.Module:
     model = linears()
     pl.quantize(model, targets="0")
+    return model
+
+
+def spread() -> nn.Module:
+    model = packed()
+    model[0]._parameters["weight"].placements = ("Shard",)
     return model
 
 
@@ -114,6 +121,12 @@ UNREAD = "has a 'quant_state.bitsandbytes__nf4' that can't be read: …"
 CASES = [
     Case(quantizing(kind="nf5"), "kind must be one of 'nf4', 'int8', 'fp8', not 'nf5'",
          model=linears),
+    Case(quantizing(init="svd"), "init must be one of 'loftq', 'pissa', not 'svd'", model=linears),
+    Case(quantizing(iterations=0), "iterations must be a whole number from 1 up, not 0",
+         model=linears),
+    Case(attaching(pl.LoRA(rank=2, init="lora_ga", targets="0")), "0.weight is packed, and "
+         "init='lora_ga' goes by a gradient, which codes have none of: take another init, such as "
+         "'eva'", pl.TargetError, model=packed),
     Case(quantizing(), ATTACHED),
     Case(quantizing(kind="int8", checkpoint="x"), "a checkpoint says what is packed, and how: give "
          "it alone", model=linears),
@@ -133,6 +146,8 @@ CASES = [
     Case(filling, "1.weight has shape (2, 4) in the file, and (4, 4) in the model", pl.FileError,
          model=linears, file=holding({"1.weight": torch.zeros(2, 4)})),
     Case(lambda model, _: pl.dequantize(model), ATTACHED, model=with_lora),
+    Case(lambda model, _: pl.dequantize(model), "'weight' isn't here whole: dequantise before it "
+         "is sharded", model=spread),
     Case(quantizing(targets="0"), "0.weight is packed already, as nf4: skip it", model=packed),
     Case(quantizing(targets="0.bias"), "0.bias is torch.float32 of (4,); quantize takes tensors of "
          "two or more dimensions, of floats in 16 bits or more", pl.TargetError, model=linears),

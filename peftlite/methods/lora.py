@@ -16,7 +16,6 @@ from peftlite.core.tensors import wide
 from peftlite.errors import TargetError
 from peftlite.fields import number, one_of
 from peftlite.methods.low_rank import LowRankPatch, RankMethod
-from peftlite.quant.packed import Packed
 
 Scaling = Literal["alpha/r", "rslora"]
 Init = Literal[
@@ -158,11 +157,6 @@ class LoRA(RankMethod):
             raise TargetError(
                 f"init={self.init!r} goes by the inputs of linear maps, and {site.address} is no "
                 "weight of one that is called: leave it out with exclude="
-            )
-        if self.init == "lora_ga" and isinstance(site.whole, Packed):
-            raise TargetError(
-                f"{site.address} is packed, and init='lora_ga' goes by a gradient, which codes "
-                "have none of: take another init, such as 'eva'"
             )
         return type(self).patch(site, self)
 

@@ -17,6 +17,7 @@ from peftlite.core.tensors import narrow, wide
 from peftlite.core.turns import in_turn
 from peftlite.errors import PeftliteError
 from peftlite.methods.lora import LoRAPatch
+from peftlite.quant.packed import Packed
 from peftlite.table import listed, short
 from peftlite.verbs.use import using
 
@@ -125,6 +126,11 @@ def _look(
     seen: dict[str, Any] = {}
     by_gradient = _having(sites, "lora_ga")
     tensors = {address: placed.site.whole for address, placed in by_gradient.items()}
+    for address in (a for a, tensor in tensors.items() if isinstance(tensor, Packed)):
+        raise PeftliteError(
+            f"{address} is packed, and init='lora_ga' goes by a gradient, which codes have none "
+            "of: take another init, such as 'eva'"
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(using(model, None))
         stack.enter_context(_learning(tensors.values()))

@@ -150,6 +150,25 @@ def quantize(
         print(pl.quantize(model, "nf4"))
         pl.attach(model, pl.LoRA(rank=4, targets="0"))
     """
+    how = _how(kind, double_quant, block, scales, rank, init, iterations)
+    _refuse_deltas(model)
+    if checkpoint is not None:
+        if (targets, skip, how) != (None, (), _how()):
+            raise PeftliteError("a checkpoint says what is packed, and how: give it alone")
+        return _read(model, checkpoint)
+    return _pack(model, _chosen(model, targets, skip), how)
+
+
+def _how(
+    kind: str = "nf4",
+    double: bool = True,
+    block: int = nf4.BLOCK,
+    scales: str = "absmax",
+    rank: int = 0,
+    init: str = "loftq",
+    iterations: int = 1,
+) -> dict[str, Any]:
+    """What `pack` takes, or `pack_beside` where there is a rank. Raises PeftliteError."""
     check_given("kind", kind, KINDS)
     check_given("scales", scales, ("absmax", "search"))
     check_given("block", block, nf4.SIZES)
@@ -157,25 +176,23 @@ def quantize(
     for name, given, least in (("rank", rank, 0), ("iterations", iterations, 1)):
         if type(given) is not int or given < least:
             raise PeftliteError(f"{name} must be a whole number from {least} up, not {given!r}")
-    _refuse_deltas(model)
-    if checkpoint is not None:
-        given = (kind, targets, skip, double_quant, block, scales, rank, init, iterations)
-        if given != ("nf4", None, (), True, nf4.BLOCK, "absmax", 0, "loftq", 1):
-            raise PeftliteError("a checkpoint says what is packed, and how: give it alone")
-        return _read(model, checkpoint)
-    how: dict[str, Any] = {"kind": kind, "block": block, "double": double_quant}
+    how: dict[str, Any] = {"kind": kind, "double": double, "block": block}
     how["search"] = scales == "search"
-    found, packs = [], Packs(kind, {}, {}, {}, {})
-    for site in _chosen(model, targets, skip):
+    return how | ({"rank": rank, "init": init, "iterations": iterations} if rank else {})
+
+
+def _pack(model: nn.Module, chosen: list[Site], how: Mapping[str, Any]) -> Packs:
+    found, packs = [], Packs(how["kind"], {}, {}, {}, {})
+    for site in chosen:
         w, stack = site.whole.detach(), len(site.layout.stack)
-        packed = pack_beside(w, rank, init, iterations, stack, **how) if rank else pack(w, **how)
+        packed = pack_beside(w, stack=stack, **how) if "rank" in how else pack(w, **how)
         found.append((site, *packed))
         packs._add(site.address, w, *packed)
     for site, packing, parts in found:
         codes = nn.Parameter(parts[""], requires_grad=False)
         for module, slot in site.owners:
             hold(module, slot, packing, codes, parts)
-    return replace(packs, config=_config(model, found, double_quant))
+    return replace(packs, config=_config(model, found, how["double"]))
 
 
 def _read(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Packs:

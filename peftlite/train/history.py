@@ -37,7 +37,7 @@ class History(Shown):
     events: list[Event] = field(default_factory=list)
     stopped: str = ""
     best: Path | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def epochs(self) -> list[Event]:

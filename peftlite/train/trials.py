@@ -234,9 +234,12 @@ def _run_together(
     for trial, job in zip(trials, jobs, strict=True):
         halvers.append(_Halver(trial, halvers if prune else []))
         job.trainer.callbacks = [*job.trainer.callbacks, halvers[-1]]
-    for trial, history in zip(trials, train(jobs, None, progress=False), strict=True):
-        if (error := history.error) is not None:
-            trial.state, trial.error = "failed", str(error) or type(error).__name__
+    train(jobs, None, progress=False)
+    for trial, job in zip(trials, jobs, strict=True):
+        try:
+            job.done.result()
+        except PeftliteError as error:
+            trial.state, trial.error = "failed", str(error)
         _check_values(trial)
 
 

@@ -93,7 +93,7 @@ class Batcher:
                 while len(self._live) < most and (new := next(coming, None)) is not None:
                     self._live.append(new)
                     new.run()
-                over = [caller for caller in self._live if caller.over]
+                over = [caller for caller in self._live if caller.done.done()]
                 for caller in over:
                     self._live.remove(caller)
                     self._ahead.discard(caller)

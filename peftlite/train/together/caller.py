@@ -80,7 +80,7 @@ class Caller:
 
     Attributes:
         asked: what it waits for.
-        over: whether it has come to its end: with a result, or an error.
+        done: what it gives in the end, or its error.
     """
 
     def __init__(
@@ -92,9 +92,7 @@ class Caller:
     ) -> None:
         self.name, self._work, self._modes, self._draws = name, work, modes, draws
         self.asked: Any = None
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.over = False
+        self.done: Future[Any] = Future()
         self._answer: Future[Any] = Future()
         self._mode = modes.now()
         self._wake, self._sleep = threading.Lock(), threading.Lock()
@@ -115,12 +113,12 @@ class Caller:
         self._sleep.acquire()
         self._mode = self._modes.now()
         self._modes.set(outside)
-        if self.over:
+        if self.done.done():
             self._thread.join()
 
     def end(self) -> None:
         """Ends it where it waits."""
-        while not self.over:
+        while not self.done.done():
             self.run(error=Ended())
 
     def ask(self, what: Any) -> Any:
@@ -134,9 +132,8 @@ class Caller:
         self._wake.acquire()
         try:
             self._answer.result()
-            self.result = self._work(self.ask)
+            self.done.set_result(self._work(self.ask))
         except BaseException as error:
-            self.error = error
+            self.done.set_exception(error)
         finally:
-            self.over = True
             self._sleep.release()

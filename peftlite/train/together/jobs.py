@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Job(Callback):
     resume: Resume = False
     history: History = field(default_factory=History)
     bar: Any = None
+    done: Future[History] = field(default_factory=Future)
 
     @classmethod
     def of(cls, trainer: Any, resume: Resume) -> Job:
@@ -150,8 +152,9 @@ def train(jobs: Sequence[Job], at_once: int | None, progress: bool) -> list[Hist
 
         for caller in batcher.run(callers(), most):
             job = names[caller.name]
-            if caller.error is not None:
-                job.history.stopped, job.history.error = "failed", caller.error
+            job.done = caller.done
+            if (error := job.done.exception()) is not None:
+                job.history.stopped, job.history.error = "failed", error
             bank.evict(caller.name)
             bank.drop(caller.name)
     return [job.history for job in jobs]

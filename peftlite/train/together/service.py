@@ -51,9 +51,9 @@ class Request:
     on_model: bool
     future: Future[Any] = field(default_factory=Future)
 
-    def end(self, result: Any, error: BaseException | None = None) -> None:
-        if error is None:
-            self.future.set_result(result)
+    def end(self, done: Future[Any]) -> None:
+        if (error := done.exception()) is None:
+            self.future.set_result(done.result())
         else:
             self.future.set_exception(error)
 
@@ -218,13 +218,13 @@ class Service:
         for request in requests.values():
             if not request.on_model:
                 try:
-                    request.end(request.work())
+                    request.future.set_result(request.work())
                 except Exception as error:
-                    request.end(None, error)
+                    request.future.set_exception(error)
         given = {name: request for name, request in requests.items() if request.on_model}
         callers = (self._batcher.caller(name, request.work) for name, request in given.items())
         for caller in self._batcher.run(callers, len(given)):
-            given[caller.name].end(caller.result, caller.error)
+            given[caller.name].end(caller.done)
 
 
 def _leave(service: weakref.ref[Service], name: str) -> None:

@@ -77,7 +77,8 @@ class EachLinear(torch.autograd.Function):
 
             return differentiable(again, (x, w, bias, a, b, s), ctx.needs_input_grad, dy)
         dh = torch.bmm(dy, b).mul_(s)
-        db = torch.bmm(dy.mT, h) if ctx.needs_input_grad[4] else None
+        # by columns, as a bank's B lies
+        db = torch.bmm(h.mT, dy).mT if ctx.needs_input_grad[4] else None
         da = torch.bmm(dh.mT, x) if ctx.needs_input_grad[3] else None
         dx = (dy @ w).baddbmm_(dh, a) if ctx.needs_input_grad[0] else None
         return dx, None, None, da, db, None

@@ -91,20 +91,18 @@ class Holder:
     _packs: tuple[type, frozenset[str]]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__[ATTRIBUTE] and not self._takes(name, value):
+        if isinstance(value, Tensor) and name in packings(self) and not self._takes(name, value):
             raise PeftliteError(
                 f"{name!r} of a {type(self).__name__} is packed, and no tensor can be put in its "
                 "place: pl.dequantize the model first"
             )
         super().__setattr__(name, value)
 
-    def _takes(self, name: str, value: Any) -> bool:
-        """Whether a value is no tensor, or codes as they are there: FSDP2 spreads and gathers."""
-        codes: Any = self._parameters[name]
-        return not isinstance(value, Tensor) or (
-            isinstance(value, nn.Parameter)
-            and (value.dtype, value.shape) == (codes.dtype, codes.shape)
-        )
+    def _takes(self, slot: str, value: Tensor) -> bool:
+        """Whether a tensor is codes, as there are: FSDP2 spreads and gathers them."""
+        codes: Any = self._parameters[slot]
+        alike = (value.dtype, value.shape) == (codes.dtype, codes.shape)
+        return alike and isinstance(value, nn.Parameter)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = {name: b for name, b in self._buffers.items() if is_part(self, name)}

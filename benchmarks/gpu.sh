@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python -c 'import torch; assert torch.cuda.is_available(), "there is no GPU"'
-tests=(tests/kernels/interpreted.py tests/kernels/interpreted_beside.py tests/kernels/interpreted_rows.py)
+tests=(tests/kernels/interpreted{,_beside,_packed,_rows}.py)
 
 echo "== tests"
 python -m pytest -q -n 0 tests/kernels

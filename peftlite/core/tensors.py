@@ -21,7 +21,7 @@ Index: TypeAlias = "tuple[int, int, int] | None"
 def raw(module: Any, slot: str) -> Tensor:
     """The tensor in a slot as the base has it, patched or not, packed or parametrized or not."""
     tensor = module._parameters.get(slot)
-    if slot in module.__dict__.get(PACKED, ()):
+    if PACKED in module.__dict__ and slot in module.__dict__[PACKED]:
         return packed(module, slot)
     if tensor is None:
         tensor = module._buffers.get(slot)

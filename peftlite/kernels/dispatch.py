@@ -113,6 +113,16 @@ def ops(x: Tensor, wide: torch.dtype) -> ModuleType:
     return triton_ops
 
 
+def packed_ops(x: Tensor) -> ModuleType | None:
+    """Triton's operations on packed weights, where x is one that they are best for; or None."""
+    wanted = x.is_cuda if _forced is None else _forced == "triton"
+    if not wanted or not _runs_triton(x) or type(x) not in _PLAIN or forward_ad._current_level >= 0:
+        return None
+    from peftlite.kernels.triton import packed
+
+    return packed
+
+
 def why(w: Tensor) -> tuple[str, str]:
     """The path of a linear map of vectors with the weight W, and the reason in words."""
     found = "reference" if _forced == "reference" else path_with(w, w.dtype)

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.kernels import dispatch
 from peftlite.kernels.workspace import workspace
+
+Device: TypeAlias = "torch.device | str"
 
 BLOCK, NESTED_BLOCK = 64, 256
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -35,20 +39,20 @@ _HALF = 1 << 15  # half the bins of the table that codes are found by
 
 
 @functools.cache
-def levels() -> Tensor:
+def levels(device: Device = "cpu") -> Tensor:
     """The 16 levels (16,), ascending, in fp32."""
-    return torch.tensor(_LEVELS)
+    return torch.tensor(_LEVELS, device=device)
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
+def dynamic_map(device: Device = "cpu") -> Tensor:
     """The 256 values (256,), ascending, in fp32: 7 decades, twice the steps in each."""
     values = [0.0, 1.0]
     for i in range(7):
         bounds = torch.linspace(0.1, 1, 2**i + 1)
         means = (bounds[:-1] + bounds[1:]) / 2.0
         values += [sign * x for x in ((10.0 ** (i - 6)) * means).tolist() for sign in (1, -1)]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), device=device)
 
 
 def pack(w: Tensor, block: int, double: bool, search: bool = False) -> dict[str, Tensor]:
@@ -92,28 +96,28 @@ def nearest(blocks: Tensor, scale: Tensor) -> Tensor:
     step = workspace("step", size, torch.int32, device)
     step.copy_(torch.add(_HALF, y, alpha=_HALF, out=bin))
     q = workspace("q", (y.numel(),), torch.uint8, device)
-    torch.index_select(_bins().to(device), 0, step.view(-1), out=q)
+    torch.index_select(_bins(device), 0, step.view(-1), out=q)
     unsure = (q.view(torch.int64) & 0x1010101010101010).nonzero().view(-1)  # by eights
     q.view(-1, 8)[unsure] = _code(y.view(-1, 8)[unsure])
     return q.view(size)
 
 
 def _code(y: Tensor) -> Tensor:
-    c = levels().to(y.device, y.dtype)
+    c = levels(y.device).to(y.dtype)
     return torch.bucketize(y, (c[1:] + c[:-1]) / 2).to(torch.uint8)
 
 
 @functools.cache
-def _bins() -> Tensor:
+def _bins(device: Device) -> Tensor:
     """The codes (65537,) of what is in a bin, or 16: its bound may be off by a 30th of one."""
     start = torch.arange(-_HALF, _HALF + 1, dtype=torch.float64)
     first, last = (_code((start + end) / _HALF) for end in (-1 / 30, 31 / 30))
-    return torch.where(first == last, first, 16)
+    return torch.where(first == last, first, 16).to(device)
 
 
 def _least_error(blocks: Tensor, absmax: Tensor) -> Tensor:
     """Of ten scales from 0.75 to 1.1 of max |W|, that with the least Σ (W − Ŵ)² of each block."""
-    c, best, found = levels().to(blocks.device), torch.full_like(absmax, torch.inf), absmax
+    c, best, found = levels(blocks.device), torch.full_like(absmax, torch.inf), absmax
     for share in torch.linspace(0.75, 1.1, 10).tolist():
         scale = absmax * share
         made = c[nearest(blocks, scale).int()] * scale[:, None]
@@ -131,15 +135,15 @@ def _nested(absmax: Tensor) -> dict[str, Tensor]:
     y = torch.where(scale == 0, -1.0, rows.T / scale).T
     # bitsandbytes goes by a table of 65,536 steps, and not by the nearest value itself
     index = ((y + 1) * 32767.5 + 0.5).floor().long()
-    codes = _steps().to(absmax.device)[index].view(-1)[: len(absmax)]
+    codes = _steps(absmax.device)[index].view(-1)[: len(absmax)]
     return {"absmax": codes, "nested_absmax": scale, "nested_offset": offset}
 
 
 @functools.cache
-def _steps() -> Tensor:
+def _steps(device: Device) -> Tensor:
     values = dynamic_map()
     steps = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
-    return torch.bucketize(steps, ((values[1:] + values[:-1]) / 2).double()).to(torch.uint8)
+    return torch.bucketize(steps, ((values[1:] + values[:-1]) / 2).double()).to(device, torch.uint8)
 
 
 def scales(parts: Mapping[str, Tensor]) -> Tensor:
@@ -152,7 +156,7 @@ def scales(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _unnested(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    made = dynamic_map().to(codes.device).index_select(0, codes.int())
+    made = dynamic_map(codes.device).index_select(0, codes.int())
     return made.mul_(scale).add_(offset)
 
 
@@ -170,8 +174,11 @@ def rows(parts: Mapping[str, Tensor], at: Tensor, n: int, block: int) -> dict[st
 
 def unpack(parts: Mapping[str, Tensor], block: int, out: Tensor) -> Tensor:
     """Writes W, rounded once from fp32, into a contiguous tensor of n numbers."""
+    if (on_gpu := dispatch.packed_ops(out)) is not None:
+        on_gpu.unpack(parts, levels(out.device), dynamic_map(out.device), block, out)
+        return out
     codes, absmax, n = parts[""].view(-1), scales(parts), out.numel()
-    flat, pairs = out.view(-1), _pairs().to(codes.device)
+    flat, pairs = out.view(-1), _pairs(codes.device)
     whole = n // block * block
     rows = min(max(1, 2 * _PIECE // block) if out.is_cpu else n, whole // block)
     byte = workspace("byte", (rows * block // 2,), torch.int32, out.device)
@@ -191,8 +198,17 @@ def unpack(parts: Mapping[str, Tensor], block: int, out: Tensor) -> Tensor:
     return out
 
 
+def product(x: Tensor, parts: Mapping[str, Tensor], block: int, bias: Tensor | None) -> Any:
+    """y (…, o) = x Wᵀ + bias of a few rows x (…, i) without forming W (o, i); None if it can't."""
+    on_gpu = dispatch.packed_ops(x)
+    if on_gpu is None or not dispatch.is_plain_weight(parts[""]):
+        return None
+    return on_gpu.product(x, parts, levels(x.device), dynamic_map(x.device), block, bias)
+
+
 @functools.cache
-def _pairs() -> Tensor:
+def _pairs(device: Device) -> Tensor:
     """The two numbers in fp32 of a byte (256,), seen as one of int64."""
     byte, c = torch.arange(256), levels()
-    return torch.stack([c[byte >> 4], c[byte & 15]], 1).view(torch.int64).view(-1)
+    pairs = torch.stack([c[byte >> 4], c[byte & 15]], 1)
+    return pairs.view(torch.int64).view(-1).to(device)

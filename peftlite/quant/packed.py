@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftlite.kernels.workspace import workspace
 from peftlite.lazy import Lazy
-from peftlite.quant import beside
+from peftlite.quant import beside, nf4
 from peftlite.quant.packing import Packing, pack
 
 _transforms = torch._C._functorch.maybe_current_level
@@ -136,6 +136,9 @@ def _linear(x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if _transforms() is not None:
         return F.linear(x, w.packing.cast(x.dtype).unpack(w.parts), bias)
+    if w.packing.kind == "nf4" and not torch.is_grad_enabled():
+        if (y := nf4.product(x, w.parts, w.packing.block, bias)) is not None:
+            return y
     y: Any = _Linear.apply(x, bias, w.packing, w.parts)
     return y
 

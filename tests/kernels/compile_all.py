@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from peftlite.kernels.triton import kernels as triton_kernels
 from peftlite.kernels.triton import ops as triton_ops
+from peftlite.kernels.triton import packed as triton_packed
 from peftlite.kernels.triton import rescale as triton_rescale
 from peftlite.kernels.triton import rows as triton_rows
 from peftlite.kernels.triton import sparse as triton_sparse
@@ -32,6 +33,8 @@ WIDEST = {80: DTYPES[1:2], 90: DTYPES[:2]}
 PLANES = {"shrink": ["h"], "grad_ab": ["dh", "db"], "grad_a": ["da"]}
 FACTORS = {"a", "b", "up", "h", "dh", "sum"}
 KINDS = {"seed": "i64", "slots": "i64", "ranks": "i32", "index": "i32"}
+KINDS |= {"codes": "u8", "absmax": "u8"}
+KINDS |= dict.fromkeys(("values", "nested", "offset", "levels"), "fp32")
 KINDS |= dict.fromkeys(("scale", "planes", "change", "sums", "out"), "fp32")
 # what isn't divisible by 16, as the launcher sees it
 ODD = {"threshold", "scale", "each", "planes"}
@@ -69,6 +72,9 @@ def cases_of_no_rank() -> Iterator[Case]:
     for name in ("forward", "backward"):
         config = triton_rescale.TILE | {"BIAS": True, "num_stages": 3}
         yield f"rescale, {name}", getattr(triton_rescale, name), config
+    config = {"BLOCKS": 16, "HALF": 32, "NESTED": True, **NO_LOOP}
+    yield "packed, form", triton_packed.form, config
+    yield "packed, few", triton_packed.few, config | {"ROWS": 4, "BIAS": True}
     yield "grad_values", triton_sparse._sampled, triton_sparse.TILE | {"num_stages": 3}
 
 

@@ -253,3 +253,34 @@ def test_a_stand_in_guesses_what_no_file_tells() -> None:
     assert linear == {"h.0.c_attn.weight", "conv.weight"}
     transposed = {a for a, site in sites.items() if not site.is_call and site.layout.transposed}
     assert transposed == {"wte.weight", "h.0.c_attn.weight"}
+
+
+@torch.no_grad()
+def test_a_checkpoint_has_the_names_that_its_class_of_transformers_saves(tmp_path: Path) -> None:
+    """LLaVA's are those of older releases, and not those that its modules have by now."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    text = {**sizes, "model_type": "llama", "vocab_size": 16}
+    sight = {"model_type": "clip_vision_model", "image_size": 4, "patch_size": 2}
+    config = LlavaConfig(text_config=text, vision_config=sizes | sight, image_token_index=15)
+    model: Any = LlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    assert "language_model.lm_head.weight" in Checkpoint(tmp_path / "base")
+    methods = [pl.LoRA(rank=2, targets=["q_proj", "fc1"]), pl.FullTuning(targets="norm")]
+    delta = pl.attach(model, methods, name="a")
+    for parameter in delta.parameters():
+        parameter.normal_()
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(input_ids=ids).logits
+    pl.save(delta, tmp_path / "a.safetensors")
+    pl.export(delta, tmp_path / "peft")
+    for path in ("a.safetensors", "peft"):
+        pl.merge_files(tmp_path / "base", tmp_path / path, tmp_path / f"{path}.out")
+        merged: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / f"{path}.out")
+        assert (merged.eval()(input_ids=ids).logits - expected).abs().max() <= 1e-5
+    other = Checkpoint(tmp_path / "peft.out")
+    safetensors.torch.save_file(dict(other), tmp_path / "base" / "model.safetensors")
+    with pytest.raises(pl.BaseMismatchError, match="other base weights: language_model"):
+        pl.merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "other")

@@ -23,6 +23,7 @@ from peftlite.io.files import is_finite
 from peftlite.io.fingerprint import fingerprint, kind_of
 from peftlite.io.load import inspect, load
 from peftlite.io.merge_files import merge_files
+from peftlite.io.names import by_names_of
 from peftlite.io.native import save
 from peftlite.io.tied import base_of
 from peftlite.methods.full import FullTuning
@@ -78,7 +79,7 @@ def run_verify(args: argparse.Namespace) -> Outcome:
 
 def _differing(info: Info, base: Checkpoint) -> list[str]:
     """The tensors of a base that are missing, or aren't those that a delta was made for."""
-    differing = []
+    differing, info = [], by_names_of(base, info)
     for address, theirs in _with_bar(info.base.items(), "base"):
         names = [address, *info.modules[address].get("names", ())]
         there = [name for name in names if name in base]
@@ -215,14 +216,15 @@ def _weighted(text: str) -> tuple[str, float]:
 def _stand_in(base: str, files: list[str], transposed: bool) -> nn.Module:
     """A base of a checkpoint's tensors, in modules as the files of deltas tell them."""
     modules: dict[str, Any] = {}
+    checkpoint = Checkpoint(base)
     for path in files:
         try:
-            info = inspect(path)
+            info = by_names_of(checkpoint, inspect(path))
         except FileError:
             continue  # a pickle, or what the command itself will refuse
         modules |= info.modules
         transposed = transposed or info.transposed
-    return base_of(Checkpoint(base), modules, transposed)
+    return base_of(checkpoint, modules, transposed)
 
 
 def _written(out: str, data: dict[str, Any], *about: str) -> Outcome:

@@ -16,6 +16,7 @@ from peftlite.io.checkpoint import Checkpoint
 from peftlite.io.fingerprint import difference, fingerprint, kind_of
 from peftlite.io.fitting import CheckBase, check_mode
 from peftlite.io.load import inspect, load
+from peftlite.io.names import by_names_of
 from peftlite.io.tied import base_of
 from peftlite.progress import bar
 from peftlite.verbs.merge import Receipt
@@ -54,7 +55,8 @@ def merge_files(
         print(pl.merge_files("base.safetensors", "sql.safetensors", "out.safetensors"))
     """
     check_mode(check_base)
-    checkpoint, info = Checkpoint(base), inspect(delta)
+    checkpoint = Checkpoint(base)
+    info = by_names_of(checkpoint, inspect(delta))
     model = base_of(checkpoint, info.modules, info.transposed)
     placed = load(model, delta, check_base="off")
     refuse_calls(placed)

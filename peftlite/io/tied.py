@@ -82,6 +82,7 @@ def base_of(checkpoint: Checkpoint, modules: Modules, transposed: bool = False) 
     embedding = tied_embedding(checkpoint)
     model = stand_in(checkpoint, with_ties(modules, checkpoint, embedding), transposed)
     its: Any = model
+    its.checkpoint = checkpoint
     its.config = SimpleNamespace(
         **{**checkpoint.config, "tie_word_embeddings": embedding is not None}
     )

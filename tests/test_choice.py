@@ -425,6 +425,20 @@ def test_a_weight_read_from_outside_is_the_choice_s(pair: Pair) -> None:
         close(layer.weight.detach(), both)
 
 
+def test_a_model_that_would_make_a_cache_makes_none_under_rows() -> None:
+    kind = KIND["hf_llama"]
+    model, batch = kind.model(), {"input_ids": kind.batch()["input_ids"]}
+    for name in "ab":
+        disturb(pl.attach(model, pl.LoRA(rank=2), name=name))
+    with pl.using(model, rows=["a", "b"]):
+        output = model(**batch)
+        rows = model(*batch.values(), None, use_cache=None)
+    assert output.past_key_values is None and torch.equal(output.logits, rows.logits)
+    for i, name in enumerate("ab"):
+        with pl.using(model, name):
+            close(output.logits[i], model(**batch).logits[i])
+
+
 def test_a_weight_read_under_rows_is_refused(pair: Pair) -> None:
     with pl.using(pair.model, rows=["a", None]):
         with pytest.raises(pl.PeftliteError, match="'weight' is read outside of a call"):

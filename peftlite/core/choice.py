@@ -10,6 +10,7 @@ the choice that it began with to its end, whatever another thread chooses meanwh
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -282,9 +283,11 @@ def by_rows(
     """Runs the rows that share a choice together, and puts the results back in order.
 
     An argument is split if it is a tensor with one row per entry of `rows`; every tensor that comes
-    back must again have one row per row that went in.
+    back must again have one row per row that went in. A cache has no rows of its own: none is
+    taken, and none is made unless it is asked for.
     """
     b = len(rows.rows)
+    kwargs = _uncached(run, args, kwargs)
     common = {name: x for name, x in kwargs.items() if name in _COMMON}
     own_kwargs = {name: x for name, x in kwargs.items() if name not in common}
     leaves, spec = pytree.tree_flatten((args, own_kwargs))
@@ -316,6 +319,18 @@ def by_rows(
         for parts in zip(*(leaves for leaves, _ in flat), strict=True)
     ]
     return pytree.tree_unflatten(together, flat[0][1])
+
+
+def _uncached(run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that is to make no cache. Raises PeftliteError if it is given one."""
+    if any(hasattr(x, "get_seq_length") for x in (*args, *kwargs.values())):
+        raise PeftliteError(
+            "rows= can't split the cache that this call is given, which is of all rows: call the "
+            "model without one, in generate by use_cache=False, or by a pl.DeltaBank, with one"
+        )
+    names = [*inspect.signature(run).parameters]
+    makes = "use_cache" in names[len(args) :] and kwargs.get("use_cache") is None
+    return {**kwargs, "use_cache": False} if makes else kwargs
 
 
 def _together(parts: tuple, counts: list[int], back: Tensor) -> Any:

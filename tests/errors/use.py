@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,11 @@ def with_rows(rows: list[Any], b: int) -> Callable[[Any, Path], None]:
     return act
 
 
+def with_a_cache(model: nn.Module, _: Path) -> None:
+    with pl.using(model, rows=["sql", None]):
+        model(torch.zeros(2, 4), SimpleNamespace(get_seq_length=lambda: 0))
+
+
 def read_under_rows(model: nn.Module, _: Path) -> None:
     with pl.using(model, rows=["sql", None]):
         model.blocks[0].attn.q_proj.weight.sum()
@@ -156,6 +162,9 @@ IN_ROWS = [
       for rows in ([None, "sql"], ["sql"] * 4)),
     Case(read_under_rows, "'weight' is read outside of a call of its module while rows= is in "
          "force: call the model itself, so that the rows can be told apart"),
+    Case(with_a_cache, "rows= can't split the cache that this call is given, which is of all rows: "
+         "call the model without one, in generate by use_cache=False, or by a pl.DeltaBank, with "
+         "one", model=two),
     not_per_row(lambda y: y.sum(), "a tensor of shape ()"),
     not_per_row(lambda y: (y, y.mean(0)), "a tensor of shape (4,)"),
     not_per_row(lambda y: (y, object()), "a object"),

@@ -95,10 +95,10 @@ def test_generate_is_transformers_with_the_delta(run: Run) -> None:
 
 def test_generate_draws_as_transformers_does(run: Run) -> None:
     told = run("generate", "plain", "sql.safetensors", "--prompt", "if", "--temperature", "0.7",
-               "--top-p", "0.9", "--seed", "3")  # fmt: skip
+               "--top-k", "9", "--top-p", "0.9", "--seed", "3")  # fmt: skip
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9}
     assert told == expected("if", "sql", **options) + "\n" != expected("if", "sql") + "\n"
     torch.set_rng_state(state)
 
@@ -137,6 +137,7 @@ def test_chat(run: Run) -> None:
     said = {"role": "assistant", "content": first}
     lines = [
         (one["content"], first), (two["content"], expected([one, said, two], "sql")), ("", None),
+        ("/off", None), ("/retry", expected([one, said, two])), ("/use sql", None),
         ("/reset", None), ("/off", None), (one["content"], base), ("/reset", None),
         ("/load b=chat.safetensors", None), (one["content"], expected([one], "chat")),
         ("/reset", None), ("/use sql+b", None), (one["content"], expected([one], "sql", "chat")),
@@ -160,7 +161,7 @@ def test_chat_goes_on_after_a_wrong_line(run: Run) -> None:
         "peftlite: no delta is called 'lost'; there are base; sql",
         "peftlite: there is no file 'lost'",
         "peftlite: /load takes the path of a delta's file",
-        "peftlite: there is no /turn: there are /use, /off, /load, /reset, /help, /quit",
+        "peftlite: there is no /turn: there are /use, /off, /load, /retry, /reset, /help, /quit",
     ]
     assert "/use NAME" in err
 

@@ -33,12 +33,13 @@ Show = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Style:
-    """How tokens are drawn: the likeliest one next, unless a temperature or a top_p is given."""
+    """How tokens are drawn: the likeliest one next, unless a setting of chance is given."""
 
     max_new_tokens: int = integer(128)
     temperature: float | None = number(
         None, float, lambda x: 0 <= x < math.inf, "finite and from 0 up"
     )
+    top_k: int | None = integer(None)
     top_p: float | None = number(None, float, lambda p: 0 < p <= 1, "in (0, 1]")
     seed: int = number(0, int, lambda n: 0 <= n < 2**63, "from 0 up to 2**63 - 1")
 
@@ -54,7 +55,7 @@ class Style:
     @property
     def sampling(self) -> dict[str, Any]:
         """As transformers' `generate` takes it; the rest is as the model's folder has it."""
-        given = {"temperature": self.temperature, "top_p": self.top_p}
+        given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         given = {name: value for name, value in given.items() if value is not None}
         return {"do_sample": True, **given} if given and self.temperature != 0 else GREEDY
 

@@ -100,6 +100,7 @@ _WRITING = {
     ),
     "--max-new-tokens": _whole("N", "to write, at most", default=128),
     "--temperature": _number("T", "above 0, draw the next token (default: take the likeliest)"),
+    "--top-k": _whole("K", "draw among the K likeliest (default: as the model has it)"),
     "--top-p": _number(
         "SHARE", "draw among the likeliest that have this share together (default: 1)"
     ),
@@ -310,6 +311,9 @@ COMMANDS = {
                 "N", "steps between looks at whether the loss is finite (default: 1; 16 on a GPU)"
             ),
             "--keep": _whole("N", "checkpoints that stay, and the best one (default: 3)"),
+            "--num-workers": _whole(
+                "N", "processes that make batches ahead; no bit of the result changes (default: 0)"
+            ),
             "--dtype": _DTYPE,
             "--autocast": _one_of(
                 ("bf16", "fp16"), "what the forward pass computes in (default: --dtype)"

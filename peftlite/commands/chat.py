@@ -17,6 +17,7 @@ HELP = """\
 /use NAME    answer with a delta, with several as NAME+NAME
 /off         answer with the model by itself
 /load PATH   take up another delta, and use it; NAME=PATH gives it a name
+/retry       answer the last message again
 /reset       forget what was said
 /quit        leave, as Ctrl-D does; Ctrl-C ends an answer"""
 
@@ -76,7 +77,8 @@ class Chat:
     def __post_init__(self) -> None:
         self.commands: dict[str, Callable[[str], Any]] = {
             "/use": self.use, "/off": lambda _: self.use(BASE), "/load": self.load,
-            "/reset": lambda _: self.said.clear(), "/help": lambda _: _tell(HELP),
+            "/retry": self.retry, "/reset": lambda _: self.said.clear(),
+            "/help": lambda _: _tell(HELP),
         }  # fmt: skip
 
     def take(self, line: str) -> bool:
@@ -107,6 +109,17 @@ class Chat:
         self.writer.choice(name)
         self.name = name
         _tell(f"with {name}")
+
+    def retry(self, _: str) -> None:
+        """Answers the last message anew; if that fails, the answer that it had stays."""
+        if not self.said:
+            raise PeftliteError("/retry answers the last message again, and none was answered")
+        was, self.said = self.said, self.said[:-2]
+        try:
+            self.answer(was[-2]["content"])
+        except BaseException:
+            self.said = was
+            raise
 
     def load(self, given: str) -> None:
         if not given:

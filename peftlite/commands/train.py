@@ -39,7 +39,7 @@ NEEDED = ("model", "data", "out")
 SETTINGS = (
     "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "b_ratio", "schedule", "warmup",
     "weight_decay", "clip", "metric", "patience", "valid_every", "save_every", "check_every",
-    "keep", "autocast", "compile", "gradient_checkpointing", "parallel", "seed",
+    "keep", "num_workers", "autocast", "compile", "gradient_checkpointing", "parallel", "seed",
 )  # fmt: skip
 
 

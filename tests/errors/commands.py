@@ -101,6 +101,9 @@ CASES = [
     Case(lambda *_: Chat(None, "base", []).take("/load "),  # type: ignore
          "/load takes the path of a delta's file", model=nn.ReLU),
     Case(lambda *_: Chat(None, "base", []).take("/exit"),  # type: ignore
-         "there is no /exit: there are /use, /off, /load, /reset, /help, /quit", model=nn.ReLU),
+         "there is no /exit: there are /use, /off, /load, /retry, /reset, /help, /quit",
+         model=nn.ReLU),
+    Case(lambda *_: Chat(None, "base", []).take("/retry"),  # type: ignore
+         "/retry answers the last message again, and none was answered", model=nn.ReLU),
     config("[1, 2]", "'…' isn't of options, such as `rank: 8`, a line each"),
 ]  # fmt: skip

@@ -68,6 +68,8 @@ CASES = [
     asking("'LoraConfig' is a LORA with 'megatron_config' as {'a': 1}, which may change the model "
            "in a way that peftlite doesn't have", "LoraConfig",
            target_modules=["q_proj"], megatron_config={"a": 1}),
+    asking("'LoraConfig' has 'init_lora_weights' as 'corda'" + LEFT_OUT, "LoraConfig",
+           target_modules=["q_proj"], init_lora_weights="corda"),
     asking("'LoraConfig' has 'lora_bias' as True" + LEFT_OUT, "LoraConfig",
            target_modules=["q_proj"], lora_bias=True),
     asking("'LoraConfig' has 'init_lora_weights' as 'eva'" + LEFT_OUT, "LoraConfig",

@@ -53,6 +53,7 @@ def test_is_the_trainers_own_run(run: Run) -> None:
     told = found(
         run, "--out", "sql", "--rank", "4", "--targets", "q_proj", "v_proj", "--set",
         "dropout=0.1", "--validation", "0.25", "--lr-multiplier", "2", "--seed", "3",
+        "--num-workers", "1",
     )  # fmt: skip
     model, tokenizer = local.model("model"), local.tokenizer("model")
     train, val = data.chat("chats.jsonl", tokenizer, max_length=64).split(0.25, seed=3)

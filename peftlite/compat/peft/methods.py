@@ -33,7 +33,6 @@ from peftlite.methods.fourier import FourierFT
 from peftlite.methods.full import FullTuning
 from peftlite.methods.ia3 import IA3
 from peftlite.methods.lokr import LoKr
-from peftlite.methods.lora import LoRA
 from peftlite.methods.norm import NormTuning
 from peftlite.methods.prefix import PrefixPatch, PrefixTuning
 from peftlite.methods.prompt import PromptTuning, encoder, takers
@@ -163,6 +162,9 @@ class Wanted:
             yield method, bias
 
     def _method(self, form: Form, layer: Layer) -> Method:
+        known = _INITS if self.kind == "LORA" else {"lycoris": None}
+        if isinstance(self.start, str) and self.start not in known:
+            self._refuse(next(name for name in _STARTS if name in self.settings.data))
         method = form.method(self.settings, layer, {})
         if isinstance(method, FourierFT):
             return replace(
@@ -171,10 +173,8 @@ class Wanted:
         if isinstance(method, SHiRA):
             seed = self.settings.data.get("random_seed")
             return replace(method, seed=torch.initial_seed() % 2**63 if seed is None else seed)
-        known = _INITS.get(self.start) if isinstance(method, LoRA) else None
-        if known is None and not isinstance(self.start, bool) and self.start != "lycoris":
-            self._refuse(next(name for name in _STARTS if name in self.settings.data))
-        return replace(method, init=known) if known else method
+        init = known.get(self.start)
+        return replace(method, init=init) if init else method
 
     # -- what is beside it
 

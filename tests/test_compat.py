@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from peft.utils import constants
@@ -72,8 +73,9 @@ class Library:
         return model
 
     def _moved(self, key: str, x: Tensor) -> Tensor:
-        """A value near another one, equal for what is tied."""
-        if not x.is_floating_point() or key.endswith(("vera_A", "vera_B")):
+        """A value near another one, equal for what is tied; the base's own stay."""
+        kept = ("vera_A", "vera_B", "original_module.weight")
+        if not x.is_floating_point() or key.endswith(kept):
             return x
         with seeded(len(self._states)):
             return x + 0.1 * torch.randn(x.shape)
@@ -313,7 +315,7 @@ def low_level(lib: Library) -> Iterator[Any]:
     lib.begin(model)
     yield model(x).detach(), isinstance(model, lib.PeftModel)
     state = lib.get_peft_model_state_dict(model)
-    yield {key.removeprefix("base_model.model."): tuple(x.shape) for key, x in state.items()}
+    yield {key: tuple(x.shape) for key, x in state.items()}
     result = lib.set_peft_model_state_dict(model, {key: 2 * x for key, x in state.items()})
     yield result.unexpected_keys, model(x).detach()
 
@@ -353,7 +355,15 @@ def heads(lib: Library) -> Iterator[Any]:
         yield from trained(model, {"input_ids": IDS, "attention_mask": MASK, **labels})
 
 
+def layers(lib: Library) -> Iterator[Any]:
+    model = lib.model(llama(), "LoraConfig", task_type="CAUSAL_LM")
+    for switch in (model.base_model.disable_adapter_layers, model.enable_adapter_layers):
+        switch()
+        yield logits(model), model.base_model.peft_config["default"].r
+
+
 SCRIPTS = [
+    layers,
     quick_tour,
     merging,
     unloading,
@@ -468,9 +478,27 @@ def test_a_base_is_found_by_what_the_folder_says(tmp_path: Path) -> None:
         folder = tmp_path / ("theirs" if lib.names is peft else "ours")
         base: Any = llama()
         base.save_pretrained(folder / "base")
-        base = type(base).from_pretrained(folder / "base")
+        kind = type(base)
+        base = kind.from_pretrained(folder / "base")
         lib.model(base, "LoraConfig", task_type="CAUSAL_LM").save_pretrained(folder / "adapter")
         yield logits(lib.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval())
+        for name, auto in (("plain", lib.AutoPeftModel), ("more", lib.AutoPeftModelForCausalLM)):
+            base = kind.from_pretrained(folder / "base")
+            settings: dict[str, Any] = {}
+            if name == "more":  # tokens than the base has
+                words = {str(n): n for n in range(SIZES["vocab_size"] + 3)}
+                coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "0"))
+                coder = transformers.PreTrainedTokenizerFast(tokenizer_object=coder)
+                coder.save_pretrained(folder / name)
+                with seeded():
+                    base.resize_token_embeddings(len(words))
+                settings = {
+                    "task_type": "CAUSAL_LM",
+                    "modules_to_save": ["embed_tokens", "lm_head"],
+                }
+            lib.model(base, "LoraConfig", **settings).save_pretrained(folder / name)
+            again = auto.from_pretrained(folder / name).eval()
+            yield logits(again)[..., : SIZES["vocab_size"]]
 
     both(script)
 

@@ -8,7 +8,6 @@ Where there is a checkpoint alone, it is asked of the class that its config.json
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -100,10 +99,11 @@ def _model_of(checkpoint: Checkpoint) -> Any:
     if not {"text_config", "vision_config"} & config.keys():  # spares the import
         return None
     try:
-        transformers: Any = importlib.import_module("transformers")
+        import transformers
+
         # Qwen2-VL says its class with its text part
         said = config.get("architectures") or config["text_config"]["architectures"]
-        kind = getattr(transformers, said[0])
+        kind: Any = getattr(transformers, said[0])
         folder = checkpoint.folder or checkpoint.path.parent
         with torch.device("meta"):
             return kind(kind.config_class.from_pretrained(folder, local_files_only=True))

@@ -100,6 +100,9 @@ CASES = [
     asking("LoraConfig takes no rank=; it takes task_type, …", "LoraConfig", rank=3),
     doing("no adapter is named 'poem'; there are: sql, chat",
           lambda model, _: model.delete_adapter("poem")),
+    doing("a folder of peftlite's holds what an adapter changes, and no embedding of the base's: "
+          "leave save_embedding_layers= out, and have those that train in modules_to_save",
+          lambda model, path: model.save_pretrained(path, save_embedding_layers=True)),
     doing("peftlite writes no pickles: leave safe_serialization= out",
           lambda model, path: model.save_pretrained(path, safe_serialization=False)),
     Case(lambda _, path: peft.AutoPeftModelForCausalLM.from_pretrained(path), "'…' doesn't say "

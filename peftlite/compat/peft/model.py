@@ -31,7 +31,7 @@ from peftlite.compat.peft.weighted import weighted
 from peftlite.core.attach import check, commit, deltas, detach, new_delta
 from peftlite.core.delta import Delta
 from peftlite.core.find import require
-from peftlite.core.host import Host, lay_over
+from peftlite.core.host import Host, base_class, lay_over
 from peftlite.core.turns import turn
 from peftlite.errors import PeftliteError
 from peftlite.io.export import export
@@ -166,6 +166,15 @@ class PeftModel(nn.Module):
         """Makes adapters trainable, or freezes them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._delta(name).requires_grad_(requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Takes all adapters out of the model's calls, until `enable_adapter_layers`."""
+        self.__dict__.setdefault("_enabled", require(self)[1].choice.standing)
+        use(self, None)
+
+    def enable_adapter_layers(self) -> None:
+        """Chooses what was chosen before `disable_adapter_layers`."""
+        use(self, self.__dict__.pop("_enabled", require(self)[1].choice.standing))
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """A `with` in which the base runs alone; what is merged into it stays."""
@@ -314,6 +323,7 @@ class PeftModel(nn.Module):
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
+        save_embedding_layers: bool | str = "auto",
         **_: Any,
     ) -> None:
         """Writes adapters as folders of peft's, "default" into the folder itself.
@@ -322,6 +332,12 @@ class PeftModel(nn.Module):
         """
         if not safe_serialization:
             raise PeftliteError("peftlite writes no pickles: leave safe_serialization= out")
+        if save_embedding_layers is True:
+            raise PeftliteError(
+                "a folder of peftlite's holds what an adapter changes, and no embedding of the "
+                "base's: leave save_embedding_layers= out, and have those that train in "
+                "modules_to_save"
+            )
         for name in selected_adapters or [*deltas(self)] if is_main_process else ():
             with tempfile.TemporaryDirectory() as made:
                 export(self._delta(name), Path(made) / "new", settings=self._said(name))
@@ -335,6 +351,10 @@ class PeftModel(nn.Module):
     def _said(self, name: str) -> dict[str, Any]:
         """What a config says of the base, and of what it is for."""
         data = self.peft_config[name].given()
+        kind: Any = base_class(self)
+        if not data.get("task_type"):  # by which AutoPeftModel knows the base's class
+            its = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            data = {"auto_mapping": its, **data}
         kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
         return {key: data[key] for key in kept if data.get(key)}
 
@@ -349,7 +369,8 @@ class _Tuner:
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model if hasattr(PeftModel, name) else self._base, name)
+        own = hasattr(PeftModel, name) or name == "peft_config"
+        return getattr(self.model if own else self._base, name)
 
 
 class PeftModelForSequenceClassification(PeftModel):
@@ -489,14 +510,21 @@ class AutoPeftModel:
         path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base, by what the folder says of it, with the adapter. Raises PeftliteError."""
+        """The base, by what the folder says of it, with the adapter. Raises PeftliteError.
+
+        Where its tokenizer is in the folder, too, and has more tokens, they get embeddings.
+        """
         import transformers
 
-        folder = folder_of(path)
-        config = PeftConfig.from_pretrained(folder)
-        auto = cls.auto or _AUTO.get(config.task_type or "", "AutoModel")
+        folder = folder_of(path, None, revision)
+        config = config or PeftConfig.from_pretrained(folder)
+        said = config.given().get("auto_mapping") or {}
+        known = said.get("base_model_class") or "AutoModel"  # looked up in transformers alone
+        auto = cls.auto or _AUTO.get(config.task_type or "", known)
         if not config.base_model_name_or_path:
             raise PeftliteError(
                 f"{os.fspath(path)!r} doesn't say what its base is: load that yourself, then "
@@ -505,6 +533,10 @@ class AutoPeftModel:
         where = {"revision": config.revision} if config.revision else {}
         kind: Any = getattr(transformers, auto)
         base = kind.from_pretrained(config.base_model_name_or_path, **where, **kwargs)
+        if (folder / "tokenizer_config.json").is_file():
+            tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
+            if tokens > base.get_input_embeddings().num_embeddings:
+                base.resize_token_embeddings(tokens)
         return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, config)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlite.compat.peft.model import PeftModel
 from peftlite.core.attach import deltas
 from peftlite.core.find import named, require
 from peftlite.errors import PeftliteError
 from peftlite.io.files import write_file
 from peftlite.io.load import read
-from peftlite.io.peft.folder import CONFIG, MODEL, PREFIX, PROMPTS
+from peftlite.io.peft.folder import CONFIG, MODEL, PREFIX, PROMPTS, START
 from peftlite.io.peft.writing import AS_IN, plan
 
 
@@ -31,7 +32,9 @@ def get_peft_model_state_dict(
         model = get_peft_model(nn.Sequential(nn.Linear(4, 2)), LoraConfig(target_modules=["0"]))
         assert "base_model.model.0.lora_A.weight" in get_peft_model_state_dict(model)
     """
-    return {key: tensor.detach() for key, tensor in _planned(model, adapter_name)[1].items()}
+    start = "" if isinstance(model, PeftModel) else START  # which peft's wrapper adds
+    tensors = _planned(model, adapter_name)[1]
+    return {key.removeprefix(start): tensor.detach() for key, tensor in tensors.items()}
 
 
 def _planned(model: Any, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -74,7 +74,7 @@ class Writer:
         self.tokenizer: Any = local.tokenizer(args.model)
         self.coder: Tokenizer = as_tokenizer(self.tokenizer)
         device = local.device(args.device or local_device())
-        self.model: Any = local.model(args.model, args.dtype).to(device)
+        self.model: Any = local.model(args.model, args.dtype, args.quantize).to(device)
         self.deltas: dict[str, str] = {}  # in the model, by what they are called here
 
         for given in (*args.deltas, *(getattr(args, "delta", None) or ())):

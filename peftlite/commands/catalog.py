@@ -83,6 +83,9 @@ _SVD = {
 }
 
 _DTYPE = _one_of(("auto", "fp32", "bf16", "fp16"), "of the base; auto as its files have it", "auto")
+_QUANTIZE = _one_of(
+    ("nf4", "int8", "fp8"), "packs the base as pl.quantize does (default: as its files have it)"
+)
 _DEVICE = _given(None, "such as cuda:1 (default: an accelerator if there is one, else cpu)")
 _CHECK_BASE = {
     "--check-base": _one_of(
@@ -91,7 +94,7 @@ _CHECK_BASE = {
         "error",
     )
 }
-_LOADING = {**_CHECK_BASE, "--dtype": _DTYPE, "--device": _DEVICE}
+_LOADING = {**_CHECK_BASE, "--dtype": _DTYPE, "--quantize": _QUANTIZE, "--device": _DEVICE}
 _MODEL = _given("MODEL", "a local folder of transformers")
 _PROMPTS = "a prompt a line; in a .jsonl or .json file chats, or pairs of prompt and response"
 _WRITING = {
@@ -315,6 +318,7 @@ COMMANDS = {
                 "N", "processes that make batches ahead; no bit of the result changes (default: 0)"
             ),
             "--dtype": _DTYPE,
+            "--quantize": _QUANTIZE,
             "--autocast": _one_of(
                 ("bf16", "fp16"), "what the forward pass computes in (default: --dtype)"
             ),

@@ -10,30 +10,38 @@ import torch
 
 from peftlite.errors import FileError, PeftliteError, reason
 from peftlite.table import listed
+from peftlite.verbs.quantize import quantize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # what one is saved in
 LONGEST = 200  # letters of what transformers says of a folder
 
 
-def model(folder: str, dtype: str = "auto") -> Any:
+def model(folder: str, dtype: str = "auto", packed: str | None = None) -> Any:
     """The causal language model in a folder, in evaluation mode. Raises FileError.
 
     Args:
         dtype: "auto", as its files have it, for deltas know a base by its very numbers; or one of
             DTYPES.
+        packed: the kind of `pl.quantize`, which packs it; None leaves it as it is.
     """
     model, found = _model("AutoModelForCausalLM", folder, dtype)
     if lacking := sorted(found["missing_keys"]):  # which transformers makes up
         raise FileError(
             f"{folder!r} is no causal language model, or not all of one: it lacks {listed(lacking)}"
         )
-    return model
+    return _packed(model, packed)
 
 
-def encoder(folder: str, dtype: str = "auto") -> Any:
+def encoder(folder: str, dtype: str = "auto", packed: str | None = None) -> Any:
     """The model in a folder without a head, in evaluation mode. Raises FileError."""
-    return _model("AutoModel", folder, dtype)[0]
+    return _packed(_model("AutoModel", folder, dtype)[0], packed)
+
+
+def _packed(model: Any, kind: str | None) -> Any:
+    if kind is not None:
+        quantize(model, kind)
+    return model
 
 
 def device(name: str | torch.device) -> torch.device:

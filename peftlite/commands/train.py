@@ -127,7 +127,8 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
         _pairs if paired else _examples, tokenizer=tokenizer, length=args.max_length, most=most
     )
     train, val = _parts(args, read)
-    model = (local.encoder if paired else local.model)(args.model, args.dtype)
+    made = local.encoder if paired else local.model
+    model = made(args.model, args.dtype, args.quantize)
     if not will_shard(args.parallel, model):  # or each process takes its shard
         model = model.to(device)
     what = plan(model, method)

@@ -16,8 +16,10 @@ import peftlite as pl
 import peftlite.train.data as data
 from peftlite import cli
 from peftlite.commands import local
+from peftlite.commands.catalog import COMMANDS
 from peftlite.commands.train import SETTINGS
 from peftlite.io.load import inspect
+from peftlite.quant.packing import KINDS
 from peftlite.train import Trainer, losses
 from peftlite.train.state import fork_rng
 from tests.train.chats import hf_tokenizer, llama, rows, write
@@ -194,6 +196,17 @@ def test_reads_other_files(kind: str, run: Run) -> None:
     assert told["settings"]["examples"] == len(want)
     losses_by_epoch = [epoch["full_valid_loss"] for epoch in told["epochs"]]
     assert losses_by_epoch[-1] < losses_by_epoch[0]
+
+
+def test_trains_on_a_packed_base(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftlite.verbs.quantize.SMALL", 512)
+    path = found(run, "--out", "sql", "--rank", "2", "--epochs", "1", "--quantize", "int8")["delta"]
+    assert pl.load(local.model("model", packed="int8"), path).name == "sql"
+    with pytest.raises(pl.BaseMismatchError):
+        pl.load(local.model("model"), path)
+    ask = ["generate", "model", path, "--prompt", "hi", "--max-new-tokens", "2"]
+    assert [cli.main(ask), cli.main([*ask, "--quantize", "int8"])] == [2, 0]
+    assert COMMANDS["train"].arguments["--quantize"]["choices"] == KINDS
 
 
 def test_contrastive_takes_an_encoder_and_pairs(run: Run) -> None:

@@ -74,12 +74,12 @@ CONTENDERS: Mapping[str, Start] = {
 def peak(contender: str, dtype: str, shape: tuple[int, int]) -> float:
     """The most bytes that training holds, over the bytes of the model's weights."""
     torch.set_num_threads(1)
-    _steps(CONTENDERS[contender], _model(SMALL, DTYPES[dtype]))
-    before = _peak()
+    steps(CONTENDERS[contender], _model(SMALL, DTYPES[dtype]))
+    before = held()
     model = _model(shape, DTYPES[dtype])
     weights = sum(p.nbytes for p in model.parameters())
-    _steps(CONTENDERS[contender], model)
-    return (_peak() - before) / weights
+    steps(CONTENDERS[contender], model)
+    return (held() - before) / weights
 
 
 def _by_itself(contender: str, dtype: str, shape: tuple[int, int]) -> float:
@@ -98,7 +98,7 @@ def _model(shape: tuple[int, int], dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _steps(start: Start, model: nn.Module) -> None:
+def steps(start: Start, model: nn.Module) -> None:
     parameters = [*start(model)]
     first = next(model.parameters())
     x = torch.ones(1, TOKENS, first.shape[0], dtype=first.dtype)
@@ -111,7 +111,7 @@ def _steps(start: Start, model: nn.Module) -> None:
             optimizer.zero_grad()
 
 
-def _peak() -> int:
+def held() -> int:
     """The most memory that this process has held so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

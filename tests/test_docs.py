@@ -163,6 +163,12 @@ def test_every_page_is_on_the_site() -> None:
     assert sorted(named) == sorted(str(page.relative_to(ROOT / "docs")) for page in DOCS)
 
 
+def _kinds(module: ModuleType) -> list[str]:
+    """The classes that a module makes, but for those of its own use."""
+    own = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+    return [n for n, v in own.items() if isinstance(v, type) and not n.startswith("_")]
+
+
 def test_every_public_name_is_on_a_page_of_the_api() -> None:
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     shown = re.findall(r"^::: peftlite\.(.+)$", pages, re.M)
@@ -171,6 +177,8 @@ def test_every_public_name_is_on_a_page_of_the_api() -> None:
     for name, module in modules.items():
         inside = [n for n in module.__all__ if callable(getattr(module, n)) and n not in named]
         named += [f"{name}.{n}" for n in inside]
+        within = [n for n in module.__all__ if isinstance(getattr(module, n), ModuleType)]
+        named += [f"{name}.{n}.{kind}" for n in within for kind in _kinds(getattr(module, n))]
     assert sorted(shown) == sorted(named)
 
 

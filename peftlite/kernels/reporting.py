@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite.kernels import dispatch
+from peftlite.kernels import dispatch, native
 from peftlite.table import table
 
 
 def report(model: nn.Module) -> str:
     """A table of the modules with patches on a weight, the path that each takes, and why.
 
-    The paths are those of `backend`, and "read": there W' is formed, and the module uses it.
+    The paths are those of `backend`, and "read": there W' is formed, and the module uses it. The
+    files of C come last, which are built if they haven't been yet.
 
     Example:
         model = nn.Linear(4, 2)
@@ -27,7 +28,7 @@ def report(model: nn.Module) -> str:
             for slot, (w, path, why) in _weights(module):
                 name = address if slot == "weight" else f"{address}.{slot}".removeprefix(".")
                 rows.append([name, str(w.device), str(w.dtype).removeprefix("torch."), path, why])
-    return table(["module", "device", "dtype", "path", "because"], rows)
+    return table(["module", "device", "dtype", "path", "because"], rows + native.rows())
 
 
 def _weights(module: Any) -> Iterator[tuple[str, tuple[Tensor, str, str]]]:

@@ -151,7 +151,9 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, packing: Packing, parts: Mapping[str, Tensor]
     ) -> Tensor:
         ctx.packed = packing, parts
-        return F.linear(x, _formed(packing.cast(x.dtype), parts), bias)
+        packing = packing.cast(x.dtype)
+        y = packing.product(x, parts, bias)
+        return F.linear(x, _formed(packing, parts), bias) if y is None else y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

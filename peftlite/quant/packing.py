@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlite.kernels.native import packed as native
 from peftlite.quant import beside, nf4, rows
 
 KINDS = ("nf4", "int8", "fp8")
@@ -71,11 +72,21 @@ class Packing:
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype, device=parts[""].device)
         with torch.no_grad():
-            if self.kind == "nf4":
+            if native.unpack(self._codes(parts), out):
+                pass
+            elif self.kind == "nf4":
                 nf4.unpack(parts, self.block, out)
             else:
                 rows.unpack(parts, out)
             return beside.add(parts, out)
+
+    def product(self, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None) -> Tensor | None:
+        """y (…, o) = x Wᵀ + bias without forming W (o, i), where x (…, i) is a few rows of it."""
+        return None if "left" in parts else native.few(x, self._codes(parts), bias)
+
+    def _codes(self, parts: Mapping[str, Tensor]) -> native.Codes:
+        block = self.block or self.shape.numel() // max(1, self.shape[0])
+        return native.Codes(self.kind, block, parts, nf4.levels(), nf4.dynamic_map())
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ def paths(model: nn.Module) -> dict[str, tuple[str, str]]:
     found = {}
     for line in lines:
         address, _, _, path, because = line.split(maxsplit=4)
-        found[address] = path, because
+        if not address.endswith(".c"):
+            found[address] = path, because
     return found
 
 

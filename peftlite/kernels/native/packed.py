@@ -1,0 +1,139 @@
+"""Packed weights by packed.c: formed at the speed of a copy, or multiplied as they are."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from ctypes import c_int, c_long, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftlite.kernels.native.kernel import Kernel, is_plain, pointer, threads
+
+KINDS = ("nf4", "int8", "fp8")
+FEW = 8
+"""Rows of x, up to which they are multiplied with the codes themselves."""
+
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class Codes(NamedTuple):
+    """W in codes.
+
+    Attributes:
+        kind: "nf4", "int8" or "fp8".
+        block: weights that have one scale.
+        parts: the codes, "", and the scales: `absmax` (n,), or its 8-bit codes with `nested_absmax`
+            and `nested_offset`; or `scale` (n, 1).
+        levels: the 16 of NF4.
+        values: the 256 of 8-bit codes of scales.
+    """
+
+    kind: str
+    block: int
+    parts: Mapping[str, Tensor]
+    levels: Tensor
+    values: Tensor
+
+
+class _Weights(ctypes.Structure):
+    """`struct Weights`. Its tensors are held by whoever calls."""
+
+    _fields_ = [
+        ("kind", c_long),
+        *((name, c_void_p) for name in ("codes", "levels")),
+        *((name, c_void_p) for name in ("absmax", "coded", "values", "nested", "offset")),
+        *((name, c_long) for name in ("numbers", "block")),
+    ]
+
+
+def unpack(codes: Codes, out: Tensor) -> bool:
+    """Writes W, the same bits as plain torch does, into a contiguous tensor; False if it can't."""
+    fits = out.dtype in _DTYPES and is_plain(out, *codes.parts.values())
+    if not (fits and KERNEL.ready()):
+        return False
+    _unpack(KERNEL.lib, codes, out)
+    return True
+
+
+def few(x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor | None:
+    """y (…, o) = x Wᵀ + bias of a few rows x (…, i), without forming W; None if it can't."""
+    i, block = x.shape[-1], codes.block
+    fits = i % 128 == i % block == 0 and block >= 64 if codes.kind == "nf4" else i % 16 == 0
+    if not (fits and 0 < x.numel() <= FEW * i and x.dtype in _DTYPES):
+        return None
+    beside = [] if bias is None else [bias]
+    alike = all(part.dtype is x.dtype for part in beside)
+    if not (alike and is_plain(x, *beside, *codes.parts.values()) and KERNEL.ready()):
+        return None
+    return _few(KERNEL.lib, x, codes, bias)
+
+
+def _unpack(lib: Any, codes: Codes, out: Tensor) -> None:
+    wide = c_long(out.dtype is torch.float32)
+    lib.unpack(_weights(codes, out.numel()), wide, pointer(out), c_int(threads()))
+
+
+def _few(lib: Any, x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor | None:
+    i, coded = x.shape[-1], codes.parts[""].numel()
+    o = coded * (2 if codes.kind == "nf4" else 1) // i
+    y = x.new_empty(*x.shape[:-1], o)
+    sizes = (c_long(n) for n in (x.numel() // i, i, o, x.dtype is torch.float32))
+    w = _weights(codes, o * i)
+    failed = lib.few(w, pointer(x), pointer(bias), pointer(y), *sizes, c_int(threads()))
+    return None if failed else y
+
+
+def _weights(codes: Codes, numbers: int) -> Any:
+    parts = codes.parts
+    scales = parts["absmax" if codes.kind == "nf4" else "scale"]
+    if "nested_absmax" in parts:
+        each = (None, scales, codes.values, parts["nested_absmax"], parts["nested_offset"])
+    else:
+        each = (scales, *[None] * 4)
+    pointers = map(pointer, (parts[""], codes.levels, *each))
+    return ctypes.byref(_Weights(KINDS.index(codes.kind), *pointers, numbers, codes.block))
+
+
+def _agrees(lib: Any) -> bool:
+    """Whether small weights of each kind are formed and multiplied as by plain torch."""
+    return all(_right(lib, codes, w) for codes, w in _samples())
+
+
+def _right(lib: Any, codes: Codes, w: Tensor) -> bool:
+    out = torch.empty_like(w, dtype=torch.bfloat16)
+    x = torch.linspace(-1, 2, 128, dtype=w.dtype, device="cpu")[None]
+    _unpack(lib, codes, out)
+    y, true = _few(lib, x, codes, None), x @ w.t()
+    near = y is not None and (y - true).norm() < 1e-5 * true.norm()
+    return bool(torch.equal(out, w.bfloat16()) and near)
+
+
+def _samples() -> Iterator[tuple[Codes, Tensor]]:
+    """Weights of each kind, with what they are in fp32."""
+    float32: Any = {"dtype": torch.float32, "device": "cpu"}
+    byte = torch.arange(256, device="cpu").to(torch.uint8)
+    levels, values = (torch.linspace(-1, 1, n, **float32) for n in (16, 256))
+    scale = torch.tensor([[0.7], [1.3]], **float32)
+    nested = {"nested_absmax": scale[0], "nested_offset": scale[1, 0]}
+    absmax = (values[100:104] * scale[0] + scale[1])[:, None]
+    pairs = torch.stack([levels[byte.int() >> 4], levels[byte.int() & 15]], -1)
+    parts = {"": byte, "absmax": byte[100:104], **nested}
+    yield Codes("nf4", 128, parts, levels, values), pairs.view(4, 128) * absmax
+    tiny = byte % 127
+    wide = {"int8": byte.view(torch.int8), "fp8": tiny.view(torch.float8_e4m3fn)}
+    for kind, q in (("int8", wide["int8"]), ("fp8", tiny)):
+        w = wide[kind].float().view(2, 128) * scale
+        yield Codes(kind, 128, {"": q, "scale": scale}, levels, values), w
+
+
+KERNEL = Kernel(
+    name="packed",
+    needs=("avx512f", "avx512bw", "avx512vl", "fma"),
+    flags=("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"),
+    ran=("GenuineIntel",),
+    does="codes are read 16 at a time; up to 8 rows are multiplied with them as they are",
+    agrees=_agrees,
+)

@@ -1,0 +1,228 @@
+"""Native kernels: the same bits as plain torch, or plain torch and the reason; never a crash."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import peftlite as pl
+from peftlite.kernels import native
+from peftlite.kernels.native import build, features, packed
+from peftlite.kernels.native.kernel import Kernel
+from peftlite.quant import nf4, packing, rows
+
+HERE = features.vendor_and_flags()[1]
+each = pytest.mark.parametrize("kernel", native.KERNELS, ids=lambda kernel: kernel.name)
+
+
+def runs(kernel: Kernel) -> bool:
+    """Whether it is to run here, which it does then."""
+    off = os.environ.get("PEFTLITE_NATIVE") == "0" or shutil.which("cc") is None
+    assert kernel.ready() == (HERE.issuperset(kernel.needs) and not off), kernel.why
+    return kernel.ready()
+
+
+def fresh(kernel: Kernel) -> Kernel:
+    return replace(kernel, lib=None, why="", _settled=False)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    """An empty cache, and a CPU that every kernel is for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PEFTLITE_NATIVE", "1")
+    flags = frozenset(flag for kernel in native.KERNELS for flag in kernel.needs)
+    monkeypatch.setattr(features, "vendor_and_flags", lambda: ("GenuineIntel", flags))
+    return tmp_path / "peftlite" / "native"
+
+
+def compiler(path: Path, script: str, monkeypatch) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+
+
+# -- what they compute
+
+
+@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_become_the_very_same_bits(kind: str, dtype: torch.dtype) -> None:
+    bits = torch.int16 if dtype is torch.bfloat16 else torch.int32
+    shapes = (4, 128), (37, 191), (3, 5), (1, 1), (6, 3, 40), (128, 512)
+    of_nf4 = [(True, 64), (False, 32), (True, 4096)] if kind == "nf4" else [(False, 0)]
+    for shape, (double, block), size in product(shapes, of_nf4, (1, 1e-38)):
+        how, parts = packing.pack(torch.randn(shape) * size, kind, block, double)
+        true, found = torch.empty(shape, dtype=dtype), torch.full(shape, 7, dtype=dtype)
+        _ = nf4.unpack(parts, block, true) if kind == "nf4" else rows.unpack(parts, true)
+        assert packed.unpack(how._codes(parts), found) == runs(packed.KERNEL)
+        if packed.KERNEL.ready():
+            assert torch.equal(found.view(bits), true.view(bits)), (shape, double, block, size)
+
+
+@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+def test_a_few_rows_are_multiplied_with_the_codes(kind: str, tokens: int) -> None:
+    for dtype, o, bias, block in product(
+        (torch.bfloat16, torch.float32), (9, 256), (0, 1), (64, 128)
+    ):
+        how, parts = packing.pack(torch.randn(o, 256), kind, block)
+        x, b = torch.randn(1, tokens, 256).to(dtype), torch.randn(o).to(dtype) if bias else None
+        y = how.cast(dtype).product(x, parts, b)
+        assert (y is not None) == runs(packed.KERNEL)
+        if y is not None:
+            w = how.cast(torch.float32).unpack(parts).double()
+            true = torch.nn.functional.linear(x.double(), w, b if b is None else b.double())
+            assert y.dtype is dtype and y.shape == (1, tokens, o)
+            assert (y - true).norm() < (3e-3 if dtype is torch.bfloat16 else 1e-6) * true.norm()
+
+
+@pytest.mark.parametrize(
+    ("i", "block", "dtype"),
+    [(120, 64, torch.float32), (256, 32, torch.float32), (64, 64, torch.half)],
+)
+def test_what_does_not_fit_goes_by_plain_torch(i: int, block: int, dtype: torch.dtype) -> None:
+    model = torch.nn.Linear(i, 8, dtype=dtype)
+    x = torch.randn(2, i, dtype=dtype)
+    pl.quantize(model, "nf4", targets="*", block=block)
+    w = model.weight
+    assert w.packing.product(x, w.parts, None) is None
+    assert torch.allclose(model(x), torch.nn.functional.linear(x, w.form(), model.bias))
+
+
+@pytest.mark.heavy
+def test_in_a_child_process_and_on_two_threads(cache: Path) -> None:
+    code = """
+import os, torch
+import peftlite as pl
+from pathlib import Path
+from peftlite.kernels.native import packed
+from peftlite.quant import packing
+cache = Path(os.environ["XDG_CACHE_HOME"])
+assert not any(cache.iterdir()), "built on import"
+how, parts = packing.pack(torch.randn(512, 512), "nf4")
+torch.set_num_threads(2)
+two = how.unpack(parts)
+made = packed.KERNEL.ready()
+assert len([*cache.rglob("*.so")]) == made
+torch.set_num_threads(1)
+assert torch.equal(how.unpack(parts), two)
+torch.set_num_threads(2)
+out, codes = torch.empty(512, 512), how._codes(parts)
+child = os.fork()
+if not child:  # where torch's own threads hang
+    same = packed.unpack(codes, out) and out.numpy().tobytes() == two.numpy().tobytes()
+    os._exit(same != made)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    cache.parents[1].mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# -- how they come to be
+
+
+@pytest.mark.heavy
+@each
+def test_compiles_wherever_there_is_a_compiler_for_it(kernel: Kernel, cache: Path) -> None:
+    if features.platform.machine() == "x86_64" and shutil.which("cc"):
+        path = build.library(kernel.name, kernel.flags)
+        assert build.library(kernel.name, kernel.flags) == path and path.parent == cache
+
+
+@each
+@pytest.mark.parametrize(
+    ("flags", "native_is", "why"),
+    [
+        ("all", "0", "PEFTLITE_NATIVE is 0"),
+        ("none", "1", "this CPU has no "),
+        ("all", "1", "it hasn't been tried on a CPU of Another: PEFTLITE_NATIVE="),
+    ],
+)
+def test_says_why_it_is_off(
+    kernel: Kernel, flags: str, native_is: str, why: str, monkeypatch
+) -> None:
+    there = frozenset(kernel.needs if flags == "all" else ())
+    monkeypatch.setattr(features, "vendor_and_flags", lambda: ("Another", there))
+    monkeypatch.setenv("PEFTLITE_NATIVE", native_is)
+    off = fresh(kernel)
+    assert not off.ready() and off.why.startswith(why)
+
+
+def test_no_compiler(cache: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    off = fresh(packed.KERNEL)
+    assert not off.ready() and off.why == "there is no C compiler 'no-such-compiler'"
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo 'x.c:1: error: no' >&2; exit 1", "failed: x.c:1: error: no"),
+        ("sleep 60 & sleep 60", "took more than 0.2 s"),
+        ("exit 0", "can't be written: No such file or directory"),
+    ],
+)
+def test_a_compiler_that_fails(
+    script: str, why: str, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(build, "SECONDS", 0.2)
+    compiler(tmp_path / "compiler", script, monkeypatch)
+    off = fresh(packed.KERNEL)
+    assert not off.ready() and off.why.endswith(why)
+    assert not any(cache.iterdir())
+
+
+def test_a_cache_that_others_can_write_to(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    cache.mkdir(parents=True)
+    for place in (cache, tmp_path):
+        place.chmod(0o777)
+        off = fresh(packed.KERNEL)
+        assert not off.ready() and off.why.endswith(f"isn't safe: others can write to {place}")
+        place.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    library = cache / "found.so"
+    library.touch(mode=0o700)
+    with pytest.raises(build.Unavailable, match="isn't this user's alone"):
+        build._own(library)
+
+
+def test_a_cache_that_cannot_be(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "peftlite").touch()
+    off = fresh(packed.KERNEL)
+    assert not off.ready() and off.why.endswith("can't be made: Not a directory")
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not shutil.which("cc"), reason="nothing is built without a compiler")
+def test_what_is_no_library_or_is_another_one(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    compiler(
+        tmp_path / "compiler", 'while [ "$1" != -o ]; do shift; done; echo > "$2"', monkeypatch
+    )
+    off = fresh(packed.KERNEL)
+    assert not off.ready() and off.why.startswith("it can't be loaded")
+    if runs(packed.KERNEL):
+        off = replace(fresh(packed.KERNEL), agrees=lambda _: False)
+        monkeypatch.delenv("CC")
+        assert not off.ready() and off.why == "what it computes differs from plain torch"
+
+
+@pytest.mark.heavy
+def test_two_build_the_same_one(cache: Path) -> None:
+    if not runs(packed.KERNEL):
+        return
+    both = [fresh(packed.KERNEL) for _ in range(2)]
+    at_once = [threading.Thread(target=kernel.ready) for kernel in both]
+    for thread in at_once:
+        thread.start()
+    for thread in at_once:
+        thread.join()
+    assert all(kernel.ready() for kernel in both) and len([*cache.iterdir()]) == 1

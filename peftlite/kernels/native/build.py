@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import shutil
 import signal
 import stat
@@ -47,7 +46,7 @@ def _cache() -> Path:
 
 
 def _compiler() -> list[str]:
-    words = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    words = os.environ.get("CC", "").split() or ["cc"]
     found = shutil.which(words[0])
     if found is None:
         raise Unavailable(f"there is no C compiler {words[0]!r}")

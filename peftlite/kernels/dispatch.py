@@ -16,8 +16,9 @@ from torch.compiler import is_compiling
 
 from peftlite.errors import PeftliteError
 from peftlite.kernels import torch_ops
+from peftlite.kernels.native import low_rank
 
-Path = Literal["reference", "torch", "triton"]
+Path = Literal["reference", "torch", "native", "triton"]
 
 SMALL = 2**15
 """The numbers in x from which on a backward pass of its own saves more than it costs in Python."""
@@ -35,10 +36,11 @@ def backend(name: Path | None) -> AbstractContextManager[None]:
 
     Args:
         name: "reference", plain torch that autograd differentiates; "torch", with a backward pass
-            of its own; "triton", with kernels of its own on a GPU; None, whichever is best.
+            of its own; "native", with C of its own on a CPU, where x is in bf16 beside factors in
+            fp32; "triton", with kernels of its own on a GPU; None, whichever is best.
 
     Raises:
-        PeftliteError: there is no such path, or triton isn't installed.
+        PeftliteError: there is no such path, it can't run here, or triton isn't installed.
 
     Example:
         model = nn.Linear(4, 2)
@@ -51,6 +53,8 @@ def backend(name: Path | None) -> AbstractContextManager[None]:
         raise PeftliteError(f"no backend {name!r}: there are {', '.join(get_args(Path))}, and None")
     if name == "triton" and not _HAS_TRITON:
         raise PeftliteError("backend 'triton' needs the package triton: pip install triton")
+    if name == "native" and not low_rank.KERNEL.ready():
+        raise PeftliteError(f"backend 'native' can't run here: {low_rank.KERNEL.why}")
     before, _forced = _forced, name
     return _until_left(before)
 
@@ -96,7 +100,11 @@ def is_plain_weight(w: Tensor) -> bool:
 
 def path_with(x: Tensor, wide: torch.dtype) -> Path:
     """The path of products of x with factors in a dtype, where autograd isn't best for them."""
-    if _forced == "torch" or not _runs_triton(x):
+    if _forced == "torch":
+        return "torch"
+    if _runs_native(x, wide):
+        return "native"
+    if not _runs_triton(x):
         return "torch"
     # products in fp32 wait for arithmetic, and not for the memory whose reads the kernels save
     if x.dtype not in _HALVES or wide not in (x.dtype, torch.float32):
@@ -106,8 +114,9 @@ def path_with(x: Tensor, wide: torch.dtype) -> Path:
 
 def ops(x: Tensor, wide: torch.dtype) -> ModuleType:
     """The operations of the path that x takes, with the factors in a dtype."""
-    if path_with(x, wide) != "triton":
-        return torch_ops
+    path = path_with(x, wide)
+    if path != "triton":
+        return low_rank if path == "native" else torch_ops
     from peftlite.kernels.triton import ops as triton_ops
 
     return triton_ops
@@ -125,11 +134,14 @@ def packed_ops(x: Tensor) -> ModuleType | None:
 
 def why(w: Tensor) -> tuple[str, str]:
     """The path of a linear map of vectors with the weight W, and the reason in words."""
-    found = "reference" if _forced == "reference" else path_with(w, w.dtype)
+    wide = torch.promote_types(w.dtype, torch.float32)  # as factors are, if nothing else is said
+    found = "reference" if _forced == "reference" else path_with(w, wide)
     if found == _forced:
         return found, f"backend({_forced!r}) was called"
     if not is_plain_weight(w):
         return found, f"beside the {type(w).__name__}'s own product"
+    if found == "native":
+        return found, low_rank.KERNEL.why
     if found == "triton":
         return found, "a GPU's memory is read once for two products"
     if not w.is_cuda:
@@ -137,6 +149,18 @@ def why(w: Tensor) -> tuple[str, str]:
     if not _HAS_TRITON:
         return found, "triton is not installed"
     return found, f"{w.dtype} waits for arithmetic, which cuBLAS does"
+
+
+def _runs_native(x: Tensor, wide: torch.dtype) -> bool:
+    return (
+        x.dtype is torch.bfloat16
+        and wide is torch.float32
+        and x.is_cpu
+        and _forced in (None, "native")
+        and type(x) in _PLAIN
+        and not is_compiling()
+        and low_rank.KERNEL.ready()
+    )
 
 
 def _runs_triton(x: Tensor) -> bool:

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import peftlite as pl
-from peftlite.kernels import native
-from peftlite.kernels.native import build, features, packed
+from peftlite import kernels
+from peftlite.kernels import lora_linear, native, reference
+from peftlite.kernels.native import build, features, low_rank, packed
 from peftlite.kernels.native.kernel import Kernel
 from peftlite.quant import nf4, packing, rows
+from tests.kernels.against import assert_close, factors, run, truth
 
+SEED = torch.tensor(0x1234_5678_9ABC_DEF)
 HERE = features.vendor_and_flags()[1]
 each = pytest.mark.parametrize("kernel", native.KERNELS, ids=lambda kernel: kernel.name)
 
@@ -103,7 +106,7 @@ def test_in_a_child_process_and_on_two_threads(cache: Path) -> None:
 import os, torch
 import peftlite as pl
 from pathlib import Path
-from peftlite.kernels.native import packed
+from peftlite.kernels.native import low_rank, packed
 from peftlite.quant import packing
 cache = Path(os.environ["XDG_CACHE_HOME"])
 assert not any(cache.iterdir()), "built on import"
@@ -111,20 +114,88 @@ how, parts = packing.pack(torch.randn(512, 512), "nf4")
 torch.set_num_threads(2)
 two = how.unpack(parts)
 made = packed.KERNEL.ready()
-assert len([*cache.rglob("*.so")]) == made
+x, a, b = torch.randn(999, 512).bfloat16(), torch.randn(8, 512), torch.randn(512, 8)
+def products():
+    h = low_rank.shrink(x, a, 1.0, 0.0, None)
+    return *low_rank.grad_ab(x, h, b, 1.0, 0.0), low_rank.add(x.clone(), h, b.t(), 0.0, None)
+of_two, tiles = products(), low_rank.KERNEL.ready()
+assert len([*cache.rglob("*.so")]) == made + tiles
 torch.set_num_threads(1)
 assert torch.equal(how.unpack(parts), two)
+assert not tiles or all(map(torch.equal, products(), of_two))
 torch.set_num_threads(2)
 out, codes = torch.empty(512, 512), how._codes(parts)
 child = os.fork()
 if not child:  # where torch's own threads hang
     same = packed.unpack(codes, out) and out.numpy().tobytes() == two.numpy().tobytes()
+    h = low_rank.shrink(x, a, 1.0, 0.0, None) if tiles else None
     os._exit(same != made)
 assert os.waitpid(child, 0)[1] == 0
 """
     cache.parents[1].mkdir(exist_ok=True)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def low_rank_runs() -> bool:
+    return runs(low_rank.KERNEL)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("tokens", "i", "o", "rank"),
+    [(1, 32, 32, 1), (70, 96, 160, 5), (300, 64, 1024, 16), (33, 64, 32, 40), (64, 128, 64, 64)],
+)
+def test_products_beside_a_map(tokens: int, i: int, o: int, rank: int, dropout: float) -> None:
+    if not low_rank_runs():
+        return
+    tensors = factors(tokens, i=i, o=o, rank=rank)
+    options = {"scale": 1.5, "dropout": dropout, "seed": SEED}
+    with kernels.backend("native"):
+        found = run(lora_linear, tensors, torch.bfloat16, factors=torch.float32, **options)
+    true = truth(tensors, **options)
+    for name, bound in (("y", 4e-3), ("x", 4e-3), ("a", 1e-6), ("b", 1e-6)):
+        assert (found[name] - true[name]).norm() <= bound * true[name].norm(), name
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 70])
+def test_masks_are_the_reference_s(tokens: int) -> None:
+    h, up = torch.ones(tokens, 1), torch.ones(1, 96)
+    y = low_rank.expand(h, up, None, 0.3, SEED, torch.bfloat16)
+    assert torch.equal(y.bool(), reference.keep(SEED, tokens, 96, 0.3))
+
+
+def test_of_tensors_that_lie_otherwise() -> None:
+    """A row's end that isn't read, an address between two numbers, factors that are views."""
+    x = torch.randn(71 * 80 + 1).bfloat16()[1:].view(71, 80)[:, 5:69]
+    a, h = torch.randn(64, 5).t(), torch.randn(71, 7)[:, 1:6]
+    dh, db = low_rank.grad_ab(x, h, a.t(), 1.0, 0.0)
+    torch.testing.assert_close(dh, x.float() @ a.t())
+    torch.testing.assert_close(db, x.float().t() @ h)
+    y = low_rank.add(x.clone(), h, a, 0.0, None)
+    torch.testing.assert_close(y, (x.float() + h @ a).bfloat16(), rtol=0.02, atol=1e-3)
+    before = torch.zeros(71, 80).bfloat16()
+    low_rank.add(before[:, 5:69], h, a, 0.0, None)
+    assert not before[:, :5].any() and not before[:, 69:].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "o", "rank", "wide"),
+    [
+        ((40, 33), 64, 4, torch.float32),
+        ((40, 64), 65, 4, torch.float32),
+        ((40, 64), 64, 65, torch.float32),
+        ((0, 64), 64, 4, torch.float32),
+        ((40, 64), 64, 4, torch.float64),
+    ],
+)
+def test_what_does_not_fit_is_plain_torch_s(shape, o: int, rank: int, wide: torch.dtype) -> None:
+    tensors = factors(*shape[:1], i=shape[1], o=o, rank=rank)
+    found = []
+    for path in ("torch", "native" if low_rank_runs() else "torch"):
+        with kernels.backend(path):
+            found.append(run(lora_linear, tensors, torch.bfloat16, factors=wide, dropout=0.0))
+    assert_close(*found)
 
 
 # -- how they come to be

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from peftlite.kernels.native import packed
+from peftlite.kernels.native import low_rank, packed
 
-KERNELS = (packed.KERNEL,)
+KERNELS = (low_rank.KERNEL, packed.KERNEL)
 
 
 def rows() -> list[list[str]]:

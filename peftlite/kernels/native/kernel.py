@@ -89,8 +89,13 @@ def threads() -> int:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether tensors are just memory of this machine, one number after another."""
+    return is_memory(*tensors) and all(tensor.is_contiguous() for tensor in tensors)
+
+
+def is_memory(*tensors: Tensor) -> bool:
+    """Whether tensors are just memory of this machine."""
     return torch._C._functorch.peek_interpreter_stack() is None and all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.is_contiguous() for t in tensors
+        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors
     )
 
 

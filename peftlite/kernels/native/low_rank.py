@@ -1,0 +1,201 @@
+"""The operations of `torch_ops` by low_rank.c: x and y in bf16, factors, h and dh in fp32.
+
+What doesn't fit goes by plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_long, c_uint64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlite.kernels import reference, torch_ops
+from peftlite.kernels.native.kernel import Kernel, is_memory, pointer, threads
+
+_SIDE, _COLUMNS, _PARTS, _BLOCK, _RANK = 16, 32, 3, 64, 64  # as in C
+_TILE = 1024  # bytes
+
+
+class _Rows(ctypes.Structure):
+    """`struct Rows`."""
+
+    _fields_ = [
+        ("at", c_void_p),
+        *((name, c_long) for name in ("tokens", "columns", "stride")),
+        ("seed", c_uint64),
+        ("threshold", c_long),
+    ]
+
+
+class _Factor(ctypes.Structure):
+    """`struct Factor`."""
+
+    _fields_ = [("at", c_void_p), ("by_rank", c_long), ("by_other", c_long)]
+
+
+def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
+    """h = s·drop(x) Aᵀ, (t, r)."""
+    if not _fits(x, a):
+        return torch_ops.shrink(x, a, scale, dropout, seed)
+    return _reduce(KERNEL.lib, x, a, None, _scale(scale, dropout), dropout, seed)[0]
+
+
+def grad_ab(
+    dy: Tensor, h: Tensor, b: Tensor, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """dh (t, r) = s·dY B and dB (o, r) = dYᵀ h, for an h that is scaled."""
+    if not _fits(dy, b.t(), h.t()):
+        return torch_ops.grad_ab(dy, h, b, scale, dropout)
+    dh, g = _reduce(KERNEL.lib, dy, b.t(), h.t(), _scale(scale, dropout), 0.0, None)
+    return dh, g.t()
+
+
+def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """dA = dhᵀ drop(x), for a dh that is scaled."""
+    if not _fits(x, dh.t()):
+        return torch_ops.grad_a(dh, x, dropout, seed)
+    return _reduce(KERNEL.lib, x, None, dh.t(), 1.0, dropout, seed)[1]
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """x W + h U + bias, or x W + drop(h U) for an h that is scaled; W is (i, o), and U (r, o)."""
+    y = x @ w if bias is None else torch.addmm(bias, x, w)
+    return add(y, h, up, dropout, seed)
+
+
+def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
+    if not _fits(y, up, h.t()):
+        return torch_ops.add(y, h, up, dropout, seed)
+    _expand(KERNEL.lib, y, h.t(), up, dropout, seed)
+    return y
+
+
+def expand(
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """h U + bias (t, o), or drop(h U) for a scaled h (t, r), rounded to a dtype once."""
+    y = h.new_zeros(len(h), up.shape[1], dtype=dtype)
+    return add(y if bias is None else y.add_(bias), h, up, dropout, seed)
+
+
+def _scale(scale: float, dropout: float) -> float:
+    return scale * reference.kept(dropout) if dropout else scale
+
+
+def _fits(rows: Tensor, *factors: Tensor) -> bool:
+    """Whether rows are in bf16, of columns by the 32, and factors (r, n) in fp32, of few ranks."""
+    return (
+        rows.dtype is torch.bfloat16
+        and rows.shape[1] % _COLUMNS == 0
+        and rows.numel() > 0
+        and rows.stride(1) == 1
+        and all(f.dtype is torch.float32 and 0 < len(f) <= _RANK for f in factors)
+        and is_memory(rows, *factors)
+        and KERNEL.ready()
+    )
+
+
+def _reduce(
+    lib: Any,
+    x: Tensor,
+    a: Tensor | None,
+    d: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Any, Any]:
+    """s·drop(x) Aᵀ (t, r) where A (r, i) is given, and dᵀ drop(x) (r, i) where dᵀ (r, t) is."""
+    (tokens, columns), rank = x.shape, len(next(f for f in (a, d) if f is not None))
+    h = None if a is None else a.new_empty(tokens, rank)
+    g = None if d is None else d.new_empty(rank, columns)
+    # the sums of g are kept for each chunk of tokens: so chunks are few, for any number of threads
+    chunk = _BLOCK if d is None else max(4, -(-tokens // (16 * _BLOCK))) * _BLOCK
+    of_g = 0 if d is None else 2 * -(-tokens // chunk)
+    room = _room((of_g + (0 if a is None else _PARTS)) * -(-rank // _SIDE) * columns // _COLUMNS)
+    lib.reduce(
+        _rows(x, dropout, seed),
+        c_long(rank),
+        _factor(a),
+        pointer(h),
+        c_float(scale),
+        _factor(d),
+        pointer(g),
+        c_long(chunk),
+        pointer(room),
+        c_int(threads()),
+    )
+    return h, g
+
+
+def _expand(
+    lib: Any, y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None
+) -> None:
+    """y (t, o) += drop(h U), for hᵀ (r, t) and U (r, o)."""
+    room = _room(-(-len(up) // _SIDE) * y.shape[1] // _SIDE)
+    factors = (c_long(len(up)), _factor(h), _factor(up))
+    lib.expand(_rows(y, dropout, seed), *factors, pointer(room), c_int(threads()))
+
+
+def _room(tiles: int) -> Tensor:
+    return torch_ops._room(tiles * _TILE, torch.uint8)
+
+
+def _factor(factor: Tensor | None) -> Any:
+    if factor is None:
+        return None
+    return ctypes.byref(_Factor(factor.data_ptr(), *factor.stride()))
+
+
+def _rows(x: Tensor, dropout: float, seed: Tensor | None) -> Any:
+    masked = dropout and seed is not None
+    number, threshold = (seed.item(), reference.threshold(dropout)) if masked else (0, 0)
+    return ctypes.byref(_Rows(x.data_ptr(), *x.shape, x.stride(0), number, threshold))
+
+
+def _agrees(lib: Any) -> bool:
+    """Whether each product of a few tokens is that of the reference in fp64, with its mask."""
+    dropout, seed = 0.25, torch.tensor(2**61 + 2**31, device="cpu")
+    x, a, d = (_waves(*shape) for shape in ((71, 96), (18, 96), (18, 71)))
+    rows, mask = x.bfloat16(), reference.keep(seed, *x.shape, dropout)
+    low = rows.double() * mask
+    h, g = _reduce(lib, rows, a, d, 1.5, dropout, seed)
+    y = rows.clone()
+    _expand(lib, y, d, a, dropout, seed)
+    true = rows.double() + d.t().double() @ a.double() * mask
+    pairs = (h, 1.5 * low @ a.t().double()), (g, d.double() @ low), (y, true)
+    bounds = (1e-6, 1e-6, 4e-3)
+    return all(
+        bool((found - true).norm() < bound * true.norm())
+        for (found, true), bound in zip(pairs, bounds, strict=True)
+    )
+
+
+def _waves(n: int, m: int) -> Tensor:
+    return torch.arange(n * m, dtype=torch.float32, device="cpu").sin().view(n, m)
+
+
+KERNEL = Kernel(
+    name="low_rank",
+    needs=("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"),
+    flags=("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"),
+    ran=("GenuineIntel",),
+    does="fp32 factors are split into parts for AMX, where sides are multiples of 32",
+    agrees=_agrees,
+)

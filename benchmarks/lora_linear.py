@@ -4,11 +4,16 @@ Each contender is first compared with fp64, then timed, in turns; what it keeps 
 cell of the grid takes about `--seconds`, in 7 rounds or more. `--device cuda` has the shapes of
 Llama 8B, inputs that the L2 cache doesn't hold (`--warm`: that it may), and the forward pass alone.
 `--own-time` counts the time of this one thread and not the clock's, for a machine that others use:
-it says what the work costs, but not how it spreads.
+it says what the work costs, but not how it spreads. `--busy 2` has two processes multiply matrices
+meanwhile, and ends them.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import cycle, product
 from time import perf_counter, thread_time
 
@@ -18,6 +23,8 @@ from common import Figure, Timer, interleave, ratios, report, timer
 from contenders import DROPOUTS, DTYPES, RANK, Cell, Given, Layer, contenders, deviation, step
 from memory import weigh
 from torch import Tensor
+
+from peftlite.kernels.native import KERNELS
 
 LAYERS = {"cpu": [(1024, 1024), (1024, 4096), (4096, 1024), (2048, 2048), (4096, 4096)]}
 LAYERS["cuda"] = [(4096, 4096), (4096, 1024), (4096, 11008), (4096, 14336), (14336, 4096)]
@@ -123,6 +130,28 @@ def _total(group: dict[Cell, Times], name: str) -> list[float]:
     return [sum(w * t for w, t in zip(weights, each, strict=True)) for each in rounds]
 
 
+BUSY = """
+import os, torch
+torch.set_num_threads(1)
+a = torch.randn(1024, 1024)
+while os.getppid() == {parent}:
+    a @ a
+"""
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Processes beside this one that multiply matrices on a thread each, and end with it."""
+    command = [sys.executable, "-c", BUSY.format(parent=os.getpid())]
+    started = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape, and no CSV file")
@@ -131,6 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--ranks", type=int, nargs="+", help="16 on a CPU, 8 to 128 on a GPU")
     parser.add_argument("--warm", action="store_true", help="inputs may stay in the L2 cache")
+    parser.add_argument("--busy", type=int, default=0, help="processes that multiply meanwhile")
     parser.add_argument("--own-time", action="store_true", help="one thread, and its own time")
     return parser.parse_args()
 
@@ -148,17 +178,20 @@ def main() -> None:
         DROPOUTS,
     )
     figures, times = [], {}
-    for dtype, (i, o), tokens, rank, dropout in grid:
-        cell = Cell(args.device, dtype, i, o, tokens, rank, dropout)
-        found, times[cell] = measure(cell, args)
-        figures += found
+    with neighbours(args.busy):
+        for dtype, (i, o), tokens, rank, dropout in grid:
+            cell = Cell(args.device, dtype, i, o, tokens, rank, dropout)
+            found, times[cell] = measure(cell, args)
+            figures += found
     name = "lora_linear" if args.device == "cpu" else "lora_linear_cuda"
     report(
-        name + ("_warm" if args.warm else ""),
+        name + ("_warm" if args.warm else "") + ("_busy" if args.busy else ""),
         [*mixed(times), *figures],
         quick=args.quick,
         peft=peft.__version__,
         clock="own" if args.own_time else "wall",
+        busy=str(args.busy),
+        native=" ".join(kernel.name for kernel in KERNELS if kernel.ready()) or "none",
     )
 
 

@@ -7,18 +7,20 @@ for the next ones, so that nothing of the size of x is formed in the wider dtype
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from peftlite.kernels.native import mask
 from peftlite.kernels.reference import FIRST, HALF, SECOND, STEP, kept, threshold
 from peftlite.kernels.workspace import workspace
 
 _ENTRIES = 2**19  # of x or y, that a thread converts and masks at once
 _PIECE = 128  # columns, that a thread sums over the tokens at once
+_ALONE = 2**15 - 1  # numbers, which torch leaves to one thread
 _FEW = 16  # rows of A, that are slow as columns of a result
 
 
@@ -79,11 +81,11 @@ def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -
     """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
     if h.dtype is y.dtype and not dropout:
         return y.addmm_(h, up)
-    for rows, to, room, mask in _blocks(y, h.dtype, dropout, seed):
-        if mask is None:
+    for rows, to, room, drop in _blocks(y, h.dtype, dropout, seed):
+        if drop is None:
             room.copy_(to).addmm_(h[rows], up)
         else:
-            torch.mm(h[rows], up, out=room).mul_(mask).add_(to)
+            drop(torch.mm(h[rows], up, out=room)).add_(to)
         to.copy_(room)
     return y
 
@@ -128,15 +130,15 @@ def _parts(
     if x.dtype is dtype and not dropout:
         yield slice(None), x
         return
-    for rows, part, room, mask in _blocks(x, dtype, dropout, seed):
+    for rows, part, room, drop in _blocks(x, dtype, dropout, seed):
         room.copy_(part)
-        yield rows, room if mask is None else room.mul_(mask)
+        yield rows, room if drop is None else drop(room)
 
 
 def _blocks(
     x: Tensor, dtype: torch.dtype, dropout: float, seed: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-    """Some rows of x at a time: which, they, room for them in a dtype, and a 1 for what is kept.
+) -> Iterator[tuple[slice, Tensor, Tensor, Callable[[Tensor], Tensor] | None]]:
+    """Some rows of x at a time: which, they, room for them in a dtype, and what puts zeros there.
 
     They are all of x where that is left to a compiler or a GPU, or x is a fake.
     """
@@ -149,10 +151,23 @@ def _blocks(
         step = max(1, min(tokens, entries // max(1, columns)))
         room = workspace("rows", (step, columns), dtype)
         every = [slice(i, i + step) for i in range(0, max(1, tokens), step)]
-    masks = _masks(x, every, dropout, seed) if dropout and seed is not None else repeat(None)
-    for rows, mask in zip(every, masks, strict=False):
+    drops = repeat(None) if not dropout or seed is None else _drops(x, room, every, dropout, seed)
+    for rows, drop in zip(every, drops, strict=False):
         part = x[rows]
-        yield rows, part, room[: part.shape[0]], mask
+        yield rows, part, room[: part.shape[0]], drop
+
+
+def _drops(
+    x: Tensor, room: Tensor, every: list[slice], dropout: float, seed: Tensor
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """For some rows of x at a time, what puts zeros there that dropout doesn't keep."""
+    if mask.drops(room):
+        number = int(seed.item())
+        for rows in every:
+            yield lambda to, first=rows.start: mask.drop(to, first, dropout, number)
+        return
+    for ones in _masks(x, every, dropout, seed):
+        yield lambda to, ones=ones: to.mul_(ones)
 
 
 def _masks(x: Tensor, every: list[slice], dropout: float, seed: Tensor) -> Iterator[Tensor]:
@@ -162,10 +177,16 @@ def _masks(x: Tensor, every: list[slice], dropout: float, seed: Tensor) -> Itera
     pair = torch.arange((columns + 1) // 2, device=x.device)
     row = _mix((row * STEP ^ seed).to(torch.int32))
     pair = _mix((pair * STEP ^ seed >> 32).to(torch.int32))
+    # so few words at a time on a CPU that one thread does them: else each operation waits for all
+    at_once = max(1, _ALONE // max(1, len(pair))) if x.is_cpu and not is_compiling() else tokens
     for rows in every:
-        word = torch.bitwise_xor(row[rows], pair, out=row.new_empty(len(row[rows]), len(pair)))
-        halves = _mix(word).view(torch.int16)[:, :columns]
-        yield halves.ge_(threshold(dropout) - 2**15)
+        own = row[rows]
+        word = own.new_empty(len(own), len(pair))
+        for some, to in zip(own.split(at_once), word.split(at_once), strict=True):
+            _mix(torch.bitwise_xor(some, pair, out=to)).view(torch.int16).ge_(
+                threshold(dropout) - 2**15
+            )
+        yield word.view(torch.int16)[:, :columns]
 
 
 def _mix(word: Tensor) -> Tensor:

@@ -57,8 +57,12 @@ def test_masks_are_the_reference_s(tokens: int, i: int, dropout: float, seed: in
     assert torch.equal(found.bool(), reference.keep(seed, tokens, i, dropout))
 
 
-def test_a_mask_made_in_parts_is_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_a_mask_made_in_parts_is_one_mask(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_ops, "_ENTRIES", 200)
+    monkeypatch.setattr(torch_ops, "_ALONE", 25)
+    if not native:
+        monkeypatch.setattr(torch_ops.mask, "drops", lambda _: False)
     parts = torch_ops._parts(torch.ones(33, 21), torch.float32, 0.3, SEED)
     found = [part.clone() for _, part in parts]
     assert [len(part) for part in found] == [4] * 8 + [1]

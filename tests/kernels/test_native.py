@@ -15,7 +15,7 @@ import torch
 import peftlite as pl
 from peftlite import kernels
 from peftlite.kernels import lora_linear, native, reference
-from peftlite.kernels.native import build, features, low_rank, packed
+from peftlite.kernels.native import build, features, low_rank, mask, packed
 from peftlite.kernels.native.kernel import Kernel
 from peftlite.quant import nf4, packing, rows
 from tests.kernels.against import assert_close, factors, run, truth
@@ -163,6 +163,15 @@ def test_masks_are_the_reference_s(tokens: int) -> None:
     h, up = torch.ones(tokens, 1), torch.ones(1, 96)
     y = low_rank.expand(h, up, None, 0.3, SEED, torch.bfloat16)
     assert torch.equal(y.bool(), reference.keep(SEED, tokens, 96, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_are_put_where_the_mask_has_them(dtype: torch.dtype) -> None:
+    x = torch.ones(70, 1101, dtype=dtype)
+    assert mask.drops(x) == runs(mask.KERNEL)
+    if mask.drops(x):
+        true = reference.keep(SEED, 73, 1101, 0.3)[3:]
+        assert torch.equal(mask.drop(x, 3, 0.3, int(SEED.item())), true.to(dtype))
 
 
 def test_of_tensors_that_lie_otherwise() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from peftlite.kernels.native import low_rank, packed
+from peftlite.kernels.native import low_rank, mask, packed
 
-KERNELS = (low_rank.KERNEL, packed.KERNEL)
+KERNELS = (low_rank.KERNEL, mask.KERNEL, packed.KERNEL)
 
 
 def rows() -> list[list[str]]:

@@ -23,7 +23,7 @@ SECONDS = 60
 """That a compiler may take."""
 
 _HERE = Path(__file__).parent
-_FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
+_FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing")
 
 
 class Unavailable(Exception):
@@ -89,7 +89,7 @@ def _build(name: str, flags: tuple[str, ...], compiler: list[str], path: Path) -
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as room:
             made = Path(room, path.name)
-            _run([*compiler, *flags, str(_HERE / f"{name}.c"), "-o", str(made)])
+            _run([compiler[0], *flags, *compiler[1:], str(_HERE / f"{name}.c"), "-o", str(made)])
             made.chmod(0o700)
             made.replace(path)
     except OSError as error:

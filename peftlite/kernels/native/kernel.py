@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from peftlite.kernels.native import build, features
 from peftlite.kernels.native.build import Unavailable
@@ -94,9 +95,9 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def is_memory(*tensors: Tensor) -> bool:
     """Whether tensors are just memory of this machine."""
-    return torch._C._functorch.peek_interpreter_stack() is None and all(
-        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu for tensor in tensors
-    )
+    if is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in tensors)
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

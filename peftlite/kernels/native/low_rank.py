@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftlite.kernels import reference, torch_ops
 from peftlite.kernels.native.kernel import Kernel, is_memory, pointer, threads
+from peftlite.kernels.workspace import workspace
 
 _SIDE, _COLUMNS, _PARTS, _BLOCK, _RANK = 16, 32, 3, 64, 64  # as in C
 _TILE = 1024  # bytes
@@ -154,7 +155,7 @@ def _expand(
 
 
 def _room(tiles: int) -> Tensor:
-    return torch_ops._room(tiles * _TILE, torch.uint8)
+    return workspace("tiles", (tiles * _TILE,), torch.uint8)
 
 
 def _factor(factor: Tensor | None) -> Any:
@@ -164,8 +165,9 @@ def _factor(factor: Tensor | None) -> Any:
 
 
 def _rows(x: Tensor, dropout: float, seed: Tensor | None) -> Any:
-    masked = dropout and seed is not None
-    number, threshold = (seed.item(), reference.threshold(dropout)) if masked else (0, 0)
+    number, threshold = 0, 0
+    if dropout and seed is not None:
+        number, threshold = int(seed.item()), reference.threshold(dropout)
     return ctypes.byref(_Rows(x.data_ptr(), *x.shape, x.stride(0), number, threshold))
 
 
@@ -173,7 +175,7 @@ def _agrees(lib: Any) -> bool:
     """Whether each product of a few tokens is that of the reference in fp64, with its mask."""
     dropout, seed = 0.25, torch.tensor(2**61 + 2**31, device="cpu")
     x, a, d = (_waves(*shape) for shape in ((71, 96), (18, 96), (18, 71)))
-    rows, mask = x.bfloat16(), reference.keep(seed, *x.shape, dropout)
+    rows, mask = x.bfloat16(), reference.keep(seed, len(x), x.shape[1], dropout)
     low = rows.double() * mask
     h, g = _reduce(lib, rows, a, d, 1.5, dropout, seed)
     y = rows.clone()

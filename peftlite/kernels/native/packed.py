@@ -51,8 +51,7 @@ class _Weights(ctypes.Structure):
 
 def unpack(codes: Codes, out: Tensor) -> bool:
     """Writes W, the same bits as plain torch does, into a contiguous tensor; False if it can't."""
-    fits = out.dtype in _DTYPES and is_plain(out, *codes.parts.values())
-    if not (fits and KERNEL.ready()):
+    if not (out.dtype in _DTYPES and _known(codes) and is_plain(out) and KERNEL.ready()):
         return False
     _unpack(KERNEL.lib, codes, out)
     return True
@@ -66,9 +65,21 @@ def few(x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor | None:
         return None
     beside = [] if bias is None else [bias]
     alike = all(part.dtype is x.dtype for part in beside)
-    if not (alike and is_plain(x, *beside, *codes.parts.values()) and KERNEL.ready()):
+    if not (alike and _known(codes) and is_plain(x, *beside) and KERNEL.ready()):
         return None
     return _few(KERNEL.lib, x, codes, bias)
+
+
+def _known(codes: Codes) -> bool:
+    """Whether the parts are memory, of the dtypes that C takes them to be of."""
+    parts = codes.parts
+    scales = {
+        k: parts[k] for k in ("scale", "absmax", "nested_absmax", "nested_offset") if k in parts
+    }
+    if "nested_absmax" in scales and scales.pop("absmax").dtype is not torch.uint8:
+        return False
+    single = all(part.dtype is torch.float32 for part in scales.values())
+    return single and parts[""].element_size() == 1 and is_plain(*parts.values())
 
 
 def _unpack(lib: Any, codes: Codes, out: Tensor) -> None:

@@ -20,7 +20,7 @@ from peftlite.kernels.workspace import workspace
 
 _ENTRIES = 2**19  # of x or y, that a thread converts and masks at once
 _PIECE = 128  # columns, that a thread sums over the tokens at once
-_ALONE = 2**15 - 1  # numbers, which torch leaves to one thread
+_ALONE = 2**14 - 1  # words, whose halves torch leaves to one thread
 _FEW = 16  # rows of A, that are slow as columns of a result
 
 
@@ -146,8 +146,9 @@ def _blocks(
     if type(x) is not Tensor or not x.is_cpu or is_compiling():
         every, room = [slice(None)], torch.empty_like(x, dtype=dtype)
     else:
-        # a mask needs as much again
-        entries = _ENTRIES // (2 if dropout else 1) * min(torch.get_num_threads(), 4)
+        # a mask of torch's needs as much again
+        entries = _ENTRIES // (1 if not dropout or mask.KERNEL.ready() else 2)
+        entries *= min(torch.get_num_threads(), 4)
         step = max(1, min(tokens, entries // max(1, columns)))
         room = workspace("rows", (step, columns), dtype)
         every = [slice(i, i + step) for i in range(0, max(1, tokens), step)]

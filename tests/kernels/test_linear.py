@@ -65,7 +65,7 @@ def test_a_mask_made_in_parts_is_one_mask(native: bool, monkeypatch: pytest.Monk
         monkeypatch.setattr(torch_ops.mask, "drops", lambda _: False)
     parts = torch_ops._parts(torch.ones(33, 21), torch.float32, 0.3, SEED)
     found = [part.clone() for _, part in parts]
-    assert [len(part) for part in found] == [4] * 8 + [1]
+    assert len(found) > 2 and sum(map(len, found)) == 33
     found = torch.cat(found)
     assert torch.equal(found.bool(), reference.keep(SEED, 33, 21, 0.3))
 

@@ -21,15 +21,24 @@ from peftlite.quant import nf4, packing, rows
 from tests.kernels.against import assert_close, factors, run, truth
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF)
-HERE = features.vendor_and_flags()[1]
+VENDOR, FLAGS = features.vendor_and_flags()
+ASKED = os.environ.get("PEFTLITE_NATIVE", "1")
+OFF = ASKED == "0" or shutil.which("cc") is None
 each = pytest.mark.parametrize("kernel", native.KERNELS, ids=lambda kernel: kernel.name)
 
 
 def runs(kernel: Kernel) -> bool:
     """Whether it is to run here, which it does then."""
-    off = os.environ.get("PEFTLITE_NATIVE") == "0" or shutil.which("cc") is None
-    assert kernel.ready() == (HERE.issuperset(kernel.needs) and not off), kernel.why
+    wanted = VENDOR in kernel.ran or kernel.name in ASKED.split(",")
+    assert kernel.ready() == (FLAGS.issuperset(kernel.needs) and wanted and not OFF), kernel.why
     return kernel.ready()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled() -> None:
+    """What runs here is settled before a test changes the environment."""
+    for kernel in native.KERNELS:
+        kernel.ready()
 
 
 def fresh(kernel: Kernel) -> Kernel:

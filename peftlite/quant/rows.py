@@ -19,17 +19,27 @@ _PIECE = 1 << 17
 def pack(w: Tensor, kind: str) -> dict[str, Tensor]:
     """The codes "" of a tensor (n, …) in its shape, int8 or the bytes of floats; `scale` (n, 1)."""
     rows = w.detach().reshape(len(w), -1)
+    pieces = [_pack(piece, kind) for piece in rows.split(_step(rows))]
+    codes, scale = (torch.cat(each) for each in zip(*pieces, strict=True))
+    return {"": codes.view(w.shape), "scale": scale}
+
+
+def _pack(rows: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     scale = rows.abs().amax(1, keepdim=True).float() / (127 if kind == "int8" else 448)
     y = rows.float() / torch.where(scale == 0, 1.0, scale)
-    codes = y.round_().to(torch.int8) if kind == "int8" else y.to(_FP8).view(torch.uint8)
-    return {"": codes.view(w.shape), "scale": scale}
+    return y.round_().to(torch.int8) if kind == "int8" else y.to(_FP8).view(torch.uint8), scale
+
+
+def _step(rows: Tensor) -> int:
+    """The rows (n, m) that are worked on at a time."""
+    return max(1, _PIECE // max(1, rows.shape[1])) if rows.is_cpu else len(rows)
 
 
 def unpack(parts: Mapping[str, Tensor], out: Tensor) -> Tensor:
     """Writes W, rounded once from fp32, into a contiguous tensor (n, …)."""
     codes, scale = (t.view(len(out), -1) for t in (parts[""], parts["scale"]))
     rows = out.view(len(out), -1)
-    step = max(1, _PIECE // max(1, rows.shape[1])) if out.is_cpu else len(rows)
+    step = _step(rows)
     made = workspace("made", (min(step, len(rows)), rows.shape[1]), torch.float32, out.device)
     for q, s, w in zip(codes.split(step), scale.split(step), rows.split(step), strict=True):
         if len(q) < len(made):

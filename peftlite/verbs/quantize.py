@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftlite.core import maps
@@ -28,6 +29,8 @@ from peftlite.table import Shown, size, table
 
 SMALL = 4096
 """Fewer numbers than these aren't worth their scales, and are left by default."""
+
+_PIECE = 1 << 18  # numbers that are compared at a time
 
 
 class Quantization:
@@ -76,8 +79,7 @@ class Packs(Shown):
     def _add(self, address: str, w: Tensor, how: Packing, parts: Mapping[str, Tensor]) -> None:
         self.shapes[address], self.bytes_before[address] = tuple(w.shape), w.nbytes
         self.bytes_after[address] = sum(part.nbytes for part in parts.values())
-        lost = how.unpack(parts).float() - w.float()
-        self.errors[address] = float(lost.norm() / w.float().norm().clamp(min=1e-38))
+        self.errors[address] = _error(how.unpack(parts), w)
 
     def _summary(self) -> str:
         before, after = self.nbytes
@@ -93,6 +95,14 @@ class Packs(Shown):
         }
         yield table([*columns], [*zip(*columns.values(), strict=True)])
         yield self._summary()
+
+
+def _error(made: Tensor, w: Tensor) -> float:
+    """‖W − Ŵ‖ / ‖W‖, in pieces: nothing of the size of W is formed in fp32."""
+    pieces = zip(made.reshape(-1).split(_PIECE), w.reshape(-1).split(_PIECE), strict=True)
+    pairs = ((a.float(), b.float()) for a, b in pieces)
+    norms = torch.stack([torch.stack([(a - b).norm(), b.norm()]) for a, b in pairs]).norm(dim=0)
+    return float(norms[0] / norms[1].clamp(min=1e-38))
 
 
 def _shown(error: float) -> str:

@@ -270,6 +270,11 @@ def test_law_10_rows_equal_each_row_alone(row: Row, kind: Kind) -> None:
             with pl.using(model, rows=rows):
                 kind.run(model, {k: v[:, :4] for k, v in batch.items()})
         return
+    if not row.shaped:
+        with pytest.raises(pl.PeftliteError, match="rows= can't put back an output"):
+            with pl.using(model, rows=rows):
+                kind.run(model, batch)
+        rows = ["a", ["a", "b"], "b", "a", ["a", "b"]]
     with pl.using(model, rows=rows):
         mixed = kind.run(model, batch)
     for i, names in enumerate(rows):

@@ -35,6 +35,7 @@ from peftlite.train.parallel import is_first, local_device, will_shard
 from peftlite.train.state import fork_rng
 from peftlite.verbs.plan import plan
 
+LOSSES = {"preference": losses.dpo(), "ratings": losses.kto()}  # by what reads the data
 NEEDED = ("model", "data", "out")
 SETTINGS = (
     "epochs", "batch_size", "accumulate", "lr", "lr_multiplier", "b_ratio", "schedule", "warmup",
@@ -138,7 +139,7 @@ def _trainer(args: argparse.Namespace, method: Method, out: Path) -> Trainer:
     pad = partial(data.collate, pad=data.as_tokenizer(tokenizer).pad)
     trainer = Trainer(
         model,
-        losses.contrastive if paired else losses.causal_lm,
+        losses.contrastive if paired else LOSSES.get(reader_for(args.data), losses.causal_lm),
         train,
         val,
         collate=partial(_collate_sides, pad) if paired else pad,
@@ -172,7 +173,7 @@ def _parts(
 
 
 def _examples(path: str, tokenizer: Any, length: int | None, most: int | None) -> data.Data:
-    """Chats, pairs or texts, as the first row of a file has it; or the one text of another file."""
+    """What the first row of a file is, such as chats or pairs; or the one text of another file."""
     reader = reader_for(path)
     if reader == "text":
         piece = min(PIECE, most or PIECE) if length is None else length

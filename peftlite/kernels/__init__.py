@@ -3,5 +3,6 @@
 from peftlite.kernels.dispatch import backend
 from peftlite.kernels.linear import lora_linear
 from peftlite.kernels.reporting import report
+from peftlite.kernels.tiles import log_probs
 
-__all__ = ["backend", "lora_linear", "report"]
+__all__ = ["backend", "log_probs", "lora_linear", "report"]

@@ -7,6 +7,8 @@ the mask is torch's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,6 +68,18 @@ def expand(
     """h U + bias for U (r, o), or drop(h U): what a low rank adds to y, or to the gradient of x."""
     y = h @ up if bias is None else h @ up + bias
     return drop(y, dropout, seed) if dropout else y
+
+
+IGNORED = -100  # the label of a token that isn't learned
+
+
+def log_probs(
+    h: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log p(label) and the entropy (n) of p = softmax(head(h)/T), for h (n, i) and labels (n)."""
+    z = head(h)
+    log_p = F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / temperature, -1)
+    return log_p.gather(-1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
 def rows_low_rank(

@@ -23,6 +23,7 @@ from peftlite.methods.oft import OFT
 from peftlite.methods.prefix import PrefixTuning
 from peftlite.methods.prompt import PromptTuning
 from peftlite.methods.ptuning import PTuning
+from peftlite.methods.scalar_head import ScalarHead
 from peftlite.methods.shira import SHiRA
 from peftlite.methods.sparse import SparseMask
 from peftlite.methods.vblora import VBLoRA
@@ -31,6 +32,6 @@ from peftlite.methods.vera import VeRA
 __all__ = [
     "BOFT", "HRA", "IA3", "LTSFT", "OFT", "AdaLoRA", "BitFit", "BottleneckAdapter", "Compacter",
     "DiffPruning", "DoRA", "FourierFT", "FullTuning", "Gated", "HiRA", "LoHa", "LoKr", "LoRA",
-    "LoReFT", "NormTuning", "PTuning", "PrefixTuning", "PromptTuning", "SHiRA", "SparseMask",
-    "VBLoRA", "VeRA",
+    "LoReFT", "NormTuning", "PTuning", "PrefixTuning", "PromptTuning", "SHiRA", "ScalarHead",
+    "SparseMask", "VBLoRA", "VeRA",
 ]  # fmt: skip

@@ -18,7 +18,6 @@ the rest. Its output is a tensor, or has `.logits`, or is a tuple that begins wi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,9 +31,14 @@ from peftlite.errors import PeftliteError
 from peftlite.table import short
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.modes import evaluating
+from peftlite.train.outputs import logits_of, run_model, split_labels
+from peftlite.train.preference.losses import cpo, dpo, grpo, kto, orpo, ppo, reward, rloo
 from peftlite.verbs.use import using
 
-__all__ = ["causal_lm", "classification", "contrastive", "distillation", "regression"]
+__all__ = [
+    "causal_lm", "classification", "contrastive", "cpo", "distillation", "dpo", "grpo", "kto",
+    "orpo", "ppo", "regression", "reward", "rloo",
+]  # fmt: skip
 
 
 def causal_lm(model: nn.Module, batch: Any, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
@@ -57,8 +61,8 @@ def causal_lm(model: nn.Module, batch: Any, *, label_smoothing: float = 0.0) -> 
         ids = torch.tensor([[1, 2, 3, 4]])
         pl.losses.causal_lm(model, {"input_ids": ids, "labels": ids})["loss"].backward()
     """
-    inputs, labels = _split(batch)
-    logits = _output(model, inputs)
+    inputs, labels = split_labels(batch)
+    logits = logits_of(model, inputs)
     return _cross_entropy(logits[:, :-1], labels[:, 1:], label_smoothing)
 
 
@@ -81,8 +85,8 @@ def classification(
         weight = pl.data.class_weights(labels)
         pl.losses.classification(nn.Linear(4, 3), (x, labels), weight=weight)["loss"].backward()
     """
-    inputs, labels = _split(batch)
-    return _cross_entropy(_output(model, inputs), labels, label_smoothing, weight)
+    inputs, labels = split_labels(batch)
+    return _cross_entropy(logits_of(model, inputs), labels, label_smoothing, weight)
 
 
 def regression(model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -98,8 +102,8 @@ def regression(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         batch = torch.randn(6, 4), torch.randn(6)
         pl.losses.regression(nn.Linear(4, 1), batch)["loss"].backward()
     """
-    inputs, labels = _split(batch)
-    output = _output(model, inputs)
+    inputs, labels = split_labels(batch)
+    output = logits_of(model, inputs)
     if output.dim() == labels.dim() + 1 and output.shape[-1] == 1:
         output = output.squeeze(-1)
     if output.shape != labels.shape:
@@ -169,12 +173,12 @@ def distillation(
         loss = pl.losses.distillation(model, batch, teacher=None, causal=False)
         print(loss["kl"])
     """
-    inputs, labels = _split(batch)
+    inputs, labels = split_labels(batch)
     other = isinstance(teacher, nn.Module)
     choice: AbstractContextManager[Any] = nullcontext() if other else using(model, teacher)
     with torch.no_grad(), choice, evaluating(teacher if other else model) as teaching:
-        targets = _output(teaching, inputs)
-    logits = _output(model, inputs)
+        targets = logits_of(teaching, inputs)
+    logits = logits_of(model, inputs)
     if logits.shape != targets.shape:
         raise PeftliteError(
             f"the model gives logits of shape {tuple(logits.shape)}, and its teacher "
@@ -214,72 +218,9 @@ def _cross_entropy(
     return {"loss": total / count.clamp(min=1e-12), "count": count, "correct": correct}
 
 
-def _split(batch: Any) -> tuple[Any, Tensor]:
-    """The inputs of the model, and the labels."""
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-    if isinstance(batch, Sequence) and len(batch) > 1 and isinstance(batch[-1], Tensor):
-        return batch[:-1], batch[-1]
-    given = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else short(batch)
-    raise PeftliteError(
-        f"a batch is a mapping with 'labels', or a tuple that ends with them: not {given}"
-    )
-
-
-def _run(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if not isinstance(inputs, Mapping):
-        return model(*inputs)
-    rest = dict(inputs)
-    mask = rest.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not _takes(model, "attention_mask"):
-        del rest["attention_mask"]
-    # the first argument of every model of text, whatever it is called
-    ids = (rest.pop("input_ids"),) if "input_ids" in rest else ()
-    try:
-        return model(*ids, **rest)
-    except TypeError as error:
-        if not (unknown := [name for name in rest if not _takes(model, name)]):
-            raise
-        raise PeftliteError(
-            f"the model takes no {unknown[0]!r}, which the batch has as {short(rest[unknown[0]])}: "
-            "leave it out of the examples, or write the loss as a function of (model, batch)"
-        ) from error
-    except IndexError as error:
-        if not ids or "out of range in self" not in str(error):
-            raise
-        raise PeftliteError(
-            f"the model has no embedding for some of the input_ids, which go up to {ids[0].max()}, "
-            f"or for some of {ids[0].shape[-1]} places: give data the model's own tokenizer, and a "
-            "max_length"
-        ) from error
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    """Whether a model's `forward`, under torch.compile or DDP, has an argument of this name."""
-    model = model._modules.get("_orig_mod") or model
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    known = inspect.signature(model.forward).parameters.values()
-    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in known)
-
-
-def _output(model: nn.Module, inputs: Any) -> Tensor:
-    """The logits of a model, or another output that is a tensor."""
-    output = _run(model, inputs)
-    found = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-    if not isinstance(found, Tensor):
-        raise PeftliteError(
-            f"the model gives {short(output)}, neither a tensor nor one with .logits: write the "
-            "loss as a function of (model, batch)"
-        )
-    return found
-
-
 def _embedding(model: nn.Module, inputs: Any) -> Tensor:
     """One vector for each example (b, o)."""
-    output = _run(model, inputs)
+    output = run_model(model, inputs)
     h = getattr(output, "last_hidden_state", output)
     if not isinstance(h, Tensor) or h.dim() not in (2, 3):
         raise PeftliteError(f"contrastive needs a vector for each example, not {short(output)}")

@@ -28,6 +28,16 @@ def training(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, but for blocks that keep no activations, as they do in training."""
+    with _mode(model, False):
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.training = True
+        yield
+
+
+@contextmanager
 def _mode(model: nn.Module, flag: bool) -> Iterator[None]:
     # what a module was told: one that keeps the base's statistics shows another
     before = {module: vars(module).get("training", module.training) for module in model.modules()}

@@ -147,4 +147,21 @@ CARDS = (
         peft="none: pyreft has it, not peft",
         rate=3,
     ),
+    Card(
+        pl.ScalarHead,
+        "module",
+        (
+            Row(
+                "scalar_head",
+                pl.ScalarHead(),
+                only=("gpt", "gpt_tied", "hf_llama"),
+                fresh=False,
+                shaped=False,
+            ),
+        ),
+        golden=pl.ScalarHead(),
+        bank="none: it gives another shape than the base, and rows of a batch have one",
+        peft="none: there it is a module of the base, AutoModelForSequenceClassification's",
+        rate="as LoRA's: a probe on fixed features, whose rate was not measured",
+    ),
 )

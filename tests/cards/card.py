@@ -20,6 +20,7 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)  # kind: what the TargetError says
     only: tuple[str, ...] = ()  # the kinds it is for, where it names sites that others lack
     fresh: bool = True  # whether a fresh delta changes nothing, as far as the definition allows it
+    shaped: bool = True  # whether its outputs have the base's shape, so that rows can be mixed
     way: str = ""  # of WAYS, where it isn't its card's
 
 

@@ -93,8 +93,9 @@ class Data(Sequence[Any]):
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each example."""
-        return [len(example["input_ids"]) for example in self]
+        """The tokens of each example; of a pair of answers, those of the longer one."""
+        sides = [[e] if "input_ids" in e else [e["chosen"], e["rejected"]] for e in self]
+        return [max(len(side["input_ids"]) for side in each) for each in sides]
 
     def split(
         self, *shares: float, seed: int = 0, group: Key | None = None, stratify: Key | None = None
@@ -171,8 +172,10 @@ class Data(Sequence[Any]):
         """Blocks of at most `length` tokens, of several examples each, which don't see one another.
 
         Their order is shuffled, so a curriculum ends here. Raises PeftliteError for an example that
-        is longer, and for augmented data.
+        is longer, for augmented data, and for answers that are compared or rated.
         """
+        if len(self) and {"margin", "rating"} & self[0].keys():
+            raise PeftliteError("answers that are compared or rated aren't packed: batch them")
         if self._augmentations:
             raise PeftliteError(
                 "augmented examples have other lengths in each epoch: pack those that aren't"

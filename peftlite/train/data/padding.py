@@ -15,6 +15,7 @@ from peftlite.fields import check_given
 from peftlite.table import short
 from peftlite.train.data.checks import check_counts
 from peftlite.train.data.packing import IGNORED, block_mask
+from peftlite.train.data.rated import SIDES
 
 Side = Literal["right", "left"]
 
@@ -30,7 +31,9 @@ def collate(
     """A batch (b, t) of examples (t), padded to the longest: all tensors as long as `input_ids`.
 
     An `attention_mask` (b, t) is added, 1 for a token and 0 for padding; for packed blocks, which
-    have `position_ids`, that of `block_mask`. Without `input_ids` torch's `default_collate` serves.
+    have `position_ids`, that of `block_mask`. Of pairs of answers, as `preference` has them, it is
+    a batch (2·b, t): all that were chosen, then those that were rejected. Without `input_ids`
+    torch's `default_collate` serves.
 
     Args:
         pad: the id to fill up with; labels are filled up with −100, all else with 0. Some models go
@@ -49,6 +52,10 @@ def collate(
     """
     check_given("side", side, get_args(Side))
     check_counts(multiple=multiple)
+    if isinstance(examples[0], Mapping) and {*SIDES} <= examples[0].keys():
+        rows = [example[answer] for answer in SIDES for example in examples]
+        batch = collate(rows, pad=pad, side=side, multiple=multiple, mask=mask)
+        return {**batch, "margin": torch.stack([example["margin"] for example in examples])}
     if not isinstance(examples[0], Mapping) or "input_ids" not in examples[0]:
         try:
             return default_collate(list(examples))
@@ -56,11 +63,7 @@ def collate(
             raise PeftliteError(
                 f"what has no input_ids is stacked as it is, and here {error}: give a collate"
             ) from error
-    if odd := next((e for e in examples if e.keys() != examples[0].keys()), None):
-        raise PeftliteError(
-            f"the examples of a batch have the same fields, not {', '.join(examples[0])} and "
-            f"{', '.join(odd)}"
-        )
+    _check_fields(examples)
     packed = "position_ids" in examples[0]
     if not packed:
         examples = [{"attention_mask": [1] * len(e["input_ids"]), **e} for e in examples]
@@ -93,3 +96,12 @@ def _stacked(
             "be put together as numbers of one shape: leave it out of the examples, or give a "
             "collate"
         ) from error
+
+
+def _check_fields(examples: Sequence[Any]) -> None:
+    """Raises PeftliteError unless all have the same fields."""
+    if odd := next((e for e in examples if e.keys() != examples[0].keys()), None):
+        raise PeftliteError(
+            f"the examples of a batch have the same fields, not {', '.join(examples[0])} and "
+            f"{', '.join(odd)}"
+        )

@@ -1,4 +1,4 @@
-"""Readers: chats, pairs and texts, each with what is wrong with a row, and the ids it makes."""
+"""Readers: kinds of rows, each with what is wrong with a row, and the ids that it makes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from peftlite.errors import FileError, reason
 from peftlite.train.data.checks import CHAT, PAIR, TEXT
 from peftlite.train.data.jsonl import Kind, Line, Path, scan
+from peftlite.train.data.rated import PREFERENCE, RATING, SIDES, whole
 from peftlite.train.data.rows import Row, reader_of
 from peftlite.train.data.tokens import Tokenizer
 
@@ -54,6 +55,12 @@ def pair_ids(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ids:
     return prompt + response, [0] * len(prompt) + [1] * len(response)
 
 
+def answer_ids(tokenizer: Tokenizer, row: Mapping[str, Any], answer: str) -> Ids:
+    """Of a prompt and one of its answers, the answer is learned."""
+    found = whole(row, answer)
+    return chat_ids(tokenizer, found) if "messages" in found else pair_ids(tokenizer, found)
+
+
 def text_ids(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[int]:
     """The ids of a text, all learned."""
     return [*tokenizer.start, *tokenizer.encode(row["text"]), *tokenizer.end]
@@ -71,6 +78,10 @@ def _turns(row: Row) -> Any:
     return [[message.get(key) for key in shown] for message in row["messages"]]
 
 
+def _turns_of(given: Any) -> Any:
+    return given if isinstance(given, str) else _turns({"messages": given})
+
+
 READERS = {
     "chat": Reader(CHAT, lambda coder, row, _: iter([chat_ids(coder, row)]), _turns),
     "pairs": Reader(
@@ -79,6 +90,16 @@ READERS = {
         lambda row: (row["prompt"], row["response"]),
     ),
     "text": Reader(TEXT, _pieces, lambda row: row["text"]),
+    "preference": Reader(
+        PREFERENCE,
+        lambda coder, row, _: (answer_ids(coder, row, side) for side in SIDES),
+        lambda row: [row[name] for name in ("prompt", *SIDES)],
+    ),
+    "ratings": Reader(
+        RATING,
+        lambda coder, row, _: iter([answer_ids(coder, row, "response")]),
+        lambda row: [row[name] for name in ("prompt", "response", "rating")],
+    ),
 }
 
 

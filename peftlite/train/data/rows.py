@@ -78,6 +78,10 @@ def as_text(row: Any) -> Any:
 
 def reader_of(row: Mapping[str, Any]) -> str:
     """The function of `pl.data` that reads rows like this one; "" if there is none."""
+    if {"chosen", "rejected"} <= row.keys() or "preferred_output" in row:
+        return "preference"
+    if _is_rated(row) or {"response", "rating"} <= row.keys():
+        return "ratings"
     if isinstance(as_chat(row).get("messages"), list):
         return "chat"
     if "text" in row:
@@ -88,8 +92,12 @@ def reader_of(row: Mapping[str, Any]) -> str:
 
 def advice(row: Mapping[str, Any]) -> str:
     """What reads rows that are of another kind; "" where nobody could tell."""
-    if reader := reader_of(row):
-        return f"pl.data.{reader} reads these"
+    reads = [f"pl.data.{reader} reads these"] if (reader := reader_of(row)) else []
+    return "; ".join([*reads, *_of_the_good(row)])
+
+
+def _of_the_good(row: Mapping[str, Any]) -> list[str]:
+    """The line that reads the better answers alone, where some are worse."""
     is_chat, has_prompt = isinstance(row.get("prompt"), list), "prompt" in row
     if _is_rated(row):
         which, answer = "good", "completion"
@@ -97,7 +105,7 @@ def advice(row: Mapping[str, Any]) -> str:
         which, answer = "chosen", "chosen"
         is_chat = isinstance(row["chosen"], list)
     else:
-        return ""
+        return []
     rows = "for r in rows" + " if r['label']" * (which == "good")
     whole = f"r['prompt'] + r['{answer}']" if has_prompt and is_chat else f"r['{answer}']"
     if is_chat:
@@ -106,7 +114,7 @@ def advice(row: Mapping[str, Any]) -> str:
         reads = f"pairs([(r['prompt'], r['{answer}']) {rows}])"
     else:
         reads = f"text([r['{answer}'] {rows}])"
-    return f"to learn the {which} ones, pl.data.{reads}"
+    return [f"to learn the {which} ones, pl.data.{reads}"]
 
 
 def without_nulls(value: Any) -> Any:

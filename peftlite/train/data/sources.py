@@ -19,7 +19,15 @@ from peftlite.train.data.checks import CHAT, PAIR, TEXT, check_counts
 from peftlite.train.data.dataset import Data
 from peftlite.train.data.jsonl import MILD, Kind, Lines, Path
 from peftlite.train.data.packing import IGNORED
-from peftlite.train.data.readers import UNUSED_TOOLS, chat_ids, pair_ids, template_options, text_ids
+from peftlite.train.data.rated import PREFERENCE, RATING, SIDES
+from peftlite.train.data.readers import (
+    UNUSED_TOOLS,
+    answer_ids,
+    chat_ids,
+    pair_ids,
+    template_options,
+    text_ids,
+)
 from peftlite.train.data.rows import without_nulls
 from peftlite.train.data.stream import Stream, check_restarts, is_indexed, is_stream
 from peftlite.train.data.tokens import Tokenizer, as_tokenizer
@@ -119,6 +127,96 @@ def text(source: Source, tokenizer: Any = None, *, length: int | None = None) ->
     if isinstance(texts, Stream):
         return Stream(_Chained(texts), _piece)
     return Data([piece for pieces in texts for piece in pieces], _piece)
+
+
+def preference(source: Source, tokenizer: Any = None, *, max_length: int | None = None) -> Any:
+    """Pairs of answers: `{"prompt": ..., "chosen": ..., "rejected": ...}`, one a row.
+
+    Prompt and answers are texts, or lists of messages as in `chat`. Rows as trl, OpenAI and
+    Anthropic have them are read, too. An example is `{"chosen": ..., "rejected": ...,
+    "margin": ...}`: two examples, in each of which the answer is learned, and a number, 0 where a
+    row has none. `collate` makes one batch of both: all that were chosen, then the others.
+
+    Args:
+        source, tokenizer: as in `chat`.
+        max_length: tokens after which an example is cut off. Every row is looked at now.
+
+    Raises:
+        FileError: a line of a file is no pair of answers; `validate` reports all of them.
+        PeftliteError: an argument isn't of these, a row is no pair of answers, or a prompt is as
+            long as `max_length`, so that nothing is left of an answer.
+
+    Example:
+        rows = [{"prompt": "1 + 2 = ", "chosen": "3", "rejected": "4"}]
+        batch = pl.data.collate(pl.data.preference(rows)[:])
+        assert batch["input_ids"].shape == (2, 10)
+    """
+    check_counts(max_length=max_length)
+    make = partial(_preference, as_tokenizer(tokenizer), max_length)
+    return _looked_at(_examples(source, PREFERENCE, make), max_length)
+
+
+def ratings(source: Source, tokenizer: Any = None, *, max_length: int | None = None) -> Any:
+    """Answers with a rating: `{"prompt": ..., "response": ..., "rating": ...}`, one a row.
+
+    A good answer's rating is true, or above 0. Rows as trl has them, of `completion` and `label`,
+    are read, too. An example has `input_ids` (t), `labels` (t) and the `rating`, a scalar.
+
+    Args:
+        source, tokenizer, max_length: as in `preference`.
+
+    Raises:
+        FileError: a line of a file is no answer with a rating.
+        PeftliteError: an argument isn't of these, a row is none, or a prompt is as long as
+            `max_length`.
+
+    Example:
+        rows = [{"prompt": "1 + 2 = ", "response": str(n), "rating": n == 3} for n in (3, 4)]
+        assert pl.data.collate(pl.data.ratings(rows)[:])["rating"].tolist() == [1, 0]
+    """
+    check_counts(max_length=max_length)
+    make = partial(_rating, as_tokenizer(tokenizer), max_length)
+    return _looked_at(_examples(source, RATING, make), max_length)
+
+
+def _looked_at(data: Any, max_length: int | None) -> Any:
+    """The same. Raises PeftliteError for rows of which too little is left, by their numbers."""
+    if max_length is None or isinstance(data, Stream):
+        next(iter(data), None)  # a template that can't serve is an error here, not in training
+        return data
+    faults = []
+    for i in range(len(data)):
+        try:
+            data[i]
+        except PeftliteError as error:
+            faults.append(str(error))
+    if faults:
+        raise PeftliteError(f"the rows have problems: {listed(faults)}")
+    return data
+
+
+def _preference(
+    tokenizer: Tokenizer, max_length: int | None, row: Mapping[str, Any]
+) -> dict[str, Any]:
+    sides = {side: _answer(tokenizer, row, side, max_length) for side in SIDES}
+    return {**sides, "margin": torch.tensor(float(row.get("margin", 0)))}
+
+
+def _rating(tokenizer: Tokenizer, max_length: int | None, row: Mapping[str, Any]) -> dict[str, Any]:
+    own = _answer(tokenizer, row, "response", max_length)
+    return {**own, "rating": torch.tensor(float(row["rating"]))}
+
+
+def _answer(
+    tokenizer: Tokenizer, row: Mapping[str, Any], answer: str, max_length: int | None
+) -> dict[str, Tensor]:
+    ids, mask = answer_ids(tokenizer, row, answer)
+    if not any(mask[:max_length]):
+        raise PeftliteError(
+            f"the prompt has {mask.index(1)} tokens, so max_length={max_length} leaves nothing of "
+            f"{answer!r}: raise it, or leave the row out"
+        )
+    return _example(ids, mask, max_length)
 
 
 def _chat(

@@ -1,0 +1,1 @@
+"""Learning from preferences: one base, and a delta for each role."""

@@ -1,0 +1,113 @@
+"""The errors of learning from preferences: losses, their data, and what samples."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlite as pl
+from peftlite.train import data
+from tests.errors.case import Case, bare, linears, two
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+GOOD = {"prompt": "a", "response": "b", "rating": True}
+MESSAGE = {"role": "user", "content": "a"}
+SAID = {"role": "assistant", "content": "b"}
+
+
+def on(act: Callable[[], Any], says: str) -> Case:
+    return Case(lambda *_: act(), says, model=linears)
+
+
+def of_rows(read: Any, rows: list[Any], what: str, **options: Any) -> Case:
+    return on(lambda: read(rows, **options), f"the rows have problems: {what}")
+
+
+def pairs(count: int = 2) -> Any:
+    return data.collate(data.preference([PAIR] * count)[:])
+
+
+def ratings() -> Any:
+    return data.collate(data.ratings([GOOD] * 2)[:])
+
+
+def measuring(loss: Any, batch: Callable[[], Any]) -> Callable[[Any, Path], Any]:
+    def act(model: nn.Module, _: Path) -> Any:
+        small = {k: v % 8 if k == "input_ids" else v for k, v in batch().items()}
+        return loss(model, small)
+
+    return act
+
+
+def of_file(says: str, *rows: Any) -> Case:
+    def write(path: Path) -> None:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    return Case(lambda _, path: data.preference(path), says, pl.FileError, linears, write)
+
+
+CASES = [
+    # settings of losses
+    on(lambda: pl.losses.dpo(beta=0), "beta must be finite and above 0, not 0"),
+    on(lambda: pl.losses.dpo("best"), "no kind 'best': there are sigmoid, hinge, ipo, exo_pair, "
+       "nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, "
+       "sft, sigmoid_norm"),
+    on(lambda: pl.losses.dpo("aot", divergence="forward_kl"), "aot goes by log-ratios, so "
+       "divergence='forward_kl' has no meaning there: leave it out"),
+    on(lambda: pl.losses.dpo("hinge", label_smoothing=0.1), "label_smoothing is a part of sigmoid, "
+       "exo_pair, robust, aot, aot_unpaired, and not of hinge: leave it out"),
+    on(lambda: pl.losses.dpo("exo_pair"), "exo_pair divides by label_smoothing: give one, such as "
+       "1e-3"),
+    on(lambda: pl.losses.grpo("best"), "no kind 'best': there are grpo, sapo, bnpo, dapo, cispo, "
+       "vespo, dr_grpo, luspo"),
+    on(lambda: pl.losses.grpo("dr_grpo"), "dr_grpo divides by the longest answer there could be: "
+       "longest="),
+    # batches of another kind
+    Case(lambda model, _: pl.losses.dpo()(model, (1, 2)), "a loss of preferences takes batches of "
+         "pl.data.preference or pl.data.ratings, with 'input_ids' and 'labels': not (1, 2)",
+         model=two),
+    Case(measuring(pl.losses.dpo(), ratings), "this loss takes pairs, the rows of those chosen "
+         "before those rejected: read them by pl.data.preference; for single answers there is "
+         "pl.losses.kto", model=two),
+    Case(measuring(pl.losses.kto(), pairs), "kto takes answers with ratings: read them by "
+         "pl.data.ratings", model=two),
+    Case(measuring(pl.losses.causal_lm, pairs), "the batch has answers that are not all to be "
+         "learned: give the Trainer a loss of preferences, such as pl.losses.dpo() for pairs or "
+         "pl.losses.kto() for ratings", model=two),
+    Case(measuring(pl.losses.reward(), pairs), "a reward is one number, and this model gives "
+         "(4, 3, …) for (4, 3) tokens: choose a delta with a head of its own, such as "
+         "pl.attach(model, [pl.LoRA(), pl.ScalarHead()], name='reward')", model=two),
+    Case(measuring(pl.losses.dpo(), pairs), "this model has no deltas; pl.attach or pl.load one "
+         "first", model=bare),
+    Case(lambda *_: pl.kernels.log_probs(torch.ones(2, 3, 4), torch.nn.Linear(4, 4),
+                                         torch.ones(2, 2).long()),
+         "h of shape (2, 3, 4) is for labels of shape (2, 3), not (2, 2)"),
+    # rows of data
+    of_rows(data.preference, [PAIR, {"prompt": "a", "chosen": "b"}, 3], "row 1: there is no "
+            "'rejected': the keys are 'prompt', 'chosen'; row 2: it is 3, no dict"),
+    of_rows(data.preference, [{**PAIR, "chosen": "c"}, {**PAIR, "chosen": " "}],
+            "row 0: the answers chosen and rejected are the same: there is no choice; row 1: "
+            "'chosen' is empty"),
+    of_rows(data.preference, [{**PAIR, "margin": float("nan")}],
+            "row 0: 'margin' is nan, not a finite number"),
+    of_rows(data.preference, [{"prompt": [MESSAGE], "chosen": [SAID], "rejected": [MESSAGE]},
+                              {"prompt": [MESSAGE], "chosen": [SAID], "rejected": []},
+                              {"prompt": [MESSAGE], "chosen": [SAID], "rejected": [3]},
+                              {"prompt": 3, "chosen": [SAID], "rejected": "b"}],
+            "row 0: 'rejected': the last message is of 'user', not the assistant's; row 1: "
+            "'rejected' has no messages; row 2: 'rejected' has what is no object with a role and a "
+            "content; row 3: 'prompt' and 'chosen' are both texts, or both lists of messages; …"),
+    of_rows(data.preference, [PAIR, {**PAIR, "prompt": "a" * 9}], "row 1: the prompt has 9 tokens, "
+            "so max_length=4 leaves nothing of 'chosen': raise it, or leave the row out",
+            max_length=4),
+    of_rows(data.ratings, [GOOD, {**GOOD, "rating": "yes"}, {"prompt": "a", "response": "b"}],
+            "row 1: 'rating' is 'yes', neither true nor false nor finite; row 2: there is no "
+            "'rating', and no 'label', which is true of a good answer"),
+    of_file("'…' has problems: line 2: the answers chosen and rejected are the same: there is no "
+            "choice", PAIR, {**PAIR, "chosen": "c"}),
+    on(lambda: data.preference([PAIR]).pack(8), "answers that are compared or rated aren't packed: "
+       "batch them"),
+]  # fmt: skip

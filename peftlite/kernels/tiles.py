@@ -45,7 +45,7 @@ def log_probs(
         temperature: T, above 0.
         entropy_gradient: whether the entropy is to be differentiated, too. The logits are then
             computed twice, as they are where the head itself is trained.
-        tile: tokens at a time; by default a twelfth of them, within 128 and 1,024.
+        tile: tokens at a time; by default a sixteenth of them, within 128 and 1,024.
 
     Raises:
         PeftliteError: the labels aren't as many as the vectors.
@@ -62,7 +62,7 @@ def log_probs(
         )
     learned = labels != reference.IGNORED
     x, wanted = h[learned], labels[learned]
-    size = tile or min(max(len(x) // 12, 128), 1024)
+    size = tile or min(max(len(x) // 16, 128), 1024)
     with torch.enable_grad():
         trained = head(x[:0].detach()).requires_grad
     if torch.is_grad_enabled() and (trained or (entropy_gradient and x.requires_grad)):
@@ -72,10 +72,46 @@ def log_probs(
             for own, ids in zip(x.split(size), wanted.split(size), strict=True)
         ]
         found = [torch.cat(each) for each in zip(*parts, strict=True)]
-    else:
-        x = x if torch.is_grad_enabled() else x.detach()
+    elif torch.is_grad_enabled() and x.requires_grad:
         found = _Frozen.apply(x, head, wanted, temperature, size)
+    else:
+        found = _by_tiles(x, head, wanted, temperature, size, None)
     logp, entropy = (each.new_zeros(labels.shape).masked_scatter(learned, each) for each in found)
+    return logp, entropy
+
+
+def _by_tiles(
+    x: Tensor, head: Head, labels: Tensor, temperature: float, size: int, slope: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log p and the entropy (n), for x (n, i); d log p/dx is written into `slope` (n, i)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logp, entropy = (x.new_empty(len(x), dtype=wide) for _ in range(2))
+    for start in range(0, len(x), size):
+        own = slice(start, start + size)
+        into = None if slope is None else slope[own]
+        logp[own], entropy[own] = _tile(x[own], head, labels[own, None], temperature, wide, into)
+    return logp, entropy
+
+
+def _tile(
+    x: Tensor, head: Head, labels: Tensor, temperature: float, wide: torch.dtype, slope: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of one tile, labels (n, 1); when it returns, its logits are gone."""
+    needed = slope is not None
+    with torch.set_grad_enabled(needed):
+        part = x.detach().requires_grad_(needed)
+        logits = head(part)
+    z = logits.detach().to(wide)
+    z = z / temperature if temperature != 1 else z
+    p = z.softmax(-1)
+    # logsumexp z by the likeliest label, whose p is exact: in half the time
+    total = z.amax(-1) - p.amax(-1).log()
+    logp = z.gather(-1, labels)[:, 0] - total
+    entropy = total - torch.linalg.vecdot(p, z)
+    if needed:
+        p.scatter_add_(-1, labels, p.new_full((len(p), 1), -1.0))
+        p = p.div_(-temperature).to(logits.dtype)
+        slope.copy_(torch.autograd.grad(logits, part, p)[0])
     return logp, entropy
 
 
@@ -86,26 +122,8 @@ class _Frozen(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, head: Head, labels: Tensor, temperature: float, size: int
     ) -> tuple[Tensor, Tensor]:
-        needed = ctx.needs_input_grad[0]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logp, entropy = (x.new_empty(len(x), dtype=wide) for _ in range(2))
-        slope = torch.empty_like(x) if needed else None
-        for start in range(0, len(x), size):
-            own = slice(start, start + size)
-            with torch.set_grad_enabled(needed):
-                part = x[own].detach().requires_grad_(needed)
-                logits = head(part)
-            z = logits.detach().to(wide)
-            z = z / temperature if temperature != 1 else z
-            p = z.softmax(-1)
-            # logsumexp z by the likeliest label, whose p is exact: in half the time
-            total = z.amax(-1) - p.amax(-1).log()
-            logp[own] = z.gather(-1, labels[own, None])[:, 0] - total
-            entropy[own] = total - torch.linalg.vecdot(p, z)
-            if slope is not None:
-                p.scatter_add_(-1, labels[own, None], p.new_full((len(p), 1), -1.0))
-                p = p.div_(-temperature).to(logits.dtype)
-                (slope[own],) = torch.autograd.grad(logits, part, p)
+        slope = torch.empty_like(x)
+        logp, entropy = _by_tiles(x, head, labels, temperature, size, slope)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy)
         return logp, entropy

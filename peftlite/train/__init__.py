@@ -4,6 +4,7 @@ from peftlite.train import data, losses
 from peftlite.train.continual import Forgetting, forgetting
 from peftlite.train.events import Callback, TensorBoard, WandB
 from peftlite.train.history import History
+from peftlite.train.preference.online import GRPO, PPO, best_of
 from peftlite.train.settings import Training
 from peftlite.train.together.jobs import fit_together
 from peftlite.train.together.service import Client, Service
@@ -11,6 +12,7 @@ from peftlite.train.trainer import Trainer
 from peftlite.train.trials import Trial, Trials, search
 
 __all__ = [
-    "Callback", "Client", "Forgetting", "History", "Service", "TensorBoard", "Trainer", "Training",
-    "Trial", "Trials", "WandB", "data", "fit_together", "forgetting", "losses", "search",
+    "GRPO", "PPO", "Callback", "Client", "Forgetting", "History", "Service", "TensorBoard",
+    "Trainer", "Training", "Trial", "Trials", "WandB", "best_of", "data", "fit_together",
+    "forgetting", "losses", "search",
 ]  # fmt: skip

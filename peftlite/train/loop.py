@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -63,6 +64,8 @@ class Run:
             p for d in self.deltas for p in d.parameters() if p.requires_grad
         ]
         self.device: torch.device = self.loader.device
+        own: Any = inspect.unwrap(self.loss)  # as it is without autocast
+        self.loss_state: Any = own if hasattr(own, "load_state_dict") else None
         named = {f"{d.name}:{key}": p for d in self.deltas for key, p in d.named_parameters()}
         self.unreached: dict[str, nn.Parameter] = {
             name: p for name, p in named.items() if p.requires_grad
@@ -260,6 +263,7 @@ class Run:
             "optimizer": state.optimizer_state(self.optimizer, self.parameter_names),
             "options": self.options,
             "scaler": self.scaler.state_dict(),
+            "loss": self.loss_state.state_dict() if self.loss_state else {},
             "random": state.random_state(self.device),
         }
 
@@ -275,7 +279,8 @@ class Run:
                     "from the global generators, which follow from seed), or begin anew in another "
                     "folder"
                 )
-        self.restore({**tree, "random": tree["random"][rank]})
+        loss = tree["loss"][rank] if "loss" in tree else {}  # earlier checkpoints have none
+        self.restore({**tree, "random": tree["random"][rank], "loss": loss})
 
     def restore(self, tree: dict[str, state.Tree]) -> None:
         """Goes back, or on, to a state. Raises FileError if it is of another optimizer."""
@@ -293,12 +298,15 @@ class Run:
         for delta in self.deltas:
             delta.load_state_dict(tree["deltas"][delta.name])
         self.scaler.load_state_dict(tree["scaler"])
+        if self.loss_state and tree["loss"]:
+            self.loss_state.load_state_dict(tree["loss"])
         state.set_random_state(tree["random"], self.device)
 
     def save(self, store: Checkpoints) -> None:
         """Writes a checkpoint, the first process for all."""
         tree = self.state()
         tree["random"] = self.processes.all_gather(tree["random"])
+        tree["loss"] = self.processes.all_gather(tree["loss"])
         tree["batches"] = self.processes.all_gather(digest(self.batches))
 
         def write() -> None:

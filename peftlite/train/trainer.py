@@ -185,7 +185,9 @@ class Trainer(Shown, Spelled):
         given = [self.delta] if isinstance(self.delta, str | Delta) else self.delta
         asked = None if given is None else [named(registry, each) for each in given]
         standing = registry.choice.standing
+        beside = getattr(self.loss, "trains", ())  # deltas that the loss chooses by itself
         chosen = [registry.deltas[name] for name in standing]
+        chosen += [named(registry, name) for name in beside if name not in standing]
         trainable = [
             delta
             for delta in chosen

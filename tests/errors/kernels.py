@@ -13,6 +13,7 @@ from tests.errors.case import Case
 
 OFF = replace(low_rank.KERNEL, lib=None, why="PEFTLITE_NATIVE is 0", _settled=True)
 
+
 def twice(*_: Any) -> Any:
     h = torch.ones(1, 3, requires_grad=True)
     head = torch.nn.Linear(3, 4).requires_grad_(False)

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 import peftlite as pl
 from peftlite.train import data
+from peftlite.train.preference import sampling
 from tests.errors.case import Case, bare, linears, two
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -24,6 +26,16 @@ def on(act: Callable[[], Any], says: str) -> Case:
 
 def of_rows(read: Any, rows: list[Any], what: str, **options: Any) -> Case:
     return on(lambda: read(rows, **options), f"the rows have problems: {what}")
+
+
+class Passes:
+    """Rows that can be gone through again."""
+
+    def __init__(self, rows: list[Any]):
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
 
 
 def pairs(count: int = 2) -> Any:
@@ -49,7 +61,57 @@ def of_file(says: str, *rows: Any) -> Case:
     return Case(lambda _, path: data.preference(path), says, pl.FileError, linears, write)
 
 
+def online(reward: Any = None, prompts: Any = ("a", "b"), **options: Any) -> Any:
+    def act(model: nn.Module, _: Path) -> Any:
+        given = {"tokenizer": Lines(), "max_new_tokens": 2, "batch_size": 2, "progress": False}
+        scores = reward or (lambda prompts, answers: [0.0] * len(answers))
+        return pl.GRPO(
+            model, scores, prompts, **{**given, "lr": 1e-3, "epochs": 1, **options}
+        ).fit()
+
+    return act
+
+
+class Lines(pl.data.ByteTokenizer):
+    end = (1,)
+    pad = 0
+
+    def encode(self, text: str | bytes) -> list[int]:
+        return [i % 8 for i in super().encode(text)]
+
+
+class Endless(Lines):
+    end = ()
+
+
+def of_the_base(run: Any) -> Any:
+    def sampled(model: Any, *given: Any) -> Any:
+        with pl.using(model, None):
+            return run(model, *given)
+
+    return sampled
+
+
 CASES = [
+    # what samples
+    Case(online(tokenizer=len), "what is sampled is to be read, and len has no decode: give a "
+         "tokenizer of transformers', or pl.data.ByteTokenizer or a class of yours like it",
+         model=two),
+    Case(online(tokenizer=Endless()), "the tokenizer has no token that ends an answer, nor one to "
+         "pad with: set tokenizer.eos_token, or the end of a class of yours", model=two),
+    Case(online(temperature=0.0), "temperature must be finite and above 0, not 0.0", model=two),
+    Case(online(loss=pl.losses.grpo(temperature=0.5)), "answers are sampled at temperature 1, and "
+         "learned of at 0.5: give both the same, above 0", model=two),
+    Case(online(prompts=[]), "prompts are a list of texts or chats, not []", model=two),
+    Case(online(batch_size=3), "there are 2 prompts, and a batch has 3: give a batch_size",
+         model=two),
+    Case(online(lambda prompts, answers: [0.0]), "a reward gives a number for each of 16 answers, "
+         "not tensor([0.])", model=two),
+    Case(online(lambda prompts, answers: [float("nan")] * 16), "the reward of '…', as an answer to "
+         "'…', is nan: it has to be finite", model=two),
+    Case(mock.patch.object(sampling, "_by_hand", of_the_base(sampling._by_hand))(online()),
+         "what sampled isn't what trains: with 'chat' chosen, of digest …, the model ran deltas of "
+         "digest …", model=two),
     # settings of losses
     on(lambda: pl.losses.dpo(beta=0), "beta must be finite and above 0, not 0"),
     on(lambda: pl.losses.dpo("best"), "no kind 'best': there are sigmoid, hinge, ipo, exo_pair, "
@@ -72,7 +134,7 @@ CASES = [
     Case(measuring(pl.losses.dpo(), ratings), "this loss takes pairs, the rows of those chosen "
          "before those rejected: read them by pl.data.preference; for single answers there is "
          "pl.losses.kto", model=two),
-    Case(measuring(pl.losses.kto(), pairs), "kto takes answers with ratings: read them by "
+    Case(measuring(pl.losses.kto(), pairs), "kto takes answers with a rating each: read them by "
          "pl.data.ratings", model=two),
     Case(measuring(pl.losses.causal_lm, pairs), "the batch has answers that are not all to be "
          "learned: give the Trainer a loss of preferences, such as pl.losses.dpo() for pairs or "
@@ -103,6 +165,9 @@ CASES = [
     of_rows(data.preference, [PAIR, {**PAIR, "prompt": "a" * 9}], "row 1: the prompt has 9 tokens, "
             "so max_length=4 leaves nothing of 'chosen': raise it, or leave the row out",
             max_length=4),
+    on(lambda: data.preference(Passes([{**PAIR, "prompt": "a" * 9}]), max_length=4), "row 0: the "
+       "prompt has 9 tokens, so max_length=4 leaves nothing of 'chosen': raise it, or leave the "
+       "row out"),
     of_rows(data.ratings, [GOOD, {**GOOD, "rating": "yes"}, {"prompt": "a", "response": "b"}],
             "row 1: 'rating' is 'yes', neither true nor false nor finite; row 2: there is no "
             "'rating', and no 'label', which is true of a good answer"),

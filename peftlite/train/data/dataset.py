@@ -174,12 +174,12 @@ class Data(Sequence[Any]):
         Their order is shuffled, so a curriculum ends here. Raises PeftliteError for an example that
         is longer, for augmented data, and for answers that are compared or rated.
         """
-        if len(self) and {"margin", "rating"} & self[0].keys():
-            raise PeftliteError("answers that are compared or rated aren't packed: batch them")
         if self._augmentations:
             raise PeftliteError(
                 "augmented examples have other lengths in each epoch: pack those that aren't"
             )
+        if len(self) and {"margin", "rating"} & self[0].keys():
+            raise PeftliteError("answers that are compared or rated aren't packed: batch them")
         lengths = self.lengths
         return Blocks(self, lengths, fill(lengths, length), length)
 

@@ -57,12 +57,7 @@ def collate(
         batch = collate(rows, pad=pad, side=side, multiple=multiple, mask=mask)
         return {**batch, "margin": torch.stack([example["margin"] for example in examples])}
     if not isinstance(examples[0], Mapping) or "input_ids" not in examples[0]:
-        try:
-            return default_collate(list(examples))
-        except (RuntimeError, TypeError, KeyError) as error:
-            raise PeftliteError(
-                f"what has no input_ids is stacked as it is, and here {error}: give a collate"
-            ) from error
+        return _as_they_are(examples)
     _check_fields(examples)
     packed = "position_ids" in examples[0]
     if not packed:
@@ -95,6 +90,16 @@ def _stacked(
             f"{key!r} is {short(examples[0][key])} in the first example of a batch, and such can't "
             "be put together as numbers of one shape: leave it out of the examples, or give a "
             "collate"
+        ) from error
+
+
+def _as_they_are(examples: Sequence[Any]) -> Any:
+    """By torch's collate. Raises PeftliteError where that can't."""
+    try:
+        return default_collate(list(examples))
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise PeftliteError(
+            f"what has no input_ids is stacked as it is, and here {error}: give a collate"
         ) from error
 
 

@@ -29,6 +29,7 @@ from peftlite.verbs.use import Choosable, using
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 Level = Literal["token", "sequence"]
+Scale = Literal["group", "batch", "none"]
 
 
 def share(default: float | None, below: float = 1.0) -> Any:

@@ -30,6 +30,7 @@ OURS = (
     "index",
     "advantages",
     "old",
+    "reward",
     "values",
     "returns",
 )

@@ -16,6 +16,7 @@ from peftlite.io.merge_files import merge_files
 from peftlite.io.native import save
 from peftlite.io.peft.vllm import check_vllm
 from peftlite.io.push import push
+from peftlite.io.quantize_files import quantize_files
 from peftlite.methods import catalog
 from peftlite.methods.catalog import *  # noqa: F403
 from peftlite.methods.fish import fish_scores
@@ -33,7 +34,7 @@ __all__ = [
     "PeftliteError", "Plan", "Receipt", "Site", "TargetError", "attach", "check_vllm",
     "combine", "compat", "deltas", "dequantize", "detach", "export", "extract", "fish_scores",
     "fuse", "initialize", "inspect", "kernels", "load", "merge", "merge_files", "methods", "plan",
-    "plot", "push", "quantize", "rescale", "resize_rank", "save", "unfuse", "unmerge", "use",
-    "using", "view",
+    "plot", "push", "quantize", "quantize_files", "rescale", "resize_rank", "save", "unfuse",
+    "unmerge", "use", "using", "view",
 ]  # fmt: skip
 __all__ += catalog.__all__

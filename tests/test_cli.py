@@ -165,6 +165,25 @@ def test_convert_reads_pickles_of_tensors_alone(desk: Desk) -> None:
     assert not Path("code").exists()
 
 
+def test_quantize(desk: Desk) -> None:
+    desk(
+        "quantize",
+        "base",
+        "-o",
+        "packed",
+        "--to",
+        "int8",
+        "--targets",
+        "*_proj",
+        "--skip",
+        "o_proj",
+    )
+    model = LLAMA.model()
+    packs = pl.quantize(model, checkpoint="packed")
+    assert packs.kind == "int8" and not any("o_proj" in name for name in packs.shapes)
+    assert "packed already" in desk("quantize", "packed", "-o", "twice", code=2)
+
+
 def test_extract(desk: Desk) -> None:
     desk("merge", "base", "sql", "-o", "tuned")
     text = desk("extract", "base", "tuned", "-o", "back", "--rank", "2")

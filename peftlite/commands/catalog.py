@@ -160,6 +160,20 @@ COMMANDS = {
         },
         commands.run_file,
     ),
+    "quantize": Command(
+        "packs a checkpoint's large weights in four or eight bits; goes on after a break",
+        {
+            "checkpoint": _given("CHECKPOINT", _BASE),
+            **_OUT,
+            "--to": _one_of(("nf4", "int8", "fp8"), "the format", "nf4"),
+            "--targets": _several("PATTERN", "what to pack (default: linear maps in blocks)"),
+            "--skip": _several("PATTERN", "what to leave"),
+            "--block": _whole("N", "weights that share one of nf4's scales", default=64),
+            "--scales": _one_of(("absmax", "search"), "nf4's; search errs less", "absmax"),
+            "--no-double-quant": _flag("keep nf4's scales in fp32"),
+        },
+        commands.run_file,
+    ),
     "extract": Command(
         "writes what makes one checkpoint of another as a delta: LoRA, and the rest as it is",
         {

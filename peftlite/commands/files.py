@@ -25,6 +25,7 @@ from peftlite.io.load import inspect, load
 from peftlite.io.merge_files import merge_files
 from peftlite.io.names import by_names_of
 from peftlite.io.native import save
+from peftlite.io.quantize_files import quantize_files
 from peftlite.io.tied import base_of
 from peftlite.methods.full import FullTuning
 from peftlite.methods.lora import LoRA
@@ -166,6 +167,14 @@ def run_merge(args: argparse.Namespace) -> Outcome:
     return Outcome(f"{receipt}\nwritten to {args.out}", data)
 
 
+def run_quantize(args: argparse.Namespace) -> Outcome:
+    packs = quantize_files(
+        args.checkpoint, args.out, args.to, targets=args.targets, skip=args.skip or (),
+        double_quant=not args.no_double_quant, block=args.block, scales=args.scales, progress=True,
+    )  # fmt: skip
+    return _written(args.out, {"to": args.to, "tensors": len(packs.shapes)}, str(packs))
+
+
 def run_convert(args: argparse.Namespace) -> Outcome:
     model = None if args.base is None else _stand_in(args.base, [args.file], args.transposed)
     convert(args.file, args.out, args.to, model=model, alpha=args.alpha, parts=args.parts or ())
@@ -236,6 +245,6 @@ def _written(out: str, data: dict[str, Any], *about: str) -> Outcome:
 
 RUNS = {
     "inspect": run_inspect, "verify": run_verify, "diff": run_diff, "convert": run_convert,
-    "merge": run_merge, "extract": run_extract, "combine": run_combine,
+    "merge": run_merge, "quantize": run_quantize, "extract": run_extract, "combine": run_combine,
 }  # fmt: skip
 """What runs each command."""

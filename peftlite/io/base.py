@@ -13,7 +13,7 @@ from peftlite.core.site import walk
 from peftlite.core.tensors import is_sharded
 from peftlite.errors import FileError, PeftliteError
 from peftlite.io.checkpoint import Checkpoint
-from peftlite.quant import keys
+from peftlite.quant import keys, others
 from peftlite.quant.holder import hold, is_part, packings
 from peftlite.quant.packing import Packing
 from peftlite.table import listed
@@ -79,11 +79,17 @@ def _groups(keys: Iterable[str], names: set[str]) -> dict[str, dict[str, str]]:
     """The keys of each tensor of a model by what follows its name; of "" those of none."""
     found: dict[str, dict[str, str]] = {}
     for key in keys:
-        name = key
-        while name and name not in names:
-            name = name.rpartition(".")[0]
-        rest = key[len(name) + 1 :] if name else key
-        found.setdefault(name, {})[rest] = key
+        path, _, last = key.rpartition(".")
+        name, rest = f"{path}.weight".lstrip("."), last
+        if key in names or last not in others.NAMES | others.OF_INPUTS:
+            name = key
+            while name and name not in names:
+                name = name.rpartition(".")[0]
+            rest = key[len(name) + 1 :]
+        if name not in names:
+            name, rest = "", key
+        if rest not in others.OF_INPUTS:
+            found.setdefault(name, {})[rest] = key
     return found
 
 
@@ -104,16 +110,20 @@ def _found(
     checkpoint: Checkpoint, place: Place, groups: Mapping[str, Mapping[str, str]]
 ) -> tuple[Packing | None, dict[str, Tensor]]:
     """A tensor's packing, None if it has none, and its parts. Raises FileError."""
-    name, *others = [name for name in place.names if name in groups]
+    name, *ties = [name for name in place.names if name in groups]
     own = {rest: checkpoint[key] for rest, key in groups[name].items()}
-    for other in others:
+    for other in ties:
         for rest, key in groups[other].items():
             if rest not in own or not torch.equal(own[rest], checkpoint[key]):
                 raise FileError(f"the model ties {other} to {name}, which the file has otherwise")
     how = None
     if [*own] != [""] or (place.tensor.is_floating_point() and not own[""].is_floating_point()):
+        said = checkpoint.config.get("quantization_config", {})
         try:
-            how, own = keys.read(own)
+            if any(rest.startswith("quant_state.") for rest in own):
+                how, own = keys.read(own)
+            else:
+                how, own = others.read(own, place.tensor.shape, _dtype(checkpoint), said)
         except PeftliteError as error:
             raise FileError(f"{name} {error}") from error
     shape = tuple(own[""].shape if how is None else how.shape)
@@ -121,6 +131,13 @@ def _found(
         wanted = tuple(place.tensor.shape)
         raise FileError(f"{name} has shape {shape} in the file, and {wanted} in the model")
     return how, own
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of the first tensor that isn't packed: codes don't tell what they are read in."""
+    plain = (key for key in checkpoint if key.rpartition(".")[2] not in others.NAMES)
+    found = (checkpoint.entry(key).dtype for key in plain)
+    return next((d for d in found if d.is_floating_point and d.itemsize > 1), torch.float32)
 
 
 def _put(place: Place, how: Packing | None, parts: dict[str, Tensor]) -> None:

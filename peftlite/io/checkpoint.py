@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from peftlite.errors import FileError, reason
-from peftlite.io.files import Tensors, as_path, data_of, read_json, replacing
+from peftlite.io.files import Entry, Tensors, as_path, data_of, read_json, replacing
 from peftlite.io.folders import replacing_folder
 from peftlite.table import listed, short
 
@@ -64,9 +64,13 @@ class Checkpoint(Mapping[str, Tensor]):
             return {}
         return data if isinstance(data, dict) else {}
 
+    def entry(self, key: str) -> Entry:
+        """A tensor's dtype and shape, its values not looked at."""
+        return self._home[key].entries[key]
+
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape, its values not looked at."""
-        return self._home[key].entries[key].shape
+        return self.entry(key).shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
@@ -102,9 +106,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 with replacing(temporary / Path(tensors.path).name) as file:
                     _rewrite(tensors, file, change, advance)
             for other in sorted(self.folder.iterdir()):
-                mine = other.name.endswith(INDEX) or not _WEIGHTS.fullmatch(other.name)
-                if other.is_file() and mine:
+                if other.is_file() and comes_along(other.name):
                     shutil.copyfile(other, temporary / other.name)
+
+
+def comes_along(name: str) -> bool:
+    """Whether a file in a checkpoint's folder is no weights of another format."""
+    return name.endswith(INDEX) or not _WEIGHTS.fullmatch(name)
 
 
 def _taken(names: set[str]) -> str | None:

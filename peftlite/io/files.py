@@ -75,6 +75,10 @@ class Entry(NamedTuple):
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * numel(self.shape)
+
+    @property
     def plain(self) -> dict[str, Any]:
         """As JSON says it."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
@@ -218,6 +222,26 @@ def write_tensors(
         file.write(data)
     file.seek(0)
     file.write(_head(entries, metadata(digests)))
+
+
+def placing(
+    file: BinaryIO, entries: Mapping[str, Entry], metadata: Mapping[str, str]
+) -> dict[str, int]:
+    """Writes all of a safetensors file but its tensors; returns where the bytes of each go."""
+    head = _head(entries, metadata)
+    file.write(head)
+    places, start = {}, len(head)
+    for key in _order(entries):
+        places[key] = start
+        start += entries[key].num_bytes
+    file.truncate(start)
+    return places
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write(json.dumps(data, indent=2).encode())
 
 
 def write_file(

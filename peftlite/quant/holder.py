@@ -61,7 +61,7 @@ def hold(
 ) -> None:
     """Puts codes and their scales in a slot, which is read as the tensor from then on."""
     module._parameters[slot] = codes
-    for name, part in parts.items():
+    for name, part in sorted(parts.items()):  # a fingerprint goes by their order
         if name:
             module._buffers[f"{slot}{_BESIDE}{name}"] = part
     module.__dict__[ATTRIBUTE] = {**packings(module), slot: how}

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlite.errors import PeftliteError
 from peftlite.kernels.native import packed as native
-from peftlite.quant import beside, nf4, rows
+from peftlite.quant import beside, layouts, nf4, rows
 
 KINDS = ("nf4", "int8", "fp8")
+"""What tensors are packed in here; what others packed is read in the kinds of `layouts`, too."""
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class Packing:
     """How one tensor is packed.
 
     Args:
-        kind: "nf4", "int8" or "fp8".
+        kind: "nf4", "int8", "fp8", or one that is only read, as `layouts` has them.
         shape: of the tensor itself.
         dtype: what it is read in.
-        block: nf4's; 0 for others, which have a scale a row.
+        block: nf4's and fp4's; 0 for others.
         search: whether its scales are searched for when it is packed again.
     """
 
@@ -41,7 +44,7 @@ class Packing:
     def sizes(self, nested: bool) -> dict[str, tuple[int, ...]]:
         """The shapes of the parts, which are nested or not where the kind is nf4."""
         n = self.shape.numel()
-        if self.kind != "nf4":
+        if self.kind not in ("nf4", "fp4"):
             return {"": tuple(self.shape), "scale": (self.shape[0], 1)}
         blocks = -(-n // self.block)
         found: dict[str, tuple[int, ...]] = {"": (-(-n // 2), 1), "absmax": (blocks,)}
@@ -67,22 +70,54 @@ class Packing:
             return how, nf4.rows(parts, at, n, self.block)
         return how, {name: part.index_select(0, at) for name, part in parts.items()}
 
+    def empty(self, nested: bool) -> dict[str, Tensor]:
+        """Parts without numbers."""
+        codes = torch.int8 if self.kind == "int8" else torch.uint8
+        dtypes = {"": codes, "absmax": torch.uint8 if nested else torch.float32}
+        found = {
+            name: torch.empty(size, dtype=dtypes.get(name, torch.float32), device="meta")
+            for name, size in self.sizes(nested).items()
+        }
+        return found | ({"nested_offset": torch.zeros(())} if "nested_offset" in found else {})
+
+    def check(self, parts: Mapping[str, Tensor]) -> None:
+        """Raises PeftliteError, without the tensor's name, if these can't be its parts."""
+        given = {name: tuple(part.shape) for name, part in parts.items()}
+        if self.kind in (*KINDS, "fp4"):
+            wanted = self.sizes(nested="nested_offset" in parts)
+            codes = {name: size for name, size in given.items() if name not in beside.PARTS}
+            if codes != wanted or not beside.fits(parts, self.shape):
+                raise PeftliteError(f"has parts of {given}, where {tuple(self.shape)} has {wanted}")
+            return
+        order, error = parts.get("order", torch.zeros(1)), None
+        try:
+            self.unpack({name: part.to("meta") for name, part in parts.items()})
+        except (RuntimeError, LookupError, ValueError) as failed:
+            error = failed
+        if error is not None or not 0 <= order.min() <= order.max() < max(parts["scale"].shape):
+            raise PeftliteError(
+                f"has parts of {given}, which don't make {tuple(self.shape)} by {self.kind}"
+            ) from error
+
     def unpack(self, parts: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """W of its shape and dtype, in `out` if that is given: contiguous, on the parts' device."""
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype, device=parts[""].device)
         with torch.no_grad():
-            if native.unpack(self._codes(parts), out):
+            if self.kind in KINDS and native.unpack(self._codes(parts), out):
                 pass
             elif self.kind == "nf4":
                 nf4.unpack(parts, self.block, out)
-            else:
+            elif self.kind in KINDS:
                 rows.unpack(parts, out)
+            else:
+                return layouts.unpack(self.kind, parts, self.block, out)
             return beside.add(parts, out)
 
     def product(self, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None) -> Tensor | None:
         """y (…, o) = x Wᵀ + bias without forming W (o, i), where x (…, i) is a few rows of it."""
-        return None if "left" in parts else native.few(x, self._codes(parts), bias)
+        known = self.kind in KINDS and "left" not in parts
+        return native.few(x, self._codes(parts), bias) if known else None
 
     def _codes(self, parts: Mapping[str, Tensor]) -> native.Codes:
         block = self.block or self.shape.numel() // max(1, self.shape[0])
@@ -93,11 +128,17 @@ class Packing:
 def pack(
     w: Tensor, kind: str, block: int = nf4.BLOCK, double: bool = True, search: bool = False
 ) -> tuple[Packing, dict[str, Tensor]]:
-    """A tensor's packing and parts, of which "" has its codes."""
+    """A tensor's packing and parts, of which "" has its codes. Raises PeftliteError."""
+    if kind not in KINDS:
+        raise PeftliteError(
+            f"a weight in {kind} is read here, and not written: keep what would change it attached"
+        )
     how = Packing(kind, w.shape, w.dtype, block if kind == "nf4" else 0, search)
     if kind == "nf4":
         return how, nf4.pack(w, block, double, search)
-    return how, rows.pack(w, kind)
+    # a few rows at a time, as each takes more room in fp32
+    made = [rows.pack(piece, kind) for piece in w.split(max(1, _PIECE * len(w) // w.numel()))]
+    return how, {name: torch.cat([parts[name] for parts in made]) for name in made[0]}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,24 @@ SMALL = 4096
 _PIECE = 1 << 18  # numbers that are compared at a time
 
 
+@dataclass(frozen=True)
 class Quantization:
-    """What `quantize` takes, told as methods tell what they take."""
+    """What `quantize` takes, told as methods tell what they take.
 
-    takes = "tensors of two or more dimensions, of floats in 16 bits or more"
+    Args:
+        in_blocks: whether it takes by default what is in numbered blocks alone.
+    """
+
+    in_blocks: bool = False
+    takes: ClassVar = "tensors of two or more dimensions, of floats in 16 bits or more"
 
     def accepts(self, site: Site) -> bool:
         return not site.is_call and site.is_stored and site.whole.dim() > 1
 
     def default(self, site: Site) -> bool:
         if not self.accepts(site) or site.head or site.whole.numel() < SMALL:
+            return False
+        if self.in_blocks and not any(step.isdigit() for step in site.address.split(".")):
             return False
         return not isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
 
@@ -160,16 +168,16 @@ def quantize(
         print(pl.quantize(model, "nf4"))
         pl.attach(model, pl.LoRA(rank=4, targets="0"))
     """
-    how = _how(kind, double_quant, block, scales, rank, init, iterations)
+    how = how_of(kind, double_quant, block, scales, rank, init, iterations)
     _refuse_deltas(model)
     if checkpoint is not None:
-        if (targets, skip, how) != (None, (), _how()):
+        if (targets, skip, how) != (None, (), how_of()):
             raise PeftliteError("a checkpoint says what is packed, and how: give it alone")
         return _read(model, checkpoint)
     return _pack(model, _chosen(model, targets, skip), how)
 
 
-def _how(
+def how_of(
     kind: str = "nf4",
     double: bool = True,
     block: int = nf4.BLOCK,
@@ -227,7 +235,7 @@ def _config(
     if not found or not theirs:
         return None
     left = [path for path, m in walk(model) if isinstance(m, nn.Linear) and not packings(m)]
-    return keys.config(found[0][1].dtype, double, left)
+    return keys.config("nf4", found[0][1].dtype, double, left)
 
 
 def saved(model: nn.Module) -> int:
@@ -249,7 +257,19 @@ def _refuse_deltas(model: nn.Module) -> None:
 
 def _chosen(model: nn.Module, asked: Targets, skip: Targets) -> list[Site]:
     """The sites to pack. Raises PeftliteError if one can't be."""
-    how: Any = Quantization()
+    chosen = pick(model, asked, skip)
+    for site in chosen:
+        w = site.whole
+        if is_sharded(w) or w.is_meta:
+            raise PeftliteError(f"{site.address} isn't here whole: quantise before it is sharded")
+        if not w.isfinite().all():
+            raise PeftliteError(f"{site.address} has numbers that aren't finite")
+    return chosen
+
+
+def pick(model: nn.Module, asked: Targets, skip: Targets, in_blocks: bool = False) -> list[Site]:
+    """The sites that are asked for. Raises PeftliteError."""
+    how: Any = Quantization(in_blocks)
     chosen = [site for site, _ in patterns.select(sites(model), asked, skip, how)]
     for site in chosen:
         w = site.whole
@@ -259,10 +279,6 @@ def _chosen(model: nn.Module, asked: Targets, skip: Targets) -> list[Site]:
             raise TargetError(
                 f"{site.address} is {w.dtype} of {tuple(w.shape)}; quantize takes {how.takes}"
             )
-        if is_sharded(w) or w.is_meta:
-            raise PeftliteError(f"{site.address} isn't here whole: quantise before it is sharded")
-        if not w.isfinite().all():
-            raise PeftliteError(f"{site.address} has numbers that aren't finite")
     return chosen
 
 

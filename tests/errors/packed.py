@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 import peftlite as pl
 from peftlite.core.tensors import raw
+from peftlite.io.files import locking
 from peftlite.quant import keys
+from peftlite.quant.packing import pack
 from tests.errors.case import Case, linears
 
 
@@ -121,6 +124,49 @@ def with_tables() -> nn.Module:
     return model
 
 
+def packing_files(model: nn.Module, path: Path) -> None:
+    pl.quantize_files(path, path.with_name("out"), targets="0")
+
+
+def busy(path: Path) -> None:
+    """A file to pack, and a process that does so."""
+    plain(path)
+    folder = path.with_name(".out.part")
+    folder.mkdir()
+    LOCKS.append(locking(folder))
+    LOCKS[-1].__enter__()
+
+
+def plain(path: Path) -> None:
+    safetensors.torch.save_file(linears().state_dict(), path)
+
+
+def taken(path: Path) -> None:
+    plain(path)
+    path.with_name("out").write_text("mine")
+
+
+def with_nan(path: Path) -> None:
+    state = linears().state_dict()
+    state["0.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(state, path)
+
+
+def of_others(**tensors: Tensor) -> Callable[[Path], None]:
+    """A file in which the first weight is packed by another library."""
+    state = {key: t for key, t in linears().state_dict().items() if key != "0.weight"}
+    given = {f"0.{name}": tensor for name, tensor in tensors.items()}
+    return lambda path: safetensors.torch.save_file({**state, **given}, path)
+
+
+def packing_as_read(model: nn.Module, path: Path) -> None:
+    pack(torch.zeros(4, 4), "fp4")
+
+
+LOCKS: list[Any] = []
+WORDS = torch.zeros(4, 1, dtype=torch.int32)
+GPTQ = {"qweight": torch.zeros(1, 4).int(), "qzeros": torch.zeros(1, 1).int(),
+        "scales": torch.ones(1, 4)}  # fmt: skip
 ATTACHED = "'sql' is attached, and knows its base by the very numbers: pl.detach it first"
 NAMES = "'absmax', 'nested_absmax', 'nested_quant_map', 'quant_map'"
 UNREAD = "has a 'quant_state.bitsandbytes__nf4' that can't be read: …"
@@ -149,6 +195,27 @@ CASES = [
          model=tied, file=holding()),
     Case(filling, f"0.weight is of no packing that is known here: beside its codes are [{NAMES}]",
          pl.FileError, model=linears, file=holding({f"0.weight.{STATE}": None})),
+    Case(filling, "0.weight is of no packing that is known here: beside its codes are "
+         "['weight_packed', 'weight_scale']", pl.FileError, model=linears,
+         file=of_others(weight_packed=WORDS, weight_scale=torch.ones(4, 1))),
+    Case(filling, "0.weight has parts of {…}, which don't make (4, 4) by gptq-8", pl.FileError,
+         model=linears, file=of_others(**{**GPTQ, "scales": torch.ones(3, 4)})),
+    Case(filling, "0.weight has parts of {…}, which don't make (4, 4) by gptq-8", pl.FileError,
+         model=linears, file=of_others(**GPTQ, g_idx=torch.full((4,), 9))),
+    Case(packing_as_read, "is in fp4, which is read here and not written: keep what changes it "
+         "attached, or pl.dequantize the model first", model=linears),
+    Case(packing_files, "… is packed already: it has 0.weight.quant_state…", pl.FileError,
+         model=linears, file=holding()),
+    Case(packing_files, "0.weight has numbers that aren't finite", model=linears, file=with_nan),
+    Case(packing_files, "can't write …: it is there already; name a new one", pl.FileError,
+         model=linears, file=taken),
+    Case(packing_files, "can't write …: another process is at it", pl.FileError, model=linears,
+         file=busy),
+    Case(lambda _, path: pl.quantize_files(path, path.with_name("out"), "nf4", block=48),
+         "block must be one of …", model=linears, file=plain),
+    Case(lambda _, path: pl.quantize_files(path, path.with_name("out"), targets="0.bias"),
+         "0.bias is torch.float32 of (4,); quantize takes tensors of two or more dimensions, of "
+         "floats in 16 bits or more", pl.TargetError, model=linears, file=plain),
     Case(filling, "1.weight has shape (2, 4) in the file, and (4, 4) in the model", pl.FileError,
          model=linears, file=holding({"1.weight": torch.zeros(2, 4)})),
     Case(lambda model, _: pl.dequantize(model), ATTACHED, model=with_lora),

@@ -33,6 +33,13 @@ class Lazy(Tensor):
 
     kind: ClassVar[str]
     """What it is, in a word."""
+    source: Any = None
+    """What another library has in its place, whose attributes it shows, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if self.source is None or name.startswith("__"):
+            raise AttributeError(f"a {self.kind} tensor has no attribute {name!r}")
+        return getattr(self.source, name)
 
     def form(self) -> Tensor:
         """The value."""

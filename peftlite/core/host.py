@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from peftlite.core import read, recompute
 from peftlite.core.choice import HIDDEN, Choice, Names, NamesByRow, by_rows, uncompiled
-from peftlite.core.maps import Map, PatchedMap, kind_of
+from peftlite.core.maps import Map, PatchedMap, is_theirs, kind_of
 from peftlite.core.patch import Patch, apply
 from peftlite.core.site import CALL, keeps_statistics
 from peftlite.core.tensors import is_quantized, is_sharded, raw
 from peftlite.errors import PeftliteError
+from peftlite.quant.others import rewrites
+from peftlite.quant.packed import Packed
 from peftlite.table import listed
 
 ATTRIBUTE = "peftlite"
@@ -48,6 +50,7 @@ class Patches(nn.Module):
         self.still = False  # whether the module keeps the base's statistics, in training too
         self.face: type | None = None  # a class that is laid over the model's own
         self.kind: type[Map] | None = None
+        self.theirs = False  # whether its weight was packed by another library
         self.own_forward: Callable[..., Any] | None = None  # the module's, where it has one
         # torch's fused transformer layer bypasses its parts unless one of them has a hook
         self._forward_hooks[0] = _no_fused_path
@@ -239,7 +242,7 @@ def _host_class(
             _check_reached(names, active)
         inner: Any = None
         patches = None
-        if hosted.kind is not None and active:
+        if hosted.kind is not None and (active or hosted.theirs):
             inner, patches = _mapped(self, hosted.kind, active)
         if inner is None:
             inner = hosted.own_forward or functools.partial(base.forward, self)
@@ -340,7 +343,7 @@ def _read(module: Any, slot: str) -> Tensor:
     if is_sharded(w):  # FSDP looks for its own shard by name, which may be of codes
         return module._parameters.get(slot, w)
     if not patches:
-        return w
+        return w if type(w) is not Packed or w.source is None else w.source
     if not _is_grad_enabled():
         _check_reached(names, {slot: patches})
     return apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
@@ -380,9 +383,11 @@ def _mapped(
 ) -> tuple[Map | None, tuple[Patch, ...] | None]:
     """A linear map, and the patches to lay over it: all on its weight can, or they are read in."""
     on_weight, on_bias = active.get("weight"), active.get("bias")
-    if not on_weight and not on_bias:
+    if not on_weight and not on_bias and not module.peftlite.theirs:
         return None, None
     weight, bias = raw(module, "weight"), module._parameters.get("bias")
+    if bias is None:
+        bias = module._buffers.get("bias")
     if type(weight) is not nn.Parameter and is_sharded(weight):
         raise PeftliteError(
             "this weight is sharded over devices while it is used, as tensor parallelism does: "
@@ -459,7 +464,8 @@ def make_host(module: nn.Module, choice: Choice) -> Patches:
         )
     hosted = Patches(choice).train(module.training)
     own_forward = module.__dict__.get("forward")
-    hosted.kind = kind_of(module) if own_forward is None else None
+    hosted.theirs = is_theirs(module)
+    hosted.kind = kind_of(module) if own_forward is None or hosted.theirs else None
     hosted.own_forward = own_forward
     try:
         module.__class__ = host_class(base_class(module), frozenset())
@@ -504,10 +510,15 @@ def lay_over(root: Any, face: type) -> None:
 def settle(root: nn.Module, choice: Choice, deltas: bool) -> None:
     """Makes hosts of what has to know of deltas in the model, if there are any, and else frees it.
 
-    These are torch's encoders around patches, which can't take nested tensors, and what keeps
-    running statistics, which are the base's and stay.
+    These are torch's encoders around patches, which can't take nested tensors, what keeps running
+    statistics, which are the base's and stay, and what would rewrite its own codes.
     """
     for module in [*root.modules()]:
+        if rewrites(module):
+            if deltas:
+                make_host(module, choice)
+            elif isinstance(module, Host):
+                release(module)
         if isinstance(module, nn.TransformerEncoder):
             if any(isinstance(m, Patches) and m._modules for m in module.modules()):
                 make_host(module, choice)

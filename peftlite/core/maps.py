@@ -18,6 +18,7 @@ from torch import Tensor, is_grad_enabled, nn
 
 from peftlite.kernels import lora_linear
 from peftlite.kernels.dispatch import is_plain
+from peftlite.quant import others
 
 
 class Map:
@@ -262,7 +263,17 @@ def kind_of(module: nn.Module) -> type[Map] | None:
         "Conv1D.forward",
     ):
         return TransposedLinear
-    return _KINDS.get(forward)
+    known = _KINDS.get(forward)
+    return Linear if known is None and is_theirs(module) else known
+
+
+def is_theirs(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose weight another library packed."""
+    return hasattr(module, "bias") and bool(others.hidden(module)) and not _embeds(module)
+
+
+def _embeds(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 _CONVS = nn.modules.conv._ConvNd
@@ -272,7 +283,8 @@ _RNNS = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear map, as an output head is."""
-    return isinstance(module, nn.Linear | _CONVS) or kind_of(module) is TransposedLinear
+    kinds = (Linear, TransposedLinear)
+    return isinstance(module, nn.Linear | _CONVS) or kind_of(module) in kinds
 
 
 def maps_vectors(module: nn.Module, slot: str) -> bool:

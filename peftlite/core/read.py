@@ -24,6 +24,7 @@ class Read(Lazy):
 
     def __init__(self, raw: Tensor, patches: Sequence[Patch]):
         self.raw, self._patches = raw, tuple(patches)
+        self.source = getattr(raw, "source", None)
         self._formed: dict[tuple[bool, bool], Tensor] = {}
 
     def form(self) -> Tensor:

@@ -23,6 +23,7 @@ from peftlite.core import maps
 from peftlite.core.layout import Layout
 from peftlite.core.tensors import Index, narrow, overlap, raw
 from peftlite.errors import PeftliteError, TargetError
+from peftlite.quant import others
 from peftlite.table import short
 
 CALL = "()"
@@ -219,7 +220,9 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 def _slots(module: nn.Module) -> list[str]:
     made = list(module.parametrizations) if parametrize.is_parametrized(module) else []
-    return [name for name, p in module._parameters.items() if p is not None] + made
+    theirs = others.hidden(module)
+    shown = [n for n, p in module._parameters.items() if p is not None and n not in theirs]
+    return (["weight"] if theirs else []) + shown + made
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -22,6 +22,7 @@ from torch import nn
 from peftlite.core.patch import Method, Targets
 from peftlite.core.site import CALL, Site, slice_of, split_index, whole_address
 from peftlite.errors import TargetError
+from peftlite.quant import others
 from peftlite.table import listed, short
 
 
@@ -177,6 +178,9 @@ def _try(site: Site) -> bool:
 
 def no_numbers(site: Site) -> str | None:
     """Why nothing in a tensor could learn; None if it could."""
+    if site.slot == "weight" and others.hidden(site.module):
+        why = others.why_not(site.module)
+        return why and f"{site.address} {why}"
     w = site.whole
     if type(w).__module__.startswith("bitsandbytes"):  # before it is on its device, too
         return (

@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from peftlite.quant import others
 from peftlite.quant.holder import ATTRIBUTE as PACKED
 from peftlite.quant.holder import packed
 from peftlite.quant.packed import Packed
@@ -23,6 +24,9 @@ def raw(module: Any, slot: str) -> Tensor:
     tensor = module._parameters.get(slot)
     if PACKED in module.__dict__ and slot in module.__dict__[PACKED]:
         return packed(module, slot)
+    if slot == "weight" and (type(tensor) is not nn.Parameter or tensor.itemsize == 1):
+        if others.hidden(module):
+            return others.packed(module)
     if tensor is None:
         tensor = module._buffers.get(slot)
     if tensor is None:  # made by a parametrization, or by a hook of the older kind

@@ -7,6 +7,7 @@
     gptq-b      "" (i·b/32, o); scale (i/g, o); zero (i/g, o·b/32); order (i); z is 1 more than told
     gptq_v2-b   the same, z as it is told
     awq-b       "" (i, o·b/32); scale (i/g, o); zero (i/g, o·b/32); outputs by eights, reordered
+    scb         "" (o, i) int8; scale (o), the largest of a row, 127 times s         bitsandbytes
     e2m1        "" (o, i/2) uint8; scale (o, i/g) float8, or uint8, an exponent; global (1)
     fp4         "" (⌈n/2⌉, 1) uint8; absmax and the rest as nf4 has them              bitsandbytes
 
@@ -125,6 +126,10 @@ def _scaled(parts: Parts, o: int, i: int, _: int) -> Grouped:
     return Grouped(lambda rows: parts[""][rows], scale, zero, order)
 
 
+def _scb(parts: Parts, o: int, i: int, _: int) -> Grouped:
+    return Grouped(lambda rows: parts[""][rows], parts["scale"].view(o, 1) / 127)
+
+
 def _side(count: int, n: int) -> int:
     """Of n square blocks along a side, the last of which may be a narrower one."""
     return count if n == 1 else 1 << (-(-count // n) - 1).bit_length()
@@ -146,7 +151,7 @@ def _e2m1(parts: Parts, o: int, i: int, _: int) -> Grouped:
 
 GROUPED: dict[str, Callable[[Parts, int, int, int], Grouped]] = {
     "scaled": _scaled, "packed": _packed, "gptq": _gptq, "gptq_v2": _gptq_v2, "awq": _awq,
-    "e2m1": _e2m1,
+    "scb": _scb, "e2m1": _e2m1,
 }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def _mergeable(
                 f"{address} is packed, and merging packs it again: requantize=True allows that, or "
                 "keep the delta attached"
             )
-        if not site.is_stored:
+        if not site.is_stored and not isinstance(site.whole, Packed):
             raise PeftliteError(
                 f"{address} is computed by a parametrization, not stored: remove it first with "
                 "torch.nn.utils.parametrize.remove_parametrizations"

@@ -58,12 +58,6 @@ def typed() -> nn.Module:
     return model
 
 
-def packed() -> nn.Module:
-    model: Any = linears()
-    model.quantization_method = "gptq"
-    return model
-
-
 CASES = [
     asking("'LoraConfig' is a LORA with 'megatron_config' as {'a': 1}, which may change the model "
            "in a way that peftlite doesn't have", "LoraConfig",
@@ -108,8 +102,6 @@ CASES = [
     Case(lambda _, path: peft.AutoPeftModelForCausalLM.from_pretrained(path), "'…' doesn't say "
          "what its base is: load that yourself, then PeftModel.from_pretrained(base, path)",
          file=adapter()),
-    doing("this model is quantised (gptq), and its layers take no deltas: load it unquantised",
-          lambda model, _: peft.prepare_model_for_kbit_training(model), packed),
     weighing("peftlite has no svd_clamp=: leave it out", svd_clamp=0.9),
     weighing("combination_type is one of linear, …: not 'mean'", "mean"),
     weighing("combination_type='ties' takes density=, the share that is kept", "ties"),

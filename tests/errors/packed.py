@@ -14,6 +14,7 @@ from peftlite.io.files import locking
 from peftlite.quant import keys
 from peftlite.quant.packing import pack
 from tests.errors.case import Case, linears
+from tests.packed.doubles import Linear4bit, QuantLinear
 
 
 @torch.no_grad()
@@ -163,6 +164,24 @@ def packing_as_read(model: nn.Module, path: Path) -> None:
     pack(torch.zeros(4, 4), "fp4")
 
 
+def rewritten4() -> nn.Module:
+    layer = Linear4bit(torch.ones(4, 4))
+    layer._parameters["weight"].quant_state.packing_format_for_cpu = True
+    return nn.Sequential(layer)
+
+
+def unknown() -> nn.Module:
+    return nn.Sequential(QuantLinear({"qweight": WORDS}, torch.zeros(4, 4)))
+
+
+def misshapen() -> nn.Module:
+    return nn.Sequential(QuantLinear({**GPTQ, "scales": torch.ones(3, 4)}, torch.zeros(4, 4)))
+
+
+def plain_attach(model: nn.Module, _: Path) -> None:
+    pl.attach(model, pl.LoRA(rank=2))
+
+
 LOCKS: list[Any] = []
 WORDS = torch.zeros(4, 1, dtype=torch.int32)
 GPTQ = {"qweight": torch.zeros(1, 4).int(), "qzeros": torch.zeros(1, 1).int(),
@@ -202,8 +221,15 @@ CASES = [
          model=linears, file=of_others(**{**GPTQ, "scales": torch.ones(3, 4)})),
     Case(filling, "0.weight has parts of {…}, which don't make (4, 4) by gptq-8", pl.FileError,
          model=linears, file=of_others(**GPTQ, g_idx=torch.full((4,), 9))),
-    Case(packing_as_read, "is in fp4, which is read here and not written: keep what changes it "
-         "attached, or pl.dequantize the model first", model=linears),
+    Case(plain_attach, "a weight of bitsandbytes was rewritten as it ran in eval mode on a CPU, "
+         "and gives no gradient: load the model again, and attach before it runs",
+         model=rewritten4),
+    Case(plain_attach, "the weight of a QuantLinear is of no packing that is known here: it has "
+         "['qweight']", model=unknown),
+    Case(plain_attach, "LoRA takes none of this model's sites by default; 0.weight has parts "
+         "of {…}, which don't make (4, 4) by gptq-8", pl.TargetError, model=misshapen),
+    Case(packing_as_read, "a weight in fp4 is read here, and not written: keep what would change "
+         "it attached", model=linears),
     Case(packing_files, "… is packed already: it has 0.weight.quant_state…", pl.FileError,
          model=linears, file=holding()),
     Case(packing_files, "0.weight has numbers that aren't finite", model=linears, file=with_nan),

@@ -14,7 +14,6 @@ from torch import Tensor
 from peftlite.compat.peft.model import PeftModel
 from peftlite.core.attach import deltas
 from peftlite.core.find import named, require
-from peftlite.errors import PeftliteError
 from peftlite.io.files import write_file
 from peftlite.io.load import read
 from peftlite.io.peft.folder import CONFIG, MODEL, PREFIX, PROMPTS, START
@@ -81,18 +80,10 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> Any:
-    """The model, frozen and in fp32, of which bitsandbytes' layers take no adapters here.
-
-    Raises PeftliteError.
-    """
-    method = getattr(model, "quantization_method", None)
-    if method or any(type(p).__name__ in ("Params4bit", "Int8Params") for p in model.parameters()):
-        raise PeftliteError(
-            f"this model is quantised ({method or 'bitsandbytes'}), and its layers take no deltas: "
-            "load it unquantised"
-        )
+    """The model, frozen, and in fp32 but for what is packed."""
     model.requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.itemsize == 2:
+        packed = hasattr(parameter, "quant_state")
+        if parameter.is_floating_point() and parameter.itemsize == 2 and not packed:
             parameter.data = parameter.data.float()
     return model

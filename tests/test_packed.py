@@ -191,7 +191,7 @@ def test_a_state_dict_gives_the_same_model(format: str, rank: int, tmp_path: Pat
     other.load_state_dict(safetensors.torch.load_file(tmp_path / "packed.safetensors"))
     assert packed_bytes(other) == packed_bytes(model)
     if rank:  # of which no plain one has a product
-        with pytest.raises(RuntimeError, match=r"of \['', .*, where here is .*'left', 'right'\]"):
+        with pytest.raises(RuntimeError, match=r"of .*, where here is .*'left', .*'right'"):
             other.load_state_dict(mlp().state_dict())
         return
     other.load_state_dict(mlp().state_dict())  # a plain one is packed as it comes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -32,10 +32,9 @@ def arguments(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def by_name(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by their names."""
-    # dynamo of torch 2.8 takes zip's strict=False for True
-    return {**{names[i]: x for i, x in enumerate(args[: len(names)])}, **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def features(site: Site, width: int | None = None) -> Features | None:

@@ -58,6 +58,7 @@ class LoReFTPatch(CallPatch):
     def __init__(self, site: Site, method: LoReFT, widths: Features):
         super().__init__(site, widths)
         self.method, self.everywhere = method, method.positions == "all"
+        self.ends: tuple[int, int] = method.ends
         self.names: tuple[str, ...] = arguments(site.module)
         shapes = (method.rank, self.o), (method.rank, self.o), (method.rank,)
         self.v, self.w, self.b = (
@@ -88,7 +89,7 @@ class LoReFTPatch(CallPatch):
     def _intervene(self, h: Any, given: Mapping[str, Any]) -> Tensor:
         self.check(h, self.o)
         change = self.along(self._change, h)
-        places = self.positions(h, given, *self.method.ends)
+        places = self.positions(h, given, *self.ends)
         return h + (change if places is None else change * places[..., None])
 
     def _change(self, h: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def using(
     changeable(registry)
     if rows is None:
         return registry.choice.scope(_names(registry, names))
-    if names is not None or not isinstance(rows, (list, tuple)) or not rows:
+    if names is not None or not isinstance(rows, list | tuple) or not rows:
         raise PeftliteError(
             f"rows= is a list with one choice per batch row, in place of a name: not {rows!r}"
         )
@@ -91,15 +91,14 @@ def view(model: nn.Module, names: Choosable) -> Any:
     return twin
 
 
-# pl.using is compiled, too, and torch 2.8 compiles no isinstance with a union: tuples here
 def _names(registry: Registry, names: Any) -> Names:
     if names is None:
         return ()
-    if not isinstance(names, (str, list, tuple, Delta)):
+    if not isinstance(names, str | list | tuple | Delta):
         raise PeftliteError(
             f"a choice is a delta or its name, a list of these, or None: not {names!r}"
         )
-    given = names if isinstance(names, (list, tuple)) else (names,)
+    given = names if isinstance(names, list | tuple) else (names,)
     chosen = tuple(named(registry, each).name for each in given)
     for name in chosen:
         if name in registry.merged:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peftlite as pl
 from peftlite import kernels
 from peftlite.kernels import lora_linear, reference
+from peftlite.kernels.native import mask
 from tests.kernels.against import assert_close, factors, run, truth
 from tests.kernels.test_linear import saved
 
@@ -71,7 +72,10 @@ class OnDevice(TorchDispatchMode):
 
 @dropouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_waits_for_the_device(dropout: float, dtype: torch.dtype) -> None:
+def test_nothing_waits_for_the_device(
+    dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mask, "drops", lambda x: False)  # C, which is for a CPU alone
     tensors = factors(33, i=24, o=40, rank=4)
     leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
     with OnDevice():

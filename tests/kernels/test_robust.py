@@ -75,7 +75,8 @@ class OnDevice(TorchDispatchMode):
 def test_nothing_waits_for_the_device(
     dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mask, "drops", lambda x: False)  # C, which is for a CPU alone
+    mask.KERNEL.ready()  # it's held against torch the first time that it is asked
+    monkeypatch.setattr(mask, "drops", lambda x: False)  # C is for a CPU alone
     tensors = factors(33, i=24, o=40, rank=4)
     leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
     with OnDevice():

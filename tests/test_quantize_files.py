@@ -155,14 +155,14 @@ def test_a_kill_leaves_nothing_at_the_name(base: Path, tmp_path: Path) -> None:
 def test_memory_is_that_of_the_largest_tensor(kind: str, tmp_path: Path) -> None:
     """≤ 1.52 times, and 150 MB for all that Python and torch take as they run."""
     with torch.no_grad():
-        w = torch.full((8192, 4096), 0.5, dtype=torch.bfloat16)  # 64 MiB
+        w = torch.empty(8192, 4096, dtype=torch.bfloat16).uniform_()  # 64 MiB
     tensors = {f"layers.{i}.weight": w.clone() for i in range(3)}
     safetensors.torch.save_file(tensors, tmp_path / "base.safetensors")
     small = {"layers.0.weight": w[:256].clone()}
     safetensors.torch.save_file(small, tmp_path / "warm.safetensors")
     found = run(PEAK, "base.safetensors", "out.safetensors", kind, folder=tmp_path)
     assert found.returncode == 0, found.stderr
-    assert int(found.stdout) <= 1.52 * w.nbytes + 20e6
+    assert int(found.stdout) <= 1.52 * w.nbytes + 40e6
 
 
 def test_what_is_outside_of_blocks_is_left(tmp_path: Path) -> None:

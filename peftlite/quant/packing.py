@@ -137,8 +137,12 @@ def pack(
     if kind == "nf4":
         return how, nf4.pack(w, block, double, search)
     # a few rows at a time, as each takes more room in fp32
-    made = [rows.pack(piece, kind) for piece in w.split(max(1, _PIECE * len(w) // w.numel()))]
-    return how, {name: torch.cat([parts[name] for parts in made]) for name in made[0]}
+    made = {name: torch.empty_like(t, device=w.device) for name, t in how.empty(False).items()}
+    step = max(1, _PIECE * len(w) // w.numel())
+    for start in range(0, len(w), step):
+        for name, part in rows.pack(w[start : start + step], kind).items():
+            made[name][start : start + step] = part
+    return how, made
 
 
 @torch.no_grad()

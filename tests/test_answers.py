@@ -115,8 +115,10 @@ def test_generate_with_several(run: Run) -> None:
     assert [question["answers"] for question in told["questions"]] == [
         {"chat": expected("if", "chat")}, {"a+chat": expected("while", "sql", "chat")}
     ]  # fmt: skip
+    # what the tokenizer learned of Python differs by Python's version, line breaks too
+    answers = [expected(prompt).replace("\n", "\n" + " " * 8) for prompt in ("if", "while")]
     assert run("generate", "plain", *both, "--use", "base") == (
-        f"prompt  if\n  base  {expected('if')}\n\nprompt  while\n  base  {expected('while')}\n"
+        f"prompt  if\n  base  {answers[0]}\n\nprompt  while\n  base  {answers[1]}\n"
     )
 
 

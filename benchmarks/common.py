@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import repeat
@@ -151,6 +151,14 @@ def report(name: str, figures: Sequence[Figure], *, quick: bool, **versions: str
 def _row(figure: Figure, digits: int) -> list[str]:
     quantiles = (f"{value:.{digits}g}" for value in figure.quantiles())
     return [figure.name, *quantiles, figure.unit, figure.bound()]
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Replaces a CSV file by rows, by column."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _write(path: Path, figures: Sequence[Figure], about: Mapping[str, str]) -> None:

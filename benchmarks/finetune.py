@@ -12,7 +12,6 @@ Beside length, epochs and batch, all is as the command line has it: nothing is t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -26,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from common import HERE, machine
+from common import HERE, machine, write_csv
 from comparison import minilm
 from comparison.bytelm import CONTEXT, HEADS, WINDOWS, ByteLM
 from torch import Tensor, nn
@@ -266,11 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     print(table([*rows[0]], [[_short(cell) for cell in row.values()] for row in rows]))
     if not args.quick:
-        path = HERE / "results" / "finetune.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *machine()], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, **machine()} for row in rows)
+        lines = [{**row, **machine()} for row in rows]
+        write_csv(HERE / "results" / "finetune.csv", [*lines[0]], lines)
 
 
 def _short(cell: Any) -> str:

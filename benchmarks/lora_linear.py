@@ -24,7 +24,7 @@ from contenders import DROPOUTS, DTYPES, RANK, Cell, Given, Layer, contenders, d
 from memory import weigh
 from torch import Tensor
 
-from peftlite.kernels.native import KERNELS
+from peftlite.kernels.native.kernels import KERNELS
 
 LAYERS = {"cpu": [(1024, 1024), (1024, 4096), (4096, 1024), (2048, 2048), (4096, 4096)]}
 LAYERS["cuda"] = [(4096, 4096), (4096, 1024), (4096, 11008), (4096, 14336), (14336, 4096)]

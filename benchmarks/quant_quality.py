@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, machine
+from common import HERE, machine, write_csv
 from comparison.bytelm import ByteLM
 from comparison.methods import LOW, Row
 from comparison.minilm import MiniLM
@@ -99,15 +99,8 @@ def main() -> None:
                     cells |= measure(task, rate, seed) | {"commit": commit}
                     lines.append({key: str(cell) for key, cell in cells.items()})
                     if not args.quick:
-                        _write(path, lines)
+                        write_csv(path, COLUMNS, lines)
     print(table(["task", "base", "seeds", "bytes", "quality", "loss"], summary(lines)))
-
-
-def _write(path: Path, lines: Sequence[Mapping[str, str]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 if __name__ == "__main__":

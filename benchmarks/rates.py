@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, machine
+from common import HERE, machine, write_csv
 from comparison import minilm
 from comparison.bytelm import CONTEXT, ByteLM
 from quality import CACHE
@@ -161,16 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cells |= {"base": before, **found}
                 lines.append({key: str(cell) for key, cell in cells.items()} | {"commit": commit})
                 if not args.quick:
-                    _write(path, lines)
+                    write_csv(path, COLUMNS, lines)
     header = ["task", "method", "auto", "base", *(f"× {t:g}" for t in TIMES), "of the best gain"]
     print(table(header, summary(lines)))
-
-
-def _write(path: Path, lines: Sequence[Line]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine
+from common import machine, write_csv
 
 from .methods import ALL, BASE, FROZEN, KINDS, METHODS, Row
 from .sweep import SEEDS, Line, Record
@@ -102,13 +101,8 @@ def _gaps(lines: Sequence[Line], frozen: Sequence[Line], full: Sequence[Line]) -
 
 def write(path: Path, rows: Sequence[Cells], versions: Mapping[str, str]) -> None:
     about = machine() | versions
-    columns = [*COLUMNS, *about]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            short = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**about, **short})
+    short = ({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_csv(path, [*COLUMNS, *about], ({**about, **row} for row in short))
 
 
 def plot(path: Path, rows: Sequence[Cells], tasks: Sequence[type[Task]]) -> None:

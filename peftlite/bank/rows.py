@@ -16,6 +16,13 @@ Run = tuple[int, int, int]
 Tables = dict[str, Tensor]
 
 
+def side_by_side(slots: Sequence[int]) -> slice | None:
+    """Where slots lie one after another in a table, which can be viewed; None if they don't."""
+    if not slots or list(slots) != list(range(slots[0], slots[0] + len(slots))):
+        return None
+    return slice(slots[0], slots[0] + len(slots))
+
+
 class Groups(NamedTuple):
     """Rows by the slot they share, in groups of one size m.
 
@@ -37,9 +44,9 @@ class Groups(NamedTuple):
         m = max(map(len, rows.values()), default=0)
         real = [i * m + j for i, own in enumerate(rows.values()) for j in range(len(own))]
         with torch.inference_mode(False):
-            slots: Any = torch.tensor(list(rows), device="cpu")
-            if rows and max(rows) - min(rows) + 1 == len(rows):
-                slots = slice(min(rows), max(rows) + 1)
+            slots: Any = side_by_side(list(rows))
+            if slots is None:
+                slots = torch.tensor(list(rows), device="cpu")
             padded = [row for own in rows.values() for row in own + own[-1:] * (m - len(own))]
             unpadded = torch.tensor(real, device="cpu") if len(real) < len(padded) else None
             return cls(slots, torch.tensor(padded, device="cpu"), unpadded)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.bank.families.mixed import Mixed
-from peftlite.bank.rows import Rows, Tables
+from peftlite.bank.rows import Rows, Tables, side_by_side
 from peftlite.core.patch import Patch
 from peftlite.errors import PeftliteError
 
@@ -75,7 +75,7 @@ def training_rows(numbers: Sequence[int], leaves: Mapping[int, Leaves]) -> Rows:
     runs = [(slot, len([*run])) for slot, run in itertools.groupby(numbers)]
     lies = len({slot for slot, _ in runs}) == len(runs) and len({size for _, size in runs}) == 1
     distinct = [slot for slot, _ in runs] if lies else sorted(set(numbers))
-    there = _place(distinct)
+    there = side_by_side(distinct) or distinct
 
     def tables(mixed: Any) -> Tables:
         return {name: rows(mixed, name, table) for name, table in mixed.tables.items()}
@@ -95,14 +95,6 @@ def training_rows(numbers: Sequence[int], leaves: Mapping[int, Leaves]) -> Rows:
         back = torch.arange(len(distinct), device="cpu")
         return Rows(back, tables=tables, repeat=runs[0][1], lies=True)
     return Rows(torch.tensor([distinct.index(n) for n in numbers], device="cpu"), tables=tables)
-
-
-def _place(slots: Sequence[int]) -> Any:
-    """Where slots lie in a table: a slice, which is viewed, or what is copied by."""
-    first = slots[0]
-    if list(slots) == list(range(first, first + len(slots))):
-        return slice(first, first + len(slots))
-    return list(slots)
 
 
 class Learned(torch.autograd.Function):

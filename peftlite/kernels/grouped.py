@@ -198,7 +198,7 @@ def _back(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx with s·drop(dh A) added to it in place, for it comes from `Expand` alone; and dA."""
     ops, dropout, seed = ctx.ops, ctx.group.dropout, ctx.group.seed
-    factor = ctx.group.scale * (reference.kept(dropout) if dropout else 1)
+    factor = reference.scaled(ctx.group.scale, dropout)
     if factor != 1:
         dh.mul_(factor)
     da = None if x is None else ops.grad_a(dh, matrix(x), dropout, seed)

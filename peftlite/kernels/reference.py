@@ -116,6 +116,11 @@ def kept(dropout: float) -> float:
     return 2**16 / (2**16 - threshold(dropout))
 
 
+def scaled(scale: float, dropout: float) -> float:
+    """The scale of what dropout keeps, where a mask alone is applied."""
+    return scale * kept(dropout) if dropout else scale
+
+
 def keep(seed: Tensor, tokens: int, i: int, dropout: float) -> Tensor:
     """(t, i) of bool, False with probability `dropout`.
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite.kernels import dispatch, native
+from peftlite.kernels import dispatch
+from peftlite.kernels.native import kernels
 from peftlite.table import table
 
 
@@ -28,7 +29,7 @@ def report(model: nn.Module) -> str:
             for slot, (w, path, why) in _weights(module):
                 name = address if slot == "weight" else f"{address}.{slot}".removeprefix(".")
                 rows.append([name, str(w.device), str(w.dtype).removeprefix("torch."), path, why])
-    return table(["module", "device", "dtype", "path", "because"], rows + native.rows())
+    return table(["module", "device", "dtype", "path", "because"], rows + kernels.rows())
 
 
 def _weights(module: Any) -> Iterator[tuple[str, tuple[Tensor, str, str]]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from peftlite.kernels.native import mask
-from peftlite.kernels.reference import FIRST, HALF, SECOND, STEP, kept, threshold
+from peftlite.kernels.reference import FIRST, HALF, SECOND, STEP, scaled, threshold
 from peftlite.kernels.workspace import workspace
 
 _ENTRIES = 2**19  # of x or y, that a thread converts and masks at once
@@ -26,7 +26,7 @@ _FEW = 16  # rows of A, that are slow as columns of a result
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     """h = s·drop(x) Aᵀ, (t, r) in c."""
-    factor = _factor(scale, dropout)
+    factor = scaled(scale, dropout)
     return _joined([_low(a, part, factor) for _, part in _parts(x, a.dtype, dropout, seed)])
 
 
@@ -34,7 +34,7 @@ def grad_ab(
     dy: Tensor, h: Tensor, b: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """dh (t, r) = s·dY B and dB (o, r) = dYᵀ h in c, for an h that is scaled."""
-    dh, db, factor = [], None, _factor(scale, dropout)
+    dh, db, factor = [], None, scaled(scale, dropout)
     for rows, part in _parts(dy, h.dtype, 0.0, None):
         dh.append(_low(b.t(), part, factor))
         db = _summed(db, _across(h[rows], part))
@@ -62,21 +62,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def product(
-    x: Tensor,
-    w: Tensor,
-    h: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """x W + h U + bias, or x W + drop(h U) for an h that is scaled; W is (i, o), and U (r, o)."""
-    # on top of the large product: oneDNN is slower at adding to what is there
-    y = x @ w if bias is None else torch.addmm(bias, x, w)
-    return add(y, h, up, dropout, seed)
-
-
 def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
     if h.dtype is y.dtype and not dropout:
@@ -90,6 +75,25 @@ def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -
     return y
 
 
+def product(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    into: Callable[..., Tensor] = add,
+) -> Tensor:
+    """x W + h U + bias, or x W + drop(h U) for an h that is scaled; W is (i, o), and U (r, o).
+
+    `into` is what adds, as `add` does.
+    """
+    # on top of the large product: oneDNN is slower at adding to what is there
+    y = x @ w if bias is None else torch.addmm(bias, x, w)
+    return into(y, h, up, dropout, seed)
+
+
 def expand(
     h: Tensor,
     up: Tensor,
@@ -97,14 +101,11 @@ def expand(
     dropout: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    into: Callable[..., Tensor] = add,
 ) -> Tensor:
     """h U + bias (t, o), or drop(h U) for a scaled h (t, r), rounded to a dtype once."""
     y = h.new_zeros(len(h), up.shape[1], dtype=dtype)
-    return add(y if bias is None else y.add_(bias), h, up, dropout, seed)
-
-
-def _factor(scale: float, dropout: float) -> float:
-    return scale * kept(dropout) if dropout else scale
+    return into(y if bias is None else y.add_(bias), h, up, dropout, seed)
 
 
 def _low(a: Tensor, x: Tensor, factor: float) -> Tensor:

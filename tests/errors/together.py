@@ -80,6 +80,8 @@ ONE = "two trainers have one delta, or one folder: name each one's own, as delta
 CASES = [
     Case(lambda *_: fit_together([]), "fit_together takes a list of trainers, not []"),
     Case(lambda model, _: fit_together(model), "fit_together takes a list of trainers, not a GPT…"),
+    Case(lambda model, _: fit_together([3], at_once=0),
+         "at_once must be a whole number from 1 up, not 0"),
     Case(lambda model, _: fit_together([3]), "fit_together takes trainers, not 3"),
     Case(sharing({"compile": True}), "compile=True is for a trainer that is alone: leave it out"),
     Case(sharing({"delta": ["sql", "chat"]}),

@@ -14,9 +14,10 @@ import torch
 
 import peftlite as pl
 from peftlite import kernels
-from peftlite.kernels import lora_linear, native, reference
+from peftlite.kernels import lora_linear, reference
 from peftlite.kernels.native import build, features, low_rank, mask, packed
 from peftlite.kernels.native.kernel import Kernel
+from peftlite.kernels.native.kernels import KERNELS
 from peftlite.quant import nf4, packing, rows
 from tests.kernels.against import assert_close, factors, run, truth
 
@@ -24,7 +25,7 @@ SEED = torch.tensor(0x1234_5678_9ABC_DEF)
 VENDOR, FLAGS = features.vendor_and_flags()
 ASKED = os.environ.get("PEFTLITE_NATIVE", "1")
 OFF = ASKED == "0" or shutil.which("cc") is None
-each = pytest.mark.parametrize("kernel", native.KERNELS, ids=lambda kernel: kernel.name)
+each = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
 def runs(kernel: Kernel) -> bool:
@@ -37,7 +38,7 @@ def runs(kernel: Kernel) -> bool:
 @pytest.fixture(autouse=True, scope="module")
 def settled() -> None:
     """What runs here is settled before a test changes the environment."""
-    for kernel in native.KERNELS:
+    for kernel in KERNELS:
         kernel.ready()
 
 
@@ -50,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
     """An empty cache, and a CPU that every kernel is for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PEFTLITE_NATIVE", "1")
-    flags = frozenset(flag for kernel in native.KERNELS for flag in kernel.needs)
+    flags = frozenset(flag for kernel in KERNELS for flag in kernel.needs)
     monkeypatch.setattr(features, "vendor_and_flags", lambda: ("GenuineIntel", flags))
     return tmp_path / "peftlite" / "native"
 

@@ -1,6 +1,7 @@
 """Many fine-tunes on one base: each learns what it would alone, and none harms another."""
 
 import copy
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -342,6 +343,31 @@ def test_many_threads_and_a_client_that_goes() -> None:
         with pytest.raises(LookupError):
             last.forward_backward(batch, crash).result()
         assert last.forward(batch, losses.classification).result()["loss"] > 0
+
+
+def test_a_round_leaves_nothing_behind_and_harms_no_other() -> None:
+    batch, method = (torch.randn(4, 6).double(), torch.arange(4) % 3), pl.BitFit()
+
+    def still(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).detach().sum()
+
+    with pl.Service(mlp(), slots=2, methods=method, patience=1.0) as service:
+        one, other = (service.client(name, method) for name in ("one", "other"))
+        for _ in range(3):
+            good = one.forward_backward(batch, losses.classification)
+            bad = other.forward_backward(batch, still)
+            assert good.result()["loss"] > 0
+            with pytest.raises(RuntimeError, match="does not require grad"):
+                bad.result()
+        assert service._batcher.draws._states == {}
+        other.close()
+        assert service.names == ["one"]
+        again = service.client("other", method)
+        other.close()
+        del other, bad
+        gc.collect()
+        assert again.forward_backward(batch, losses.classification).result()["loss"] > 0
+        assert service.names == ["one", "other"]
 
 
 # -- a search

@@ -1,15 +1,1 @@
 """Native kernels: C that the machine's own compiler builds when it is first wanted, if it can."""
-
-from __future__ import annotations
-
-from peftlite.kernels.native import low_rank, mask, packed
-
-KERNELS = (low_rank.KERNEL, mask.KERNEL, packed.KERNEL)
-
-
-def rows() -> list[list[str]]:
-    """A line of `report` for each: whether it runs, and why."""
-    return [
-        [f"{kernel.name}.c", "cpu", "bfloat16", "native" if kernel.ready() else "torch", kernel.why]
-        for kernel in KERNELS
-    ]

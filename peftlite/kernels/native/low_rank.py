@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int, c_long, c_uint64, c_void_p
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | No
     """h = s·drop(x) Aᵀ, (t, r)."""
     if not _fits(x, a):
         return torch_ops.shrink(x, a, scale, dropout, seed)
-    return _reduce(KERNEL.lib, x, a, None, _scale(scale, dropout), dropout, seed)[0]
+    return _reduce(KERNEL.lib, x, a, None, reference.scaled(scale, dropout), dropout, seed)[0]
 
 
 def grad_ab(
@@ -50,7 +51,7 @@ def grad_ab(
     """dh (t, r) = s·dY B and dB (o, r) = dYᵀ h, for an h that is scaled."""
     if not _fits(dy, b.t(), h.t()):
         return torch_ops.grad_ab(dy, h, b, scale, dropout)
-    dh, g = _reduce(KERNEL.lib, dy, b.t(), h.t(), _scale(scale, dropout), 0.0, None)
+    dh, g = _reduce(KERNEL.lib, dy, b.t(), h.t(), reference.scaled(scale, dropout), 0.0, None)
     return dh, g.t()
 
 
@@ -61,20 +62,6 @@ def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor
     return _reduce(KERNEL.lib, x, None, dh.t(), 1.0, dropout, seed)[1]
 
 
-def product(
-    x: Tensor,
-    w: Tensor,
-    h: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """x W + h U + bias, or x W + drop(h U) for an h that is scaled; W is (i, o), and U (r, o)."""
-    y = x @ w if bias is None else torch.addmm(bias, x, w)
-    return add(y, h, up, dropout, seed)
-
-
 def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
     if not _fits(y, up, h.t()):
@@ -83,21 +70,8 @@ def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -
     return y
 
 
-def expand(
-    h: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """h U + bias (t, o), or drop(h U) for a scaled h (t, r), rounded to a dtype once."""
-    y = h.new_zeros(len(h), up.shape[1], dtype=dtype)
-    return add(y if bias is None else y.add_(bias), h, up, dropout, seed)
-
-
-def _scale(scale: float, dropout: float) -> float:
-    return scale * reference.kept(dropout) if dropout else scale
+product = partial(torch_ops.product, into=add)
+expand = partial(torch_ops.expand, into=add)
 
 
 def _fits(rows: Tensor, *factors: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftlite.kernels.reference import kept
+from peftlite.kernels.reference import scaled
 from peftlite.kernels.triton import kernels as triton_kernels
 from peftlite.kernels.triton.launch import PROGRAMS, cdiv, launch, mask, padded
 
@@ -34,7 +34,7 @@ def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | No
     grid = _grid(tokens, config["TOKENS"], columns, config["COLUMNS"], rank, config["RANK"])
     h = _planes(a, grid[1], tokens, rank)
     launch(
-        triton_kernels.shrink, grid, x, a, h, *mask(x, dropout, seed), _factor(scale, dropout),
+        triton_kernels.shrink, grid, x, a, h, *mask(x, dropout, seed), scaled(scale, dropout),
         tokens, columns, rank, *x.stride(), *a.stride(), DROP=dropout > 0, **config,
     )  # fmt: skip
     return total(h, a.dtype)
@@ -46,13 +46,13 @@ def grad_ab(
     """dh (t, r) = s·dY B, and dB (o, r) = dYᵀ h for an h that is scaled."""
     (tokens, columns), rank = dy.shape, h.shape[1]
     if rank > ONCE:
-        dh = shrink(dy, b.t(), _factor(scale, dropout), 0.0, None)
+        dh = shrink(dy, b.t(), scaled(scale, dropout), 0.0, None)
         return dh, grad_a(h, dy, 0.0, None).t()
     config = tiles(rank, dy.dtype, b.dtype)
     blocks, splits = _grid(columns, config["COLUMNS"], tokens, config["TOKENS"], 1, 1)
     dh, db = _planes(b, blocks, tokens, rank), _planes(b, splits, columns, rank)
     launch(
-        triton_kernels.grad_ab, (blocks, splits), dy, h, b, dh, db, _factor(scale, dropout),
+        triton_kernels.grad_ab, (blocks, splits), dy, h, b, dh, db, scaled(scale, dropout),
         tokens, columns, rank, *dy.stride(), *h.stride(), *b.stride(), **config,
     )  # fmt: skip
     return total(dh, b.dtype), total(db, b.dtype)
@@ -147,7 +147,3 @@ def _planes(factor: Tensor, planes: int, *shape: int) -> Tensor:
     """Room for sums; a single one is rounded at once."""
     dtype = torch.float32 if planes > 1 else factor.dtype
     return factor.new_empty(planes, *shape, dtype=dtype)
-
-
-def _factor(scale: float, dropout: float) -> float:
-    return scale * kept(dropout) if dropout else scale

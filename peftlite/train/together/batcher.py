@@ -50,8 +50,8 @@ class Shared(nn.Module):
         return self._ask(Call(How.now(self._orig_mod.training), bool(chosen), args, kwargs))
 
     def back(self, loss: Tensor) -> None:
-        """`loss.backward()`, with those of the others."""
-        self._ask(loss)
+        """`loss.backward()`, with those of the others; by itself if it goes nowhere, and raises."""
+        self._ask(loss) if loss.requires_grad else loss.backward()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -97,6 +97,7 @@ class Batcher:
                 for caller in over:
                     self._live.remove(caller)
                     self._ahead.discard(caller)
+                    self.draws.forget(caller)
                     yield caller
                 if not (over or self._live):
                     return

@@ -68,6 +68,11 @@ class Draws:
             bits.state = np.random.get_bit_generator().state
         np.random.set_bit_generator(bits)
 
+    def forget(self, who: Any) -> None:
+        """Who is over draws no more."""
+        self.give(None)
+        self._states.pop(who, None)
+
 
 class Caller:
     """A function in a thread of its own, asleep until it is run.

@@ -19,6 +19,7 @@ from peftlite.errors import PeftliteError
 from peftlite.methods.low_rank import LowRankPatch
 from peftlite.progress import bar
 from peftlite.table import listed, short
+from peftlite.train.data.checks import check_counts
 from peftlite.train.events import Callback
 from peftlite.train.history import Event, History
 from peftlite.train.settings import Settings, Training
@@ -120,6 +121,7 @@ def fit_together(
     """
     if not isinstance(trainers, list | tuple) or not trainers:
         raise PeftliteError(f"fit_together takes a list of trainers, not {short(trainers)}")
+    check_counts(at_once=at_once)
     jobs = [Job.of(trainer, resume) for trainer in trainers]
     histories = train(jobs, at_once, progress)
     for job in jobs:

@@ -116,6 +116,7 @@ class Service:
         self._clients: dict[str, Tuned] = {}
         self._there = threading.Condition()  # of what waits
         self._turn = threading.Lock()  # of what runs
+        self._gone: deque[Tuned] = deque()  # those whose slots are to be freed
         self._last: list[Tuned] = []  # who had something answered in the last round
         self._closing = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -134,33 +135,51 @@ class Service:
             FileError: the file can't be read.
         """
         check_name(name)
-        if name in self._clients:
-            raise PeftliteError(f"the service has a client {name!r} already: give another name")
         delta = delta_of(self.model, name, source, "error")[0]
         delta.requires_grad_()
+        tuned = Tuned(delta, optimizer)
         with self._turn:
+            self._free()
+            if name in self._clients:
+                raise PeftliteError(f"the service has a client {name!r} already: give another name")
             self.bank.adopt(name, delta)
-        self._clients[name] = tuned = Tuned(delta, optimizer)
+            with self._there:
+                self._clients[name] = tuned
         client = Client(self, name, tuned)
-        weakref.finalize(client, _leave, weakref.ref(self), name).atexit = False
+        # it runs wherever the last one lets go, perhaps amid a round: so it takes a note alone
+        weakref.finalize(client, self._gone.append, tuned).atexit = False
         return client
 
     @property
     def names(self) -> list[str]:
         """The clients that there are."""
-        return list(self._clients)
+        with self._there:
+            return [name for name, tuned in self._clients.items() if tuned not in self._gone]
 
     def drop(self, name: str) -> None:
         """Forgets a client; what it asked for and hasn't been given is cancelled."""
         with self._there:
-            tuned = self._clients.pop(name, None)
-        if tuned is None:
-            return
-        for request in tuned.waiting:
-            request.future.cancel()
+            tuned = self._clients.get(name)
+        if tuned is not None:
+            self._forget(tuned)
+
+    def _forget(self, tuned: Tuned) -> None:
+        self._gone.append(tuned)
         with self._turn:
-            self.bank.evict(name)
-            self.bank.drop(name)
+            self._free()
+
+    def _free(self) -> None:
+        """Frees the slots of clients that are gone; between two rounds."""
+        while self._gone:
+            tuned = self._gone.popleft()
+            name = tuned.delta.name
+            with self._there:
+                there = self._clients.get(name) is tuned and self._clients.pop(name)
+            if there:
+                for request in tuned.waiting:
+                    request.future.cancel()
+                self.bank.evict(name)
+                self.bank.drop(name)
 
     def close(self) -> None:
         """Ends it, once what waits is answered; the model is as it was."""
@@ -193,6 +212,7 @@ class Service:
     def _serve(self) -> None:
         while requests := self._next():
             with self._turn:
+                self._free()
                 self._answer(requests)
 
     def _next(self) -> dict[str, Request]:
@@ -225,13 +245,6 @@ class Service:
         callers = (self._batcher.caller(name, request.work) for name, request in given.items())
         for caller in self._batcher.run(callers, len(given)):
             given[caller.name].end(caller.done)
-
-
-def _leave(service: weakref.ref[Service], name: str) -> None:
-    """A client that nobody has any more leaves nothing behind."""
-    there = service()
-    if there is not None:
-        there.drop(name)
 
 
 class Client:
@@ -318,7 +331,7 @@ class Client:
 
     def close(self) -> None:
         """Frees its slot. What it learned is gone, unless it was saved."""
-        self._service.drop(self.name)
+        self._service._forget(self._tuned)
 
     def _ask(self, work: Callable[..., Any], on_model: bool) -> Future[Any]:
         return self._service.ask(self._tuned, work, on_model)

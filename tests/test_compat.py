@@ -23,7 +23,7 @@ import peftlite as pl
 from peftlite.compat import peft as ours
 from peftlite.compat.peft.defaults import defaults, feedforward_of
 from peftlite.io.peft.folder import PROMPTS
-from tests.test_peft_prompts import GPT2, IDS, MASK, SIZES, made
+from tests.test_peft_prompts import GPT2, IDS, MASK, OLD, SIZES, made
 from tests.zoo import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:`loss_type=None")
@@ -201,6 +201,10 @@ TASKS: list[tuple[Callable[[], Any], str, str, dict[str, Any], dict[str, Tensor]
     (t5, "PromptTuningConfig", "SEQ_2_SEQ_LM", {"num_virtual_tokens": 3}, LM),
     (t5, "PrefixTuningConfig", "SEQ_2_SEQ_LM", {"num_virtual_tokens": 3}, LM),
 ]
+
+
+if not OLD:  # where peft 0.21 doesn't find what its prefix would go to, and says so
+    TASKS = [row for row in TASKS if row[1:3] != ("PrefixTuningConfig", "SEQ_CLS")]
 
 
 @pytest.mark.parametrize(("base", "config", "task", "settings", "batch"), TASKS)

@@ -21,6 +21,9 @@ import peftlite as pl
 from peftlite import cli
 from tests.zoo import seeded
 
+# huggingface_hub 0.36 keeps sessions, and 1 a client, that know whether they are offline
+RENEWED = getattr(_http, "close_session", None) or _http.reset_sessions
+
 
 class Hub:
     """Repositories, each a list of commits, which hold files by their names."""
@@ -118,10 +121,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    _http.reset_sessions()
+    RENEWED()
     monkeypatch.chdir(tmp_path)
     yield made
-    _http.reset_sessions()
+    RENEWED()
     server.shutdown()
     server.server_close()
 

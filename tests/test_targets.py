@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftlite as pl
@@ -356,6 +357,10 @@ class NamesHead(nn.Module):
         return self.out(self.body(x))
 
 
+def normed() -> nn.Module:
+    return nn.Sequential(*(weight_norm(nn.Linear(4, 4)) for _ in range(2)))
+
+
 def unsaid(model: nn.Module) -> None:
     raise NotImplementedError
 
@@ -387,6 +392,7 @@ LORA_DEFAULTS: list[tuple[Any, str]] = [
     (lambda: nn.Sequential(nn.ReLU(), nn.Linear(4, 3)), "1.weight"),
     (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))),
      "{0,1}.0.weight"),
+    (normed, "0.weight"),  # a weight that is computed is another each time
     (encoder,
      "layers.{0,1}.self_attn.{in_proj_weight,out_proj.weight} layers.{0,1}.linear{1,2}.weight"),
     # what a model says of its head counts, if it says anything

@@ -6,7 +6,6 @@ GPU in another thread. So a choice that the first run met is put in force again 
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -29,7 +28,7 @@ _is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled
 
 _HOOK = checkpoint._checkpoint_hook.__qualname__
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
-_NON_REENTRANT = inspect.unwrap(checkpoint.checkpoint).__code__
+_FILE = _REENTRANT.co_filename
 
 
 def at_work() -> bool:
@@ -98,7 +97,7 @@ def _regions(known: Collection[Any]) -> list[tuple[Any, str]]:
     while frame is not None and frame.f_code is not _Again.__call__.__code__:
         if frame.f_code is _REENTRANT:
             found.append((frame.f_locals["ctx"], "run_function"))
-        elif frame.f_code is _NON_REENTRANT and "gen" in frame.f_locals:
+        elif frame.f_code.co_filename == _FILE and "gen" in frame.f_locals:
             inside = frame.f_locals["gen"].gi_frame.f_locals
             found.append((inside["new_frame"], "recompute_fn"))
         if found and found[-1][0] in known:

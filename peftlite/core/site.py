@@ -187,8 +187,7 @@ def sites(model: nn.Module) -> list[Site]:
                     f"{dot}{slot} is lazy and not yet initialised: run the model once on a batch, "
                     "then attach"
                 )
-            key = (id(module), slot) if tensor is None else id(tensor)
-            found.setdefault(key, []).append((dot + slot, (module, slot)))
+            found.setdefault(_identity(module, slot), []).append((dot + slot, (module, slot)))
     head = output_head(model)
     return [
         Site(
@@ -199,6 +198,12 @@ def sites(model: nn.Module) -> list[Site]:
         )
         for entries in found.values()
     ]
+
+
+def _identity(module: nn.Module, slot: str) -> Any:
+    """What a tensor has in common with those it is tied to; a computed one is told by its slot."""
+    tensor = module._parameters.get(slot)
+    return (id(module), slot) if tensor is None else id(tensor)
 
 
 def statistics(model: nn.Module) -> list[Site]:
@@ -241,7 +246,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
             return head
     linear = [(path, module) for path, module in walk(model) if maps.is_linear(module)]
     weights = {
-        id(raw(module, slot))
+        _identity(module, slot)
         for _, module in walk(model)
         for slot in _slots(module)
         if maps.is_weight(module, slot)

@@ -53,7 +53,7 @@ def called(site: pl.Site) -> bool:
 
 
 def layers(site: pl.Site) -> bool:
-    return of_layer(site.module) is not None
+    return called(site) and of_layer(site.module) is not None
 
 
 # where a tensor is stored otherwise, of more dimensions, or tied

@@ -55,7 +55,9 @@ def untold(path: Path) -> None:
 
 
 def headless(path: Path) -> None:
-    BertModel(BertConfig(30, 8, 1, 1, 8)).save_pretrained(path)
+    sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+    config = BertConfig(vocab_size=30, hidden_size=8, intermediate_size=8, **sizes)
+    BertModel(config).save_pretrained(path)
     hf_tokenizer().save_pretrained(path)
 
 

@@ -49,7 +49,7 @@ CASES = [
           "'…/deeper'"),
     saved(lambda _, path: path.with_name("x" * 300), f"'…{'x' * 300}' can't be a path: File name "
           "too long"),
-    saved(lambda _, path: f"{path}\0", r"can't write '…\x00': embedded null …"),
+    saved(lambda _, path: f"{path}\0", r"can't write '…\x00': …embedded null …"),
     Case(saving, "can't write '…/sql.safetensors': it is no regular file", pl.FileError,
          file=os.mkfifo),
     Case(lambda model, path: pl.save(delta(model), path / "sql"),

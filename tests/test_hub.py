@@ -25,6 +25,10 @@ from tests.zoo import seeded
 RENEWED = getattr(_http, "close_session", None) or _http.reset_sessions
 
 
+def digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
 class Hub:
     """Repositories, each a list of commits, which hold files by their names."""
 
@@ -35,7 +39,7 @@ class Hub:
 
     def commit(self, repo: str, files: dict[str, bytes]) -> str:
         commits = self.repos.setdefault(repo, [])
-        sha = hashlib.sha1(f"{repo}{len(commits)}".encode()).hexdigest()
+        sha = digest(f"{repo}{len(commits)}".encode())
         commits.append((sha, {**(commits[-1][1] if commits else {}), **files}))
         return sha
 
@@ -73,19 +77,27 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0]).strip("/")
         self.hub.asked.append(path)
         if path.startswith("api/models/"):
-            repo, _, revision = path.removeprefix("api/models/").partition("/revision/")
+            repo, tree, revision = path.removeprefix("api/models/").partition("/tree/")
+            if not tree:
+                repo, _, revision = repo.partition("/revision/")
             if repo not in self.hub.repos:
                 return self.missing("RepoNotFound")
             if (found := self.hub.at(repo, revision or "main")) is None:
                 return self.missing("RevisionNotFound")
             sha, files = found
+            if tree:
+                return self.answer(
+                    [
+                        {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
+                        for name, data in files.items()
+                    ]
+                )
             its = {"id": repo, "modelId": repo, "sha": sha, "private": False, "tags": []}
             return self.answer({**its, "siblings": [{"rfilename": name} for name in files]})
         repo, _, rest = path.partition("/resolve/")
         revision, _, name = rest.partition("/")
         sha, files = self.hub.at(repo, revision) or ("", {})
-        etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
-        self.answer(files[name], X_Repo_Commit=sha, ETag=etag)
+        self.answer(files[name], X_Repo_Commit=sha, ETag=f'"{digest(files[name])}"')
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
@@ -95,7 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             repo = f"{asked['organization']}/{asked['name']}"
             if repo.startswith("locked/"):
                 return self.answer({"error": "you may not write here"}, 403)
-            self.hub.private.setdefault(repo, asked["private"])
+            private = asked.get("private") or asked.get("visibility") == "private"
+            self.hub.private.setdefault(repo, private)
             self.hub.repos.setdefault(repo, [])
             return self.answer({"url": f"http://{self.headers['Host']}/{repo}"})
         repo = path.removeprefix("api/models/").rpartition("/")[0].rpartition("/")[0]
@@ -210,6 +223,7 @@ def test_what_is_here_goes_first(hub: Hub, tmp_path: Path) -> None:
 def test_without_a_connection_what_was_fetched_is_there(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hub.commit("me/sql", {"training.py": b"is not fetched"})
     pinned = pl.push(delta(base()), "me/sql")
     first = pl.load(base(), "me/sql")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

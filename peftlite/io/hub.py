@@ -111,11 +111,10 @@ def _files(hub: Any, errors: Any, name: Name) -> tuple[list[str], Path | None]:
         its = api(hub).model_info(name.repo, revision=name.revision, timeout=10).siblings
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
-    except OSError:
+    except Exception:  # of requests or of httpx, which have none in common
         with contextlib.suppress(FileNotFoundError):
-            kept = Path(
-                hub.snapshot_download(name.repo, revision=name.revision, local_files_only=True)
-            )
+            there: Any = {"local_files_only": True, "allow_patterns": []}  # however much of it
+            kept = Path(hub.snapshot_download(name.repo, revision=name.revision, **there))
             files = [path for path in kept.rglob("*") if path.is_file()]
             return [path.relative_to(kept).as_posix() for path in files], kept
         raise

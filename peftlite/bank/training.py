@@ -27,13 +27,18 @@ class Leaves:
         self, groups: Iterable[tuple[Mixed, Sequence[Patch]]], slot: int, own: bool = False
     ):
         self.named: dict[str, nn.Parameter] = {}
+        self.dropout: dict[Mixed, float] = {}
+        self.shapes: dict[tuple[Mixed, str], torch.Size] = {}
         self._leaves: dict[tuple[Mixed, str], nn.Parameter] = {}
         for mixed, patches in groups:
             _check(mixed, patches)
-            contents = {name: table[slot] for name, table in mixed.tables.items()}
+            patch, contents = patches[0], {n: table[slot] for n, table in mixed.tables.items()}
+            self.dropout[mixed] = mixed.dropout(patch)
             for name, used in mixed.used(contents).items():
-                leaf = _moved(mixed, patches[0], name, used) if own else nn.Parameter(used)
-                self._leaves[mixed, name] = self.named[f"{mixed.address}:{name}"] = leaf
+                self.shapes[mixed, name] = used.shape
+                if name in mixed.learns(patch):
+                    leaf = _moved(mixed, patch, name, used) if own else nn.Parameter(used)
+                    self._leaves[mixed, name] = self.named[f"{mixed.address}:{name}"] = leaf
 
     def of(self, mixed: Mixed, name: str) -> nn.Parameter | None:
         """What is learned of a table's row; None if the table is fixed, or has no row of it."""
@@ -78,18 +83,22 @@ def training_rows(numbers: Sequence[int], leaves: Mapping[int, Leaves]) -> Rows:
     there = side_by_side(distinct) or distinct
 
     def tables(mixed: Any) -> Tables:
-        return {name: rows(mixed, name, table) for name, table in mixed.tables.items()}
+        made = {name: rows(mixed, name, table) for name, table in mixed.tables.items()}
+        drops = [leaves[slot].dropout.get(mixed, 0.0) if slot in leaves else 0 for slot in distinct]
+        if any(drops):
+            made["dropout"] = torch.tensor(drops, device=made["scale"].device)
+        return made
 
     def rows(mixed: Mixed, name: str, table: Tensor) -> Tensor:
+        if mixed.narrows:
+            found = (leaves[slot].shapes.get((mixed, name)) for slot in distinct if slot in leaves)
+            widest = [max(sizes) for sizes in zip(*filter(None, found), strict=True)]
+            table = table[(slice(None), *map(slice, widest))]
         own = [leaves[slot].of(mixed, name) if slot in leaves else None for slot in distinct]
-        learned = [leaf for leaf in own if leaf is not None]
+        learned = {i: leaf for i, leaf in enumerate(own) if leaf is not None}
         if not learned:
             return table[there]
-        if mixed.narrows:
-            widest = [max(sizes) for sizes in zip(*(leaf.shape for leaf in learned), strict=True)]
-            table = table[(slice(None), *map(slice, widest))]
-        places = [i for i, leaf in enumerate(own) if leaf is not None]
-        return Learned.apply(table, there, places, *learned)
+        return Learned.apply(table, there, [*learned], *learned.values())
 
     if lies:
         back = torch.arange(len(distinct), device="cpu")

@@ -292,13 +292,14 @@ class Trainer(Shown, Spelled):
         deltas: list[Delta],
         settings: Settings,
         resume: Resume,
+        processes: Processes,
         callback: Callback,
     ) -> History:
         """`fit` among others, on a model that is prepared for all, with a callback of theirs."""
-        one, device = Processes(0, 1), trainable(deltas)[0].device
-        with ExitStack() as held, fork_rng(device, self.seed), self._advised(settings):
-            store, state = self._checkpoints(resume, deltas, settings, one, held)
-            run = self._run(shared, deltas, settings, store, one, callback)
+        device, seed = trainable(deltas)[0].device, processes.seed(self.seed)
+        with ExitStack() as held, fork_rng(device, seed), self._advised(settings):
+            store, state = self._checkpoints(resume, deltas, settings, processes, held)
+            run = self._run(shared, deltas, settings, store, processes, callback)
             run.go_back = shared.back
             return self._done(run, state)
 

@@ -53,12 +53,6 @@ def infinite(model: nn.Module, batch: Any) -> Any:
     return model(batch[0]).sum() * torch.inf
 
 
-def among_processes(model: nn.Module, path: Path) -> None:
-    one = trainer(model)
-    one._processes = 2
-    fit_together([one], progress=False)
-
-
 def adopting(model: nn.Module, path: Path) -> None:
     twin = copy.deepcopy(model)  # whose choice a bank leaves otherwise
     with pl.DeltaBank(twin, 1, 2, pl.LoRA(rank=2, dtype=torch.float64)) as bank:
@@ -69,9 +63,9 @@ def again(client: Any, path: Path) -> Any:
     client._service.client("sql", METHOD)
 
 
-def dropped() -> nn.Module:
+def fixed() -> nn.Module:
     model = bare()
-    pl.attach(model, pl.LoRA(rank=1, dropout=0.5), "drop")
+    pl.attach(model, pl.LoRA(rank=1, init="olora"), "fixed")
     return model
 
 
@@ -92,9 +86,9 @@ CASES = [
          "the trainers are of several models: one base is to be shared"),
     Case(sharing({}, {"delta": "chat", "gradient_checkpointing": True}),
          "gradient_checkpointing is the model's, so one for all trainers, not …"),
-    Case(sharing({"delta": "drop"}),
+    Case(sharing({"delta": "fixed"}),
          "blocks.0.attn.q_proj.weight: a LoRAPatch can't be trained in a bank, where it isn't the "
-         "parameters alone", model=dropped),
+         "parameters alone", model=fixed),
     Case(searching(together=0), "together must be a whole number from 1 up, not 0", model=bare),
     Case(serving(again), "the service has a client 'sql' already: give another name",
          model=linears),
@@ -105,7 +99,6 @@ CASES = [
          "the gradients of 'sql' have norm …: no step is made", model=linears),
     Case(serving(lambda client, _: client.close(), lambda client, _: client(BATCH[0])),
          "this client is closed: ask the service for another", model=linears),
-    Case(among_processes, "trainers share a base in one process: give them parallel=None"),
     Case(adopting,
          "blocks.0.attn.q_proj.weight: a LoRAPatch can't be trained in a bank, where it isn't the "
          "parameters alone"),

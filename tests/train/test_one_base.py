@@ -30,7 +30,12 @@ METHODS = {
         pl.BottleneckAdapter(bottleneck_size=2),
     ),
     "prefix": (pl.PrefixTuning(prefix_length=2), pl.PrefixTuning(prefix_length=3)),
-    "mixed": (pl.LoRA(rank=2), pl.IA3(targets="*.query.weight"), pl.BitFit()),
+    "mixed": (
+        pl.LoRA(rank=2),
+        pl.LoRA(rank=4, freeze_a=True),
+        pl.IA3(targets="*.query.weight"),
+        pl.BitFit(),
+    ),
 }
 
 

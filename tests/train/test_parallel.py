@@ -18,7 +18,7 @@ from tests.train import together
 from tests.train.chats import hf_tokenizer, llama, rows, write
 from tests.train.test_trainer import same
 from tests.train.tiny import gpt, timeless, trainer, values
-from tests.train.together import CASES, DRY, EQUAL, EVEN, fitted
+from tests.train.together import CASES, DRY, EQUAL, EVEN, fitted, several
 
 pytestmark = pytest.mark.heavy
 
@@ -96,6 +96,19 @@ def test_two_processes_train_as_one(name: str, kind: str, ran: Path, tmp_path: P
         assert same(loaded, {key: first["values"][key] for key in loaded})
     written = [(folder / f"saved-{rank}.safetensors").read_bytes() for rank in (0, 1)]
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_train_at_once_in_two_processes(kind: str, ran: Path, tmp_path: Path) -> None:
+    expected = several(0, tmp_path, None)
+    first, second = found(ran, f"several-{kind}")
+    assert same(first["values"], second["values"]) and first["events"] == second["events"]
+    close(first["values"], expected["values"])
+    close(first["events"], expected["events"])
+    for each in (first, second, expected):
+        assert len(each["told"]) == 1 and each["told"][0].startswith("'bad' failed")
+    files = (ran / f"several-{kind}").rglob("*.safetensors")
+    assert {file.relative_to(ran).parts[1] for file in files} == {"sql", "chat", "code", "bad"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -210,6 +211,40 @@ def again(rank: int, folder: Path) -> Any:
         return {"on": on, "merged": merged, "off": off, "detached": model(ids), "base": base}
 
 
+SEVERAL: dict[str, dict[str, Any]] = {
+    "sql": {**EVEN},
+    "chat": {**EVEN, "epochs": 3, "accumulate": 2, "lr": 3e-3},
+    "code": {**EVEN, "train": texts(11, seed=2), "patience": 1},
+}
+
+
+def several(rank: int, folder: Path, parallel: Any) -> Any:
+    """Deltas that train on one base at once, of which one fails, by the share of one process."""
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        said = losses.causal_lm(model, batch)
+        return {**said, "loss": said["loss"] / (0 if (batch["input_ids"] == 7).any() else 1)}
+
+    model = gpt(DRY, torch.float64)
+    for name in ("chat", "code", "bad"):
+        torch.manual_seed(len(name))
+        pl.attach(model, DRY, name)
+    bad = texts(12)
+    bad[7]["input_ids"][0] = 7
+    each = {**SEVERAL, "bad": {"train": bad, "shuffle": False, "loss": loss, "batch_size": 4}}
+    trainers = [
+        trainer(model, folder and folder / name, delta=name, parallel=parallel, **options)
+        for name, options in each.items()
+    ]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        histories = pl.fit_together(trainers, progress=False)
+    saved = {name: pl.deltas(model)[name].saved() for name in each}
+    found = {f"{name} {key}": t for name, own in saved.items() for key, t in own.items()}
+    told = [str(each.message) for each in warned if "failed" in str(each.message)]
+    return {"values": found, "events": [timeless(h) for h in histories], "told": told}
+
+
 def searched(rank: int, folder: Path) -> Any:
     """Trials that follow from one another, and a search that goes on."""
     folder.mkdir(exist_ok=True)
@@ -284,6 +319,7 @@ ALL: dict[str, Scenario] = {
     "restarted": restarted,
     **{f"{name}-{kind}": partial(equal, name=name, parallel=kind) for name, kind in CASES},
     **{f"resumed-{kind}": partial(resumed, parallel=kind) for kind in ("ddp", "fsdp")},
+    **{f"several-{kind}": partial(several, parallel=kind) for kind in ("ddp", "fsdp")},
     **{f"command-{kind}": partial(command, parallel=kind) for kind in ("ddp", "fsdp")},
     **{
         each.__name__: each

@@ -33,6 +33,13 @@ def along(table: Tensor, rows: Rows, y: Tensor, dim: int) -> Tensor:
     return table.index_select(0, slots_of(rows, len(y))).view(shape)
 
 
+def dropped_by_rows(x: Tensor, p: Tensor) -> Tensor:
+    """x (b, t, i) with the dropout p (b,) of each row."""
+    p = p[:, None, None]
+    kept = torch.rand(x.shape, device=x.device) >= p
+    return x * (kept / (1 - p)).to(x.dtype)
+
+
 def rescaled(y: Tensor, bias: Tensor | None, table: Tensor, rows: Rows) -> Tensor:
     """y + change ⊙ (y − b), the change of each row from a table (S, o)."""
     change = along(table, rows, y, -1).to(y.dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.bank.arena import Field
-from peftlite.bank.families.gather import fold, per_row, rescaled
+from peftlite.bank.families.gather import dropped_by_rows, fold, per_row, rescaled
 from peftlite.bank.families.linear import MixedLinear
 from peftlite.bank.families.mixed import Contents, is_whole
 from peftlite.bank.rows import Rows, Tables
@@ -76,8 +76,13 @@ class MixedLowRank(MixedLinear):
 
     def trains(self, patches: Sequence[Any]) -> bool:
         patch = patches[0]
-        plain = isinstance(patch, LoRAPatch) and not patch.fixed and not patch.dropout
-        return plain and is_whole(patches) and not patch.method.freeze_a
+        return isinstance(patch, LoRAPatch) and not patch.fixed and is_whole(patches)
+
+    def learns(self, patch: Any) -> Sequence[str]:
+        return ("b",) if patch.method.freeze_a else self.learned
+
+    def dropout(self, patch: Any) -> float:
+        return patch.dropout
 
     def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r = int(contents["rank"])
@@ -86,7 +91,8 @@ class MixedLowRank(MixedLinear):
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if not (rows.lies and type(inner) in (Linear, TransposedLinear)):
+        drops = "dropout" in tables
+        if drops or not (rows.lies and type(inner) in (Linear, TransposedLinear)):
             return super().mix(rows, tables, inner, input, *args, **kwargs)
         x, factors = fold(input, rows), (tables[name] for name in ("a", "b", "scale"))
         w = inner.weight.t() if inner.transposed else inner.weight
@@ -94,6 +100,8 @@ class MixedLowRank(MixedLinear):
         return y.view(*input.shape[:-1], y.shape[-1])
 
     def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
+        if self.training and "dropout" in tables:
+            x = dropped_by_rows(x, per_row(tables["dropout"], rows))
         if rows.lies:
             return each_low_rank(y, x, tables["a"], tables["b"], tables["scale"])
         if not self.by_runs(rows, tables, x, y):

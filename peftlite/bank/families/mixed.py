@@ -98,6 +98,14 @@ class Mixed(Patch):
         """Whether the learned tables, as `used` cuts them, are all that these patches are."""
         return type(patches[0]) in self.trained and is_whole(patches)
 
+    def learns(self, patch: Any) -> Sequence[str]:
+        """The tables that a patch trains."""
+        return self.learned
+
+    def dropout(self, patch: Any) -> float:
+        """The probability by which a patch drops inputs in training: `mix` has it in its tables."""
+        return 0.0
+
     def parameter(self, patch: Any, name: str) -> Tensor:
         """What is learned of a patch, by the name of its table."""
         return getattr(patch, name)

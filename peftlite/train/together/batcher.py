@@ -5,7 +5,8 @@
 
 Rows have nothing to do with each other, so each delta has the gradients that it would have alone. A
 call that fits no other runs by itself. A way back waits for all whose calls it may go through; a
-call outside of training waits for nobody.
+call outside of training waits for nobody. Of several processes each has the same callers, which ask
+for the same in each, in one order: so goes whatever they exchange.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from peftlite.bank.bank import DeltaBank
 from peftlite.bank.room import NAME
 from peftlite.core.choice import Choice
 from peftlite.core.find import require
+from peftlite.train.parallel import Processes
 from peftlite.train.together.call import Call, How, joined, parted
 from peftlite.train.together.caller import Caller, Draws, Modes
 
@@ -66,10 +68,11 @@ class Batcher:
     Args:
         bank: has the delta that each caller is named by.
         model: the bank's, or what wraps it.
+        processes: that do the same, of which this is one.
     """
 
-    def __init__(self, bank: DeltaBank, model: nn.Module) -> None:
-        self.bank, self.model = bank, model
+    def __init__(self, bank: DeltaBank, model: nn.Module, processes: Processes) -> None:
+        self.bank, self.model, self.processes = bank, model, processes
         self.modes, self.draws = Modes(bank.model), Draws()
         self._choice = require(bank.model)[1].choice
         self._live: list[Caller] = []
@@ -123,16 +126,27 @@ class Batcher:
     # -- forward
 
     def _forward(self, asking: Sequence[Asking]) -> None:
-        groups: list[list[Asking]] = []
-        for caller, call in asking:
-            group = next((g for g in groups if call.fits(g[0][1])), None)
-            groups.append([(caller, call)]) if group is None else group.append((caller, call))
-        for group in groups:
+        answers: dict[Caller, tuple[Any, Exception | None]] = {}
+        for group in self._grouped(asking):
             outputs = self._outputs(group)
-            if group[0][1].how.gradients:
-                self._ahead.update(caller for caller, _ in group)
-            for (caller, _), answer in zip(group, outputs, strict=True):
-                caller.run(*answer)
+            answers.update(zip((caller for caller, _ in group), outputs, strict=True))
+        self._ahead.update(caller for caller, call in asking if call.how.gradients)
+        for caller, _ in asking:
+            caller.run(*answers.pop(caller))
+
+    def _grouped(self, asking: Sequence[Asking]) -> Iterable[Sequence[Asking]]:
+        """The calls that run as one: those that fit each other, in every process."""
+        firsts: list[Call] = []
+        numbers = []
+        for _, call in asking:
+            number = next((i for i, first in enumerate(firsts) if call.fits(first)), len(firsts))
+            firsts += [call] if number == len(firsts) else []
+            numbers.append(number)
+        groups: dict[tuple[int, ...], list[Asking]] = {}
+        of_all = self.processes.all_gather(numbers) if asking else []
+        for asked, *number in zip(asking, *of_all, strict=True):
+            groups.setdefault(tuple(number), []).append(asked)
+        return groups.values()
 
     def _outputs(self, group: Sequence[Asking]) -> Sequence[tuple[Any, Exception | None]]:
         """What each has of the output of all, or the error that it raises by itself."""

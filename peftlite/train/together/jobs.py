@@ -6,8 +6,9 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from peftlite.table import listed, short
 from peftlite.train.data.checks import check_counts
 from peftlite.train.events import Callback
 from peftlite.train.history import Event, History
+from peftlite.train.parallel import Processes, check_unsharded, process_group
 from peftlite.train.settings import Settings, Training
 from peftlite.train.state import fork_rng
 from peftlite.train.together.batcher import Batcher, Shared
@@ -54,13 +56,12 @@ class Job(Callback):
         if len(deltas) > 1:
             names = listed(repr(delta.name) for delta in deltas)
             raise PeftliteError(f"a trainer that shares a base trains one delta, not {names}")
-        if settings.processes > 1:
-            raise PeftliteError("trainers share a base in one process: give them parallel=None")
         return cls(trainer, deltas[0], settings, resume)
 
-    def work(self, shared: Shared) -> History:
+    def work(self, shared: Shared, processes: Processes) -> History:
         """Its whole run."""
-        return self.trainer._fit_shared(shared, [self.delta], self.settings, self.resume, self)
+        given = [self.delta], self.settings, self.resume, processes, self
+        return self.trainer._fit_shared(shared, *given)
 
     def start(self, trainer: Training, history: History) -> None:
         self.history = history
@@ -137,29 +138,47 @@ def train(jobs: Sequence[Job], at_once: int | None, progress: bool) -> list[Hist
     first = jobs[0].trainer
     deltas, most = [job.delta for job in jobs], min(at_once or len(jobs), len(jobs))
     steps = sum(job.settings.steps for job in jobs)
-    with (
-        _bank(first.model, deltas, most) as bank,
-        first._prepared(deltas) as model,
-        fork_rng(next(deltas[0].parameters()).device, first.seed),
-        closing(bar(None, "train", total=steps, unit="step", disable=not progress)) as shown,
-    ):
-        batcher = Batcher(bank, model)
+    with ExitStack() as held:
+        processes = held.enter_context(process_group(first.parallel))
+        _agree(jobs, processes)
+        model = held.enter_context(first._prepared(deltas))
+        bank = held.enter_context(_bank(first.model, deltas, most))
+        device, seed = next(deltas[0].parameters()).device, processes.seed(first.seed)
+        held.enter_context(fork_rng(device, seed))
+        shows = progress and processes.first
+        shown = bar(None, "train", total=steps, unit="step", disable=not shows)
+        held.enter_context(closing(shown))
+        batcher = Batcher(bank, model, processes)
         names = {f"job-{i}": job for i, job in enumerate(jobs)}
 
         def callers() -> Iterator[Caller]:
             for name, job in names.items():
                 job.bar = shown
                 bank.adopt(name, job.delta)
-                yield batcher.caller(name, job.work)
+                yield batcher.caller(name, partial(job.work, processes=processes))
 
         for caller in batcher.run(callers(), most):
             job = names[caller.name]
             job.done = caller.done
             if (error := job.done.exception()) is not None:
+                if processes.size > 1 and not isinstance(error, PeftliteError):
+                    job.done.result()  # raises, for the others may wait for this process
                 job.history.stopped, job.history.error = "failed", error
             bank.evict(caller.name)
             bank.drop(caller.name)
+        for job in jobs:
+            job.history = processes.broadcast(job.history)
     return [job.history for job in jobs]
+
+
+def _agree(jobs: Sequence[Job], processes: Processes) -> None:
+    """Each process has the first one's deltas. Raises PeftliteError if they differ in more."""
+    deltas = [job.delta for job in jobs]
+    check_unsharded(deltas)
+    for job in jobs:
+        given = {f"{key} of {job.delta.name!r}": v for key, v in asdict(job.settings).items()}
+        processes.check_same("the settings", given, "give all processes the same")
+    processes.broadcast_deltas(jobs[0].trainer.model, deltas, next(deltas[0].parameters()).device)
 
 
 def _check(jobs: Sequence[Job]) -> None:

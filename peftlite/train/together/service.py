@@ -36,6 +36,7 @@ from peftlite.methods.lora import LoRA
 from peftlite.train import checkpoints, state
 from peftlite.train.measure import Loss, Metrics
 from peftlite.train.modes import evaluating, training
+from peftlite.train.parallel import Processes
 from peftlite.train.schedule import adamw, parameter_groups
 from peftlite.train.together.batcher import Batcher, Shared
 
@@ -112,7 +113,7 @@ class Service:
         given = LoRA(rank=max_rank, dtype=torch.float32) if methods is None else methods
         self.model, self._patience = model, patience
         self.bank: DeltaBank = DeltaBank(model, slots, max_rank, given)
-        self._batcher = Batcher(self.bank, model)
+        self._batcher = Batcher(self.bank, model, Processes(0, 1))
         self._clients: dict[str, Tuned] = {}
         self._there = threading.Condition()  # of what waits
         self._turn = threading.Lock()  # of what runs

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import quality
+import torch
 from comparison import results
 from comparison.digits import Digits
 from comparison.methods import ALL, FROZEN, LOW, METHODS, Row
+from comparison.reviews import CLASSES, Reviews, Texts, by_length
 from comparison.run import Outcome
 from comparison.sweep import SEEDS, TRIES, Record, seek, sweep
 
@@ -116,3 +118,29 @@ def test_seek_tries_as_many_rates_for_all(best: int, found: int) -> None:
 
 def test_seek_passes_over_rates_that_diverge() -> None:
     assert seek(lambda rate: math.nan if rate >= 1 else -rate, 1.0) == 0.25
+
+
+def test_few_reviews_are_so_many_of_each_class() -> None:
+    task = object.__new__(Reviews)
+    of = torch.tensor([0, 1, 2, 2, 2, 0, 0, 2, 1])
+    task.train = Texts(torch.arange(9)[:, None], torch.ones(9, 1), of)
+    draws = [task.few(2, seed).train for seed in (0, 0, 1)]
+    assert all(len(few.of) == 2 * len(CLASSES) == len(few.tokens.unique()) for few in draws)
+    assert all(torch.equal(of[few.tokens[:, 0]], few.of) for few in draws)
+    assert torch.equal(draws[0].tokens, draws[1].tokens)
+    assert not torch.equal(draws[0].tokens, draws[2].tokens)
+    assert len(task.few(4, 0).train.of) == 2 + 3 + 4
+
+
+def test_texts_of_like_length_go_together_and_keep_their_order() -> None:
+    lengths = torch.randint(1, 7, (130,))
+    mask = (torch.arange(6) < lengths[:, None]).long()
+    texts = Texts(mask * torch.arange(130)[:, None], mask, lengths)
+    widths = []
+
+    def first(part: Texts) -> torch.Tensor:
+        widths.append(part.tokens.shape[1])
+        return part.tokens[:, :1]
+
+    assert torch.equal(by_length(first, texts), texts.tokens[:, :1])
+    assert widths == sorted(widths) and len(widths) == 3

@@ -66,6 +66,7 @@ class Run:
         self.device: torch.device = self.loader.device
         own: Any = inspect.unwrap(self.loss)  # as it is without autocast
         self.loss_state: Any = own if hasattr(own, "load_state_dict") else None
+        self.after_step: Callable[[Any], None] | None = getattr(own, "after_step", None)
         named = {f"{d.name}:{key}": p for d in self.deltas for key, p in d.named_parameters()}
         self.unreached: dict[str, nn.Parameter] = {
             name: p for name, p in named.items() if p.requires_grad
@@ -164,7 +165,7 @@ class Run:
             )
 
     def update(self) -> float:
-        """A step of the optimizer, and of the methods that act after it. Returns the rate."""
+        """A step of the optimizer, and of what acts after it. Returns the rate."""
         given = self.settings
         factor = lr_factor(self.step, given.steps, given.warmup, given.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
@@ -173,6 +174,8 @@ class Run:
         self.scaler.update()
         for delta in self.deltas:
             delta.step()
+        if self.after_step is not None:
+            self.after_step(self.model)
         self.optimizer.zero_grad()
         return factor * self.peak_lrs[0]
 

@@ -33,11 +33,12 @@ from peftlite.train.data.packing import IGNORED
 from peftlite.train.modes import evaluating
 from peftlite.train.outputs import logits_of, run_model, split_labels
 from peftlite.train.preference.losses import cpo, dpo, grpo, kto, orpo, ppo, reward, rloo
+from peftlite.train.preference.moving import moving
 from peftlite.verbs.use import using
 
 __all__ = [
     "causal_lm", "classification", "contrastive", "cpo", "distillation", "dpo", "grpo", "kto",
-    "orpo", "ppo", "regression", "reward", "rloo",
+    "moving", "orpo", "ppo", "regression", "reward", "rloo",
 ]  # fmt: skip
 
 

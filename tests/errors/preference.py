@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -54,6 +55,21 @@ def measuring(loss: Any, batch: Callable[[], Any]) -> Callable[[Any, Path], Any]
     return act
 
 
+def kept() -> Any:
+    """Pairs with a reference, of whatever numbers."""
+    batch = pairs()
+    return {**batch, "reference": torch.zeros(batch["input_ids"].shape)}
+
+
+def both() -> nn.Module:
+    pl.use(model := two(), ["sql", "chat"])
+    return model
+
+
+def moved(model: nn.Module, _: Path) -> None:
+    pl.losses.moving(pl.losses.dpo(), every=1).after_step(model)
+
+
 def of_file(says: str, *rows: Any) -> Case:
     def write(path: Path) -> None:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -72,12 +88,24 @@ def online(reward: Any = None, prompts: Any = ("a", "b"), **options: Any) -> Any
     return act
 
 
+def placed() -> nn.Module:
+    """A model of eight places."""
+    model: Any = two()
+    model.config = SimpleNamespace(max_position_embeddings=8)
+    return model
+
+
 class Lines(pl.data.ByteTokenizer):
     end = (1,)
     pad = 0
 
     def encode(self, text: str | bytes) -> list[int]:
         return [i % 8 for i in super().encode(text)]
+
+
+class Unknown(Lines):
+    def encode(self, text: str | bytes) -> list[int]:
+        return list(str(text).encode())
 
 
 class Endless(Lines):
@@ -105,13 +133,48 @@ CASES = [
     Case(online(prompts=[]), "prompts are a list of texts or chats, not []", model=two),
     Case(online(batch_size=3), "there are 2 prompts, and a batch has 3: give a batch_size",
          model=two),
+    Case(online(prompts=["a", "", 3, "b" * 9]), "the prompts have problems: row 1: it is empty; "
+         "row 2: 3 is neither a text nor a list of messages", model=two),
+    Case(online(prompts=["a", "b" * 9]), "the prompts have problems: row 1: with an answer "
+         "of 2 tokens it has 11, and the model takes 8: leave it out, or give less max_new_tokens",
+         model=placed),
+    Case(online(val=["a", ""]), "the prompts held out have problems: row 1: it is empty",
+         model=two),
+    Case(online(val=[]), "val has no examples", model=two),
+    Case(online(tokenizer=Unknown()), "the prompts have problems: row 0: its ids go up to 97, and "
+         "the model knows …: give its own tokenizer; row 1: …", model=two),
+    Case(online(tokenizer=pl.data.ByteTokenizer()), "the tokenizer ends an answer by 257 and pads "
+         "by 256, and the model knows ids below …: give its own tokenizer, or set the end and the "
+         "pad of a class of yours", model=two),
+    Case(online(lambda prompts, answers: [None] * 16), "a reward gives a number for each of 16 "
+         "answers, not a list", model=two),
     Case(online(lambda prompts, answers: [0.0]), "a reward gives a number for each of 16 answers, "
-         "not tensor([0.])", model=two),
+         "not [0.0]", model=two),
     Case(online(lambda prompts, answers: [float("nan")] * 16), "the reward of '…', as an answer to "
          "'…', is nan: it has to be finite", model=two),
     Case(mock.patch.object(sampling, "_by_hand", of_the_base(sampling._by_hand))(online()),
          "what sampled isn't what trains: with 'chat' chosen, of digest …, the model ran deltas of "
          "digest …", model=two),
+    # a reference that is kept, or moves
+    Case(measuring(pl.losses.dpo(reference="sql"), kept), "the batch has its reference's "
+         "log-probabilities kept, and the loss names 'sql': leave reference= out, or give the data "
+         "as it was", model=two),
+    Case(lambda model, _: pl.keep_reference(model, [PAIR]), "what is kept is of answers that stay "
+         "as they are, as pl.data.preference and pl.data.ratings have them: not of [{'prompt': …",
+         model=two),
+    Case(lambda model, _: pl.keep_reference(model, data.preference([PAIR]).augment(len)), "what is "
+         "kept is of answers that stay as they are, as pl.data.preference and pl.data.ratings have "
+         "them: not of Data(1 examples) that is augmented", model=two),
+    on(lambda: pl.losses.moving(pl.losses.orpo()), "the reference that moves is that of "
+       "pl.losses.dpo or kto, not orpo(beta=0.1)"),
+    Case(measuring(pl.losses.moving(pl.losses.dpo()), kept), "the batch has its reference's "
+         "log-probabilities kept, and a reference that moves has others: give the data as it was "
+         "before pl.keep_reference", model=two),
+    Case(measuring(pl.losses.moving(pl.losses.dpo(), name="sql"), pairs), "a delta named 'sql' is "
+         "attached already: choose another name= for the reference, or detach it; what it begins "
+         "as, the loss has: dpo(reference=...)", model=two),
+    Case(moved, "the reference follows one delta, and 'sql'; 'chat' is chosen: pl.combine them "
+         "first", model=both),
     # settings of losses
     on(lambda: pl.losses.dpo(beta=0), "beta must be finite and above 0, not 0"),
     on(lambda: pl.losses.dpo("best"), "no kind 'best': there are sigmoid, hinge, ipo, exo_pair, "

@@ -234,7 +234,8 @@ class kto(Preference):
             raise PeftliteError(
                 "kto takes answers with a rating each: read them by pl.data.ratings"
             )
-        told, other = tell(model, batch, self.reference), None
+        kept = "reference" in batch  # but not of answers to other prompts
+        told, other = tell(model, batch, None if kept else self.reference), None
         if self.kind == "kto":
             with torch.no_grad():
                 apart = tell(model, mismatched(batch), self.reference)

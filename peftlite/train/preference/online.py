@@ -24,6 +24,7 @@ from peftlite.train.data.tokens import Tokenizer, as_tokenizer
 from peftlite.train.modes import without_dropout
 from peftlite.train.preference import clipped
 from peftlite.train.preference.losses import Scale, grpo, ppo, rloo
+from peftlite.train.preference.prompts import check_prompts, ids_of
 from peftlite.train.preference.sampling import Sampling, sample
 from peftlite.train.preference.told import last_scalars, scalars, tell
 from peftlite.train.trainer import Trainer
@@ -190,7 +191,9 @@ def best_of(
         rows = pl.best_of(model, vowels, ["b", "c"], 3, tokenizer=code, max_new_tokens=4)
     """
     how = Sampling(max_new_tokens, temperature)
-    rollouts = Grouped(reward, prompts, as_tokenizer(tokenizer), grpo(), how, 1, 0.0, n)
+    coder = as_tokenizer(tokenizer)
+    rollouts = Grouped(reward, prompts, coder, grpo(temperature=temperature), how, 1, 0.0, n)
+    check_prompts(model, prompts, coder, max_new_tokens)
     rolled = rollouts.answer(model, list(range(len(prompts))))
     return [
         {"prompt": prompt, "response": rolled.texts[n * i + best], "rating": float(own[best])}
@@ -202,6 +205,8 @@ def best_of(
 def _trainer(
     model: nn.Module, rollouts: Rollouts, prompts: Any, val: Any, options: dict[str, Any]
 ) -> Trainer:
+    for what, own in {"prompts": prompts, "prompts held out": val or []}.items():
+        check_prompts(model, own, rollouts.coder, rollouts.how.max_new_tokens, what)
     whole = Trainer(model, rollouts, Prompts(0, len(prompts)), **options)
     size, n = whole.settings()["batch_size"], len(prompts)
     if n < size:
@@ -274,11 +279,6 @@ class Rollouts:
                 "tokenizer of transformers', or pl.data.ByteTokenizer or a class of yours like it"
             )
         self.decode: Callable[[list[int]], str] = given.decode
-        if not self.coder.end:
-            raise PeftliteError(
-                "the tokenizer has no token that ends an answer, nor one to pad with: set "
-                "tokenizer.eos_token, or the end of a class of yours"
-            )
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a loss gives; `reward` and `length` are means over answers."""
@@ -299,7 +299,7 @@ class Rollouts:
     def answer(self, model: nn.Module, numbers: Sequence[int]) -> Rolled:
         """Sampled and rewarded answers to prompts. Raises PeftliteError."""
         prompts = [self.prompts[i] for i in numbers for _ in range(self.group)]
-        asked = [self.ids(prompt) for prompt in prompts]
+        asked = [ids_of(prompt, self.coder) for prompt in prompts]
         answers = sample(model, asked, self.coder, self.how)
         examples = []
         for ids, answer in zip(asked, answers, strict=True):
@@ -310,12 +310,6 @@ class Rollouts:
         batch = collate(examples, pad=self.coder.pad)
         rewards = self.rewards(model, prompts, texts, batch)
         return Rolled(prompts, texts, rewards, {**batch, "reward": rewards})
-
-    def ids(self, prompt: Any) -> list[int]:
-        """Of a text, or of a chat and what opens the assistant's answer."""
-        if isinstance(prompt, str):
-            return [*self.coder.start, *self.coder.encode(prompt)]
-        return self.coder.render(prompt, prompt=True)
 
     def text(self, answer: Tensor) -> str:
         """What an answer says, without its end."""
@@ -332,12 +326,7 @@ class Rollouts:
             with using(model, self.reward), without_dropout(model):
                 found = last_scalars(model, batch)
         else:
-            given = self.reward(prompts, texts)
-            found = torch.as_tensor(given, dtype=torch.float32, device=batch["input_ids"].device)
-        if found.shape != (len(texts),):
-            raise PeftliteError(
-                f"a reward gives a number for each of {len(texts)} answers, not {short(found)}"
-            )
+            found = _numbers(self.reward(prompts, texts), len(texts)).to(batch["input_ids"].device)
         if not found.isfinite().all():
             i = int((~found.isfinite()).nonzero()[0])
             raise PeftliteError(
@@ -357,6 +346,19 @@ class Rollouts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on, or back, to a state."""
         self.kept, self.kl = {**state["kept"]}, state["kl"]
+
+
+def _numbers(given: Any, count: int) -> Tensor:
+    """What a reward function gave, (b). Raises PeftliteError."""
+    try:
+        found = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.shape != (count,):
+        raise PeftliteError(
+            f"a reward gives a number for each of {count} answers, not {short(given)}"
+        )
+    return found
 
 
 @dataclass(eq=False)

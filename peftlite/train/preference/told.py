@@ -71,6 +71,11 @@ def tell(
     """
     check_batch(batch)
     roles: list[Names | None] = [None]  # as it is chosen now
+    if reference not in (None, False) and "reference" in batch:
+        raise PeftliteError(
+            "the batch has its reference's log-probabilities kept, and the loss names "
+            f"{short(reference)}: leave reference= out, or give the data as it was"
+        )
     if reference is not False and "reference" not in batch:
         roles = [current(model), tuple(chosen(model, reference))]
     labels = batch["labels"][:, 1:]

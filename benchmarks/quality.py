@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     folder = args.results
     folder.mkdir(parents=True, exist_ok=True)
-    record = Record(None if args.quick else folder / "quality_runs.csv", machine()["commit"])
+    record = Record(None if args.quick else folder / "quality_runs.csv", machine())
     tasks = [TASKS[name](args.cache, args.quick) for name in args.tasks]
     todo = [(row, task) for row in METHODS if row.name in args.methods for task in tasks]
     for row, task in tqdm(todo, unit="cell"):
@@ -58,8 +58,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _shown(rows: Sequence[results.Cells]) -> str:
-    names = ["task", "method", "parameters", "quality", "gap_closed", "gap_closed_sd"]
-    names += ["forgetting", "file_bytes", "step_ms", "step_bytes", "rate", "error"]
+    names = ["task", "method", "parameters", "quality", "gap_closed", "gap_low", "gap_high"]
+    names += ["verdict", "forgetting", "file_bytes", "step_bytes", "rate", "error"]
     return table(names, [[_short(row.get(name, "")) for name in names] for row in rows])
 
 

@@ -14,10 +14,11 @@ from comparison.digits import Digits
 from comparison.methods import ALL, FROZEN, LOW, METHODS, Row
 from comparison.reviews import CLASSES, Reviews, Texts, by_length
 from comparison.run import Outcome
-from comparison.sweep import SEEDS, TRIES, Record, seek, sweep
+from comparison.sweep import MOST, SEEDS, TRIES, Record, seek, sweep
 
 import peftlite as pl
 
+ABOUT = {"commit": "a commit", "cpu": "a processor"}
 FOLDER = Path(quality.__file__).parent
 LORA = Row("LoRA", LOW, lambda task: pl.LoRA(rank=2))
 LOST = Row("lost", LOW, lambda task: pl.LoRA(targets="nowhere"))
@@ -63,16 +64,16 @@ def test_names_are_distinct() -> None:
 def test_a_sweep_resumes(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "runs.csv"
     for row in (LORA, LOST):
-        sweep(digits, row, Record(file, "a commit"))
+        sweep(digits, row, Record(file, ABOUT))
     found = _lines(file)
-    assert len(found) == TRIES + len(SEEDS) + 1
     untested = [line for line in found if line["quality"] == "nan"]
-    assert len(untested) == TRIES + 1  # a rate is sought without the test split
+    assert len(found) == len(untested) + len(SEEDS)
+    assert TRIES + 1 <= len(untested) <= MOST + 1  # a rate is sought without the test split
     assert "'nowhere' matches nothing" in found[-1]["error"]
 
     monkeypatch.setattr("comparison.sweep.run", None)
     before = file.read_text()
-    sweep(digits, LORA, Record(file, "another"))
+    sweep(digits, LORA, Record(file, ABOUT | {"commit": "another"}))
     assert file.read_text() == before
 
 
@@ -82,7 +83,7 @@ def test_results_have_means_and_reasons(
 ) -> None:
     frozen = METHODS[0]
     monkeypatch.setattr(results, "METHODS", [frozen, LORA, LOST])
-    record = Record(None, "a commit")
+    record = Record(None, ABOUT)
     for row in (frozen, LORA, LOST):
         sweep(digits, row, record)
     results.write(tmp_path / "quality.csv", results.summary(record, [Digits]), {})
@@ -94,18 +95,45 @@ def test_results_have_means_and_reasons(
 
 
 def test_results_say_how_far_it_is_from_frozen_to_full() -> None:
-    record = Record(None, "a commit")
+    record = Record(None, ABOUT)
     for name, qualities in {FROZEN: [0.2], ALL: [0.8, 0.6], "LoRA r8": [0.5, 0.5]}.items():
         for seed, value in enumerate(qualities, start=1):
             outcome = asdict(Outcome(quality=value))
-            record.add(task=Digits.name, method=name, key="", rate=0.1, seed=seed, **outcome)
+            of = {"task": Digits.name, "base": "", "method": name, "key": ""}
+            record.add(**of, rate=0.1, seed=seed, **outcome)
     found = {row["method"]: row for row in results.summary(record, [Digits])}
     assert found[ALL]["gap_closed"] == 1 and "gap_closed" not in found[FROZEN]
-    assert found["LoRA r8"]["gap_closed"] == pytest.approx((0.3 / 0.6 + 0.3 / 0.4) / 2)
+    closed = found["LoRA r8"]
+    assert closed["gap_closed"] == pytest.approx(0.625)  # of 0.5 and 0.75
+    assert closed["gap_high"] == pytest.approx(0.625 + 12.706 * 0.125, rel=1e-4)
+    assert (closed["verdict"], found[ALL]["verdict"]) == ("open", "even")
 
 
-@pytest.mark.parametrize(("best", "found"), [(0, 0), (1, 1), (2, 2), (-4, -4), (7, 6)])
-def test_seek_tries_as_many_rates_for_all(best: int, found: int) -> None:
+def test_seeds_count_at_the_rate_that_was_chosen() -> None:
+    record = Record(None, ABOUT)
+    lora = {"task": Digits.name, "base": "", "method": "LoRA r8", "key": ""}
+    for rate, seed, loss in ((0.1, 0, 2.0), (0.1, 1, 2.0), (0.4, 0, 1.0), (0.4, 1, 1.0)):
+        outcome = asdict(Outcome(validation=loss, quality=loss))
+        record.add(**lora, rate=rate, seed=seed, **outcome)
+    (row,) = results.summary(record, [Digits])
+    assert (row["rate"], row["quality"], row["seeds"]) == (0.4, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.91, 1.09, "even"), (1.01, 1.3, "ahead"), (0.5, 0.99, "behind"), (0.5, 1.01, "open")],
+)
+def test_a_verdict_is_what_an_interval_allows(low: float, high: float, verdict: str) -> None:
+    assert results._verdict(low, high) == verdict
+
+
+@pytest.mark.parametrize(
+    ("best", "found", "tries"),
+    [(0, 0, 4), (1, 1, 4), (2, 2, 4), (-4, -4, 5), (9, 8, 6), (50, 14, MOST)],
+)
+def test_seek_tries_as_many_rates_for_all_but_beyond_an_end(
+    best: int, found: int, tries: int
+) -> None:
     tried = []
 
     def loss(rate: float) -> float:
@@ -113,7 +141,7 @@ def test_seek_tries_as_many_rates_for_all(best: int, found: int) -> None:
         return (math.log2(rate) - best) ** 2
 
     assert seek(loss, 1.0) == 2.0**found
-    assert len(tried) == TRIES == len(set(tried))
+    assert len(tried) == tries == len(set(tried))
 
 
 def test_seek_passes_over_rates_that_diverge() -> None:

@@ -39,6 +39,7 @@ class ByteLM(Task):
     rate = 2e-3
     head = "lm_head"
     places: ClassVar[Mapping[str, Target]] = {
+        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "keys": "k_proj",
         "values": "v_proj",
         "down": "mlp.down",

@@ -105,6 +105,7 @@ class Digits(Task):
     new_head = True
     narrow = "embed"
     places: ClassVar[Mapping[str, Target]] = {
+        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "keys": "k_proj",
         "values": "v_proj",
         "down": "mlp.down",

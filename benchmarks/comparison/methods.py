@@ -104,6 +104,9 @@ METHODS = [
     Row("LoRA r8", LOW, lambda task: pl.LoRA(rank=8)),
     Row("LoRA r32", LOW, lambda task: pl.LoRA(rank=32)),
     Row("rsLoRA r32", LOW, lambda task: pl.LoRA(rank=32, scaling="rslora")),
+    Row("rsLoRA r64", LOW, lambda task: pl.LoRA(rank=64, scaling="rslora")),
+    # as many parameters as rank 8 has on all maps
+    Row("LoRA r18, attention", LOW, lambda t: pl.LoRA(rank=18, targets=t.places["attention"])),
     Row("PiSSA r8", LOW, lambda t: pl.LoRA(rank=8, init="pissa", exclude=t.narrow)),
     Row("OLoRA r8", LOW, lambda t: pl.LoRA(rank=8, init="olora", exclude=t.narrow)),
     Row("LoRA+ r8", LOW, lambda task: pl.LoRA(rank=8), b_ratio=16.0),

@@ -69,6 +69,7 @@ class MiniLM(Task):
     rate = 5e-4
     head = "head"  # it has none
     places: ClassVar[Mapping[str, Target]] = {
+        "attention": "encoder.layer.*.attention.*",
         "keys": "key",
         "values": "value",
         "down": re.compile(r"encoder\.layer\.\d+\.output\.dense"),  # not the attention's

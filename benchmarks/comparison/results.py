@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import machine, write_csv
+from scipy.stats import t as student
 
-from .methods import ALL, BASE, FROZEN, KINDS, METHODS, Row
-from .sweep import SEEDS, Line, Record
+from .methods import ALL, BASE, FROZEN, KINDS, METHODS
+from .sweep import ABOUT, SEEDS, Line, Record
 from .task import Task
 
 Cells = dict[str, Any]
@@ -18,9 +20,10 @@ Cells = dict[str, Any]
 DPI = 80
 
 SPREAD = ("quality", "loss", "own_loss")  # with a standard deviation over the seeds
-MEANS = ("file_bytes", "step_ms", "step_bytes")
+MEANS = ("file_bytes", "step_bytes")
+EVEN = 0.1  # of the gap: what counts as no difference
 COLUMNS = (
-    "task", "method", "kind", "parameters", "gap_closed", "gap_closed_sd",
+    "task", "method", "kind", "parameters", "gap_closed", "gap_low", "gap_high", "verdict",
     *(column for name in SPREAD for column in (name, f"{name}_sd")),
     "forgetting", *MEANS, "rate", "rate_at_edge", "seeds", "error",
 )  # fmt: skip
@@ -32,34 +35,44 @@ def summary(record: Record, tasks: Sequence[type[Task]]) -> list[Cells]:
 
 
 def _of_task(record: Record, task: type[Task]) -> list[Cells]:
-    found = {method: _latest(record, task, method) for method in METHODS}
-    tested = {method.name: _tested(lines) for method, lines in found.items()}
-    frozen, full = tested.get(FROZEN, []), tested.get(ALL, [])
     rows = []
-    for method, lines in found.items():
+    for method in METHODS:
+        lines = _latest(record, task, method.name)
         cells: Cells = {"task": task.name, "method": method.name, "kind": method.kind}
-        if final := tested[method.name]:
+        if final := _tested(lines):
             cells |= _means(final) | {"rate_at_edge": _at_edge(lines)}
+            of_base = {"base": final[0]["base"]}
+            ends = (_latest(record, task, name, **of_base) for name in (FROZEN, ALL))
+            frozen, full = map(_tested, ends)
             if frozen:
                 cells["forgetting"] = cells["own_loss"] - float(frozen[0]["own_loss"])
             if method.trains and (gaps := list(_gaps(final, frozen, full))):
-                cells |= _spread("gap_closed", gaps)
+                cells |= _interval(gaps, cells["rate_at_edge"] != "")
         elif refused := [line for line in lines if line["error"]]:
-            cells |= {name: refused[-1][name] for name in ("error", "commit")}
+            cells |= {name: refused[-1][name] for name in ("error", *ABOUT)}
         else:
             continue  # not run, or not to the end
         rows.append(cells)
     return rows
 
 
-def _latest(record: Record, task: type[Task], method: Row) -> list[Line]:
-    """The runs of a method as it is now, or was when it last ran."""
-    lines = record.find(task=task.name, method=method.name)
-    return [line for line in lines if line["key"] == lines[-1]["key"]]
+def _latest(record: Record, task: type[Task], method: str, **of: str) -> list[Line]:
+    """The runs of a method as it is now, or was when it last ran, on the base that it ran on."""
+    lines = record.find(task=task.name, method=method, **of)
+    last = lines[-1] if lines else {}
+    return [line for line in lines if all(line[k] == last[k] for k in ("key", "base"))]
 
 
 def _tested(lines: Sequence[Line]) -> list[Line]:
-    return [line for line in lines if int(line["seed"]) in SEEDS]
+    """The runs that count, at the rate that is best on the validation split."""
+    tried = {line["rate"]: float(line["validation"]) for line in lines if not _counts(line)}
+    known = {rate: loss for rate, loss in tried.items() if not math.isnan(loss)}
+    best = min(known, key=known.__getitem__, default=None)
+    return [line for line in lines if _counts(line) and best in (None, line["rate"])]
+
+
+def _counts(line: Line) -> bool:
+    return int(line["seed"]) in SEEDS
 
 
 def _means(lines: Sequence[Line]) -> Cells:
@@ -68,13 +81,14 @@ def _means(lines: Sequence[Line]) -> Cells:
         cells |= _spread(name, [float(line[name]) for line in lines])
     for name in MEANS:
         cells[name] = float(np.mean([float(line[name]) for line in lines]))
-    cells["commit"] = " ".join(dict.fromkeys(line["commit"] for line in lines))
+    for name in ABOUT:
+        cells[name] = " ".join(dict.fromkeys(line[name] for line in lines))
     return {**cells, "seeds": len(lines)}
 
 
 def _at_edge(lines: Sequence[Line]) -> str:
     """Which end of the rates that were tried the chosen one is, if any: a better may lie beyond."""
-    tried = {float(line["rate"]) for line in lines if int(line["seed"]) not in SEEDS}
+    tried = {float(line["rate"]) for line in lines if not _counts(line)}
     rate = float(_tested(lines)[0]["rate"])
     if len(tried) < 2 or min(tried) < rate < max(tried):
         return ""
@@ -85,6 +99,24 @@ def _spread(name: str, values: Sequence[float]) -> Cells:
     # not of the statistics module, whose own fails where a run has diverged to nan
     sd = {f"{name}_sd": float(np.std(values, ddof=1))} if len(values) > 1 else {}
     return {name: float(np.mean(values)), **sd}
+
+
+def _interval(gaps: Sequence[float], at_edge: bool) -> Cells:
+    """The mean, Student's interval around it that is right 95 times of 100, and what it says."""
+    mean, n = float(np.mean(gaps)), len(gaps)
+    if n < 2:
+        return {"gap_closed": mean}
+    half = float(student.ppf(0.975, n - 1) * np.std(gaps, ddof=1) / math.sqrt(n))
+    low, high = mean - half, mean + half
+    verdict = _verdict(low, math.inf if at_edge else high)  # another rate may reach more
+    return {"gap_closed": mean, "gap_low": low, "gap_high": high, "verdict": verdict}
+
+
+def _verdict(low: float, high: float) -> str:
+    """Beside full fine-tuning; "open" where the interval allows no word."""
+    if 1 - EVEN <= low and high <= 1 + EVEN:
+        return "even"
+    return "ahead" if low > 1 else "behind" if high < 1 else "open"
 
 
 def _gaps(lines: Sequence[Line], frozen: Sequence[Line], full: Sequence[Line]) -> Iterator[float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,18 +18,21 @@ from .run import Outcome, run
 from .task import Task
 
 TRIES = 4  # of learning rates, for every method alike
-SEEDS = (1, 2, 3)  # with the rate that was found; it's sought with seed 0
+MOST = 8  # of them, as long as the best lies at an end of what was tried
+SEEDS = (1, 2, 3, 4, 5)  # with the rate that was found; it's sought with seed 0
 
 Line = dict[str, str]
 
-COLUMNS = ["task", "method", "key", "rate", "seed", *(f.name for f in fields(Outcome)), "commit"]
+ABOUT = ("commit", "cpu")
+COLUMNS = ("task", "base", "method", "key", "rate", "seed")
+COLUMNS += (*(f.name for f in fields(Outcome)), *ABOUT)
 
 
 class Record:
-    """The runs so far, which a CSV file keeps if there is one."""
+    """The runs so far, kept in a CSV file if there is one; `about` says of each where it ran."""
 
-    def __init__(self, path: Path | None, commit: str) -> None:
-        self.path, self.commit = path, commit
+    def __init__(self, path: Path | None, about: Mapping[str, str]) -> None:
+        self.path, self.about = path, {name: about[name] for name in ABOUT}
         self.lines: list[Line] = []
         if path and path.exists():
             with path.open(newline="") as file:
@@ -40,7 +43,7 @@ class Record:
         return [line for line in self.lines if want.items() <= line.items()]
 
     def add(self, **cells: object) -> None:
-        line = {key: str(cell) for key, cell in cells.items()} | {"commit": self.commit}
+        line = {key: str(cell) for key, cell in cells.items()} | self.about
         self.lines.append(line)
         if self.path:
             fresh = not self.path.exists()
@@ -53,7 +56,7 @@ class Record:
 
 def sweep(task: Task, row: Row, record: Record, seeds: Sequence[int] = SEEDS) -> None:
     """Adds to the record what it lacks of one method on one task."""
-    run_of = {"task": task.name, "method": row.name, "key": row.key(task)}
+    run_of = {"task": task.name, "base": task.begins, "method": row.name, "key": row.key(task)}
 
     def validation(rate: float, seed: int = 0, final: bool = False) -> float:
         cells = {**run_of, "rate": rate, "seed": seed}
@@ -72,23 +75,31 @@ def sweep(task: Task, row: Row, record: Record, seeds: Sequence[int] = SEEDS) ->
 
 
 def seek(loss: Callable[[float], float], start: float) -> float:
-    """The best of `TRIES` rates.
+    """The best of `TRIES` rates; of up to `MOST` while the best lies at an end.
 
     The first two are `start` and four times that; each further one lies beyond the best so far, at
     a factor of four, and between it and the better of its neighbours when both of them are known.
     """
     losses: dict[int, float] = {}  # by the rate's binary logarithm, `start` being 0
-    while len(losses) < TRIES:
+    while len(losses) < TRIES or (_best(losses) in _ends(losses) and len(losses) < MOST):
         step = _next(losses)
         found = loss(start * 2.0**step)
         losses[step] = math.inf if math.isnan(found) else found
-    return start * 2.0 ** min(losses, key=losses.__getitem__)
+    return start * 2.0 ** _best(losses)
+
+
+def _best(losses: dict[int, float]) -> int:
+    return min(losses, key=losses.__getitem__)
+
+
+def _ends(losses: dict[int, float]) -> tuple[int, int]:
+    return min(losses), max(losses)
 
 
 def _next(losses: dict[int, float]) -> int:
     if len(losses) < 2:
         return 2 * len(losses)
-    best = min(losses, key=losses.__getitem__)
+    best = _best(losses)
     neighbours = best - 2, best + 2
     unknown = [step for step in neighbours if step not in losses]
     return unknown[0] if unknown else (best + min(neighbours, key=losses.__getitem__)) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -33,8 +34,8 @@ class Task(ABC):
         head: the output head. If `new_head`, it knows nothing of the data, so that every method
             trains it as well.
         narrow: the linear map that is too narrow for a rank of 8, if there is one.
-        places: targets for what papers name: "keys" and "values" of attention; "down", the last map
-            of the feed-forward network.
+        places: targets for what papers name: "attention", its maps; "keys" and "values" of it;
+            "down", the last map of the feed-forward network.
         base: the pretrained model, to copy for every run.
     """
 
@@ -61,6 +62,11 @@ class Task(ABC):
 
     @abstractmethod
     def judge(self, model: nn.Module, split: Split) -> Judgement: ...
+
+    @functools.cached_property
+    def begins(self) -> str:
+        """The base's loss on the validation split, which tells bases that were trained apart."""
+        return f"{self.judge(self.base, 'validation').loss:.3f}"
 
     @abstractmethod
     def own_loss(self, model: nn.Module) -> float:

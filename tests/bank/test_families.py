@@ -63,6 +63,8 @@ FAMILIES = [
     Family("dora", pl.DoRA(), [pl.DoRA(rank=r) for r in (1, 8, 3, 2)], "mlp hf_gpt2 hf_llama"),
     Family("embedding", pl.LoRA(targets="embed"),
            [pl.LoRA(rank=r, targets="embed") for r in (1, 4, 2, 3)], "gpt embedding"),
+    Family("conv", pl.LoRA(), [pl.LoRA(rank=r, alpha=3) for r in (1, 8, 3, 5)],
+           "conv1d conv2d_grouped conv2d_same conv3d conv_transpose"),
     Family("ia3", pl.IA3(), [pl.IA3()] * 4, MAPS),
     Family("ia3_inputs", [INPUTS, pl.IA3()], [INPUTS, pl.IA3()] * 2, MAPS),
     Family("bitfit", pl.BitFit(add_missing=True), [pl.BitFit(add_missing=True)] * 4,
@@ -219,6 +221,8 @@ def test_compiled_by_inductor(family: Family, kind: str) -> None:
 
 TRAINED = [
     Family("lora", pl.LoRA(), [pl.LoRA(rank=r) for r in (1, 8, 3)], "gpt"),
+    Family("conv", pl.LoRA(), [pl.LoRA(rank=r) for r in (1, 8, 3)],
+           "conv2d_grouped conv_transpose"),
     Family("ia3", [pl.IA3(targets="up_proj"), pl.IA3(targets="down_proj", feedforward=True)],
            [pl.IA3(targets="up_proj"), pl.IA3(targets="down_proj", feedforward=True)], "hf_llama"),
     Family("bitfit", pl.BitFit(add_missing=True), [pl.BitFit(), pl.BitFit(add_missing=True)],

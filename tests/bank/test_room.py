@@ -81,7 +81,8 @@ def test_it_is_fixed_from_the_first_forward_on(alone: dict[str | None, nn.Module
 def test_what_cannot_be_mixed_leaves_the_bank_as_it_was(
     alone: dict[str | None, nn.Module],
 ) -> None:
-    model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Flatten(), nn.Linear(6, 4))
+    counted = nn.Embedding(5, 2, scale_grad_by_freq=True)
+    model = nn.Sequential(counted, nn.Flatten(), nn.Linear(6, 4))
     bank = DeltaBank(model, slots=2, max_rank=8)
     bank.load("head", pl.LoRA(rank=2, targets="2.weight"))
     before = repr(bank)
@@ -89,7 +90,7 @@ def test_what_cannot_be_mixed_leaves_the_bank_as_it_was(
         bank.load("all", pl.LoRA(rank=2, targets="*"))
     assert repr(bank) == before
     with bank.rows(["head", None]):
-        model(torch.randn(2, 2, 3))
+        model(torch.randint(5, (2, 3)))
 
 
 def test_methods_may_be_files_and_deltas(

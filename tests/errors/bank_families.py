@@ -61,10 +61,9 @@ class Routed(nn.Module):
         self.experts = nn.ModuleList([nn.Linear(4, 4)])
 
 
-def twin_norms() -> nn.Module:
-    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
-    model[1].weight = model[0].weight
-    return model
+def twins(one: nn.Module, other: nn.Module) -> nn.Module:
+    other.weight = one.weight
+    return nn.Sequential(one, other)
 
 
 def ids(**more: Tensor) -> Callable[[], dict[str, Any]]:
@@ -88,13 +87,20 @@ CASES = [
     # vectors
     Case(room(SCALE), NO_VECTOR, pl.TargetError, lambda: nn.Sequential(Scale())),
     Case(room(SCALE), NO_VECTOR, pl.TargetError, lambda: nn.Sequential(Two())),
-    Case(room(SCALE), NO_VECTOR, pl.TargetError, twin_norms),
+    Case(room(SCALE), NO_VECTOR, pl.TargetError,
+         lambda: twins(nn.LayerNorm(4), nn.LayerNorm(4))),
     Case(room(pl.BitFit()), NO_VECTOR, pl.TargetError, Routed),
     Case(room(pl.BitFit(targets="out_proj")), NO_VECTOR, pl.TargetError, on("mha_decoder")),
     # maps
     Case(room(pl.LoRA(targets="embed.weight")),
          "embed.weight isn't of an embedding alone, so its rows can't be told apart" + LEAVE_OUT,
          pl.TargetError, on("gpt_tied")),
+    Case(room(pl.LoRA(targets="0.weight")),
+         "0.weight is of maps of several kinds, so its rows can't be told apart" + LEAVE_OUT,
+         pl.TargetError, lambda: twins(nn.Conv1d(2, 2, 1), nn.ConvTranspose1d(2, 2, 1))),
+    Case(called(pl.LoRA(rank=1, targets="0.weight"), lambda: {"input": torch.zeros(2, 4)}),
+         "0.weight is called with (2, 4), in which rows can't be told apart: give it a dimension "
+         "for them, as x[None]", model=lambda: nn.Sequential(nn.Conv1d(2, 3, 1))),
     Case(loaded(pl.DoRA(rank=1, targets="0.weight[:, 0:2]"), pl.DoRA(rank=1, targets="0.weight")),
          "0.weight: a DoRAPatch can't be mixed by rows where it changes some of the inputs",
          model=linears),

@@ -34,8 +34,8 @@ def along(table: Tensor, rows: Rows, y: Tensor, dim: int) -> Tensor:
 
 
 def dropped_by_rows(x: Tensor, p: Tensor) -> Tensor:
-    """x (b, t, i) with the dropout p (b,) of each row."""
-    p = p[:, None, None]
+    """x (b, …) with the dropout p (b,) of each row."""
+    p = p.view(-1, *(1 for _ in x.shape[1:]))
     kept = torch.rand(x.shape, device=x.device) >= p
     return x * (kept / (1 - p)).to(x.dtype)
 

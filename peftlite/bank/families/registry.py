@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peftlite.bank.families.bottleneck import MixedBeside, MixedBottleneck, MixedInside
+from peftlite.bank.families.conv import MixedConv, MixedConvTranspose
 from peftlite.bank.families.linear import MixedDense
 from peftlite.bank.families.loreft import MixedLoReFT
 from peftlite.bank.families.low_rank import MixedDoRA, MixedEmbedding, MixedLowRank
@@ -14,6 +15,7 @@ from peftlite.bank.families.prefix import MixedPrefix
 from peftlite.bank.families.prompt import MixedAround, MixedLayers, MixedPrompt, MixedStack
 from peftlite.bank.families.sparse import MixedSparse
 from peftlite.bank.families.vectors import MixedInputs, MixedOutputs, MixedVector
+from peftlite.core import maps
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
 from peftlite.errors import PeftliteError
@@ -51,9 +53,14 @@ AT_CALLS: dict[type[Patch], Family] = {
     PromptPatch: MixedPrompt,
     EncodedPromptPatch: MixedPrompt,
 }
+LOW_RANK: dict[type[maps.Map] | None, type[Mixed]] = {
+    maps.Embedding: MixedEmbedding,
+    maps.Conv: MixedConv,
+    maps.ConvTranspose: MixedConvTranspose,
+}
 AT_MATRICES: dict[type[Patch], Family] = {
     DoRAPatch: MixedDoRA,
-    LowRankPatch: lambda _, site: MixedEmbedding if site.layout.embeds else MixedLowRank,
+    LowRankPatch: lambda _, site: LOW_RANK.get(maps.kind_of(site.module), MixedLowRank),
     ScalePatch: lambda patch, _: MixedInputs if patch.inputs else MixedOutputs,
     SearchPatch: MixedSparse,
     SparsePatch: MixedSparse,

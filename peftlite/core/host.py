@@ -246,6 +246,8 @@ def _host_class(
             inner, patches = _mapped(self, hosted.kind, active)
         if inner is None:
             inner = hosted.own_forward or functools.partial(base.forward, self)
+            if active and not torch.compiler.is_compiling():
+                inner = functools.partial(read.within, inner)
         elif "x" in kwargs:  # as the Conv1D of transformers calls a map's input
             args = (kwargs.pop("x"), *args)
         if CALL in active:
@@ -346,7 +348,7 @@ def _read(module: Any, slot: str) -> Tensor:
         return w if type(w) is not Packed or w.source is None else w.source
     if not _is_grad_enabled():
         _check_reached(names, {slot: patches})
-    return apply(patches, w) if torch.compiler.is_compiling() else read.Read(w, patches)
+    return apply(patches, w) if torch.compiler.is_compiling() else read.shown(w, patches)
 
 
 def _check_reached(names: Names, active: dict[str, tuple[Patch, ...]]) -> None:

@@ -54,6 +54,12 @@ class Patch(nn.Module):
         """The tensor as read, in the shape of `w`, the tensor as it was, and in its dtype."""
         raise PeftliteError(f"{type(self).__name__} changes calls, not tensors")
 
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        """U (…, m, r), V (…, r, n) and s, where `value` is W + s·UV for a W (…, m, n); or None.
+
+        A module that reads W and only multiplies with it then does so without W'.
+        """
+
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The call as made; `inner` is what stood there before.
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peftlite.core.patch import Patch, apply
-from peftlite.lazy import Lazy
+from peftlite.core.sum import KNOWN, Patched, Sum, answer, expert_of, summed
+
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_here = threading.local()
 
 
-class Read(Lazy):
+class Read(Patched):
     """A tensor with the shape, dtype and device of `raw`, and the value its patches give it."""
 
-    kind = "patched"
     raw: Tensor
 
     @staticmethod
@@ -25,27 +29,69 @@ class Read(Lazy):
     def __init__(self, raw: Tensor, patches: Sequence[Patch]):
         self.raw, self._patches = raw, tuple(patches)
         self.source = getattr(raw, "source", None)
-        self._formed: dict[tuple[bool, bool], Tensor] = {}
+        self._made: dict[Any, Any] = {}
 
     def form(self) -> Tensor:
-        # a value formed without gradients is no use to one who needs them
-        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if mode not in self._formed:
-            self._formed[mode] = apply(self._patches, self.raw)
-        return self._formed[mode]
+        return self._once("value", lambda: apply(self._patches, self.raw))
 
-    def why_not_written(self) -> str:
-        return (
-            "patches change: what is read here is a value of its own, and the writing would be "
-            "lost. pl.detach first"
-        )
+    def as_sum(self) -> Sum | None:
+        """The value as a sum that need not be formed, where it is one."""
+        return self._once("sum", lambda: summed(self.raw, self._patches))
+
+    def experts(self) -> Sequence[Tensor]:
+        """The matrices of the value, taken apart once, so that gradients are put together once."""
+        return self._once("experts", lambda: self.form().unbind())
+
+    def _once(self, what: str, make: Callable[[], Any]) -> Any:
+        # what is made without gradients is no use to one who needs them
+        key = what, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @classmethod
     def compute(cls, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func == _GRAD:
             return args[0].raw.grad
+        found = _by_parts(func, args, kwargs) if func in KNOWN else NotImplemented
+        if found is not NotImplemented:
+            return found
+        if func is _AT and args[0].dim() > 2 and (expert := expert_of(args[1])) is not None:
+            return args[0].experts()[expert]
         return super().compute(func, args, kwargs)
 
 
+def _by_parts(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What an operation gives where every read in it is a sum; else NotImplemented."""
+    reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Read)]
+    if any(read.as_sum() is None for read in reads):
+        return NotImplemented
+    sums: Any = tree_map_only(Read, Read.as_sum, (args, kwargs))
+    return answer(func, *sums)
+
+
+def shown(raw: Tensor, patches: Sequence[Patch]) -> Read:
+    """What is read of a tensor; within a call of its module, what was read of it before."""
+    reads: dict[Any, Read] | None = getattr(_here, "reads", None)
+    if reads is None:
+        return Read(raw, patches)
+    # a checkpointed part of a call is run again by itself, and must find nothing of the others
+    saves = _saved_tensors_hooks(True) if torch.is_grad_enabled() else None
+    key = id(raw), tuple(patches), saves
+    if key not in reads or reads[key].raw is not raw:
+        reads[key] = Read(raw, patches)
+    return reads[key]
+
+
+def within(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module's own call, in which every tensor is read once."""
+    before = getattr(_here, "reads", None)
+    _here.reads = {}
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _here.reads = before
+
+
 _T: Any = Tensor
-_GRAD = _T.grad.__get__
+_GRAD, _AT = _T.grad.__get__, _T.__getitem__

@@ -51,11 +51,19 @@ class LowRankPatch(Patch):
         raise NotImplementedError
 
     def value(self, w: Tensor) -> Tensor:
-        a, b = self.factors()
+        a, b = self._read()
         a, b = a.to(wide(w, a)), b.to(wide(w, a))
-        if self.training and self.dropout:
-            a = dropped(a, self.dropout)
         return torch.add(w, self.layout.product(a, b), alpha=self.scale).to(w.dtype)
+
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        if self.layout.joined or type(self).value is not LowRankPatch.value:
+            return None
+        return *self.layout.factors(*self._read()), self.scale
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """The factors of a weight that is read: what is dropped is so for all of its inputs."""
+        a, b = self.factors()
+        return (dropped(a, self.dropout) if self.training and self.dropout else a), b
 
     def call(self, inner: Map, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The map's output (b, …, o), plus s·BA of its input (b, …, i)."""

@@ -63,6 +63,16 @@ TABLES = {
         ("peftlite", "peftlite fused", "peft", "peftlite compiled", "peft compiled"),
         {"fp32": "float32 block, {}", "bf16": "bfloat16 block, {}"},
     ),
+    "experts": Table(
+        "experts",
+        ("peftlite", "peft"),
+        {
+            f"{way}, {shape}, {short}": f"{way} {shape} {long}, {{}}"
+            for way in ("loop", "grouped", "batched")
+            for shape in ("8 x 1024 x 1024", "64 x 1024 x 256")
+            for long, short in (("float32", "fp32"), ("bfloat16", "bf16"))
+        },
+    ),
     "bank": Table(
         "bank",
         ("bank", "peft", "merged, one delta"),

@@ -1,7 +1,8 @@
 """Writes all that is made: `python -m tests.made`.
 
 Of the methods and their cards: the catalog, the golden deltas that this release lacks,
-docs/methods.md and README's table. Of the benchmarks' results: docs/performance.md's tables.
+docs/methods.md and README's table. Of the benchmarks' results: the tables of docs/performance.md
+and docs/which_method.md.
 """
 
 from tests import catalog
@@ -15,3 +16,4 @@ if __name__ == "__main__":
     methods_page.PAGE.write_text(methods_page.render())
     methods_page.README.write_text(methods_page.render_readme())
     performance_page.PAGE.write_text(performance_page.render())
+    performance_page.WHICH.write_text(performance_page.render_which())

@@ -20,7 +20,8 @@ TABLE = re.compile(r"\| family \| methods \|\n(?:\|.*\n)+")
 HEAD = """\
 # Methods
 
-You want to choose a method. Begin with `pl.LoRA(rank=8)`; several methods make one delta:
+Each method by its paper: equation, arguments, and what it serves. [Which one to
+take](which_method.md) goes by what they reached and forgot on three tasks. Several make one delta:
 
 ```python
 import peftlite as pl
@@ -28,22 +29,9 @@ import peftlite as pl
 together = [pl.LoRA(rank=8), pl.BitFit(), pl.FullTuning(targets="head")]
 ```
 
-| you want | try |
-|---|---|
-| a safe start | `LoRA`, `DoRA` |
-| a large rank that stays stable | `LoRA(scaling="rslora")` |
-| a hundredth of the parameters | `IA3`, `NormTuning`, `BitFit`, `VeRA` |
-| what costs nothing once merged | whatever merges in the table below |
-| many deltas in one batch | `LoRA`, or what [mixes by rows](bank.md#what-mixes-by-rows) |
-| the least memory while training | `LoRA(freeze_a=True)` |
-| few weights changed, by as much as they need | `SHiRA`, `SparseMask` |
-| to change inputs, not weights | `PromptTuning`, `PTuning`, `PrefixTuning` |
-| full fine-tuning that can be taken off again | `FullTuning` |
-
-[Performance](performance.md#quality) has what they reached and forgot on three tasks. Every method
-takes `targets`, `exclude` ([which take what](concepts.md#targets)) and `dtype`, the dtype of its
-parameters: by default the tensor's own, or fp32 where that is half precision. Where other libraries
-differ from the papers, [peers](peers.md) says how.
+Every method takes `targets`, `exclude` ([which take what](concepts.md#targets)) and `dtype`, the
+dtype of its parameters: by default the tensor's own, or fp32 where that is half precision. Where
+other libraries differ from the papers, [peers](peers.md) says how.
 
 Shape letters: `b` batch, `t` tokens, `i` in, `o` out, `r` rank, `e` experts, `h` heads, `n` virtual
 tokens. This page is made from the methods' own docstrings by `python -m tests.made`; what it says

@@ -1,13 +1,17 @@
-"""The tables of docs/performance.md, made of benchmarks/results: `python -m tests.made` writes."""
+"""The tables of docs/performance.md and docs/which_method.md, made of benchmarks/results.
+
+`python -m tests.made` writes them.
+"""
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+PAGE, WHICH = ROOT / "docs" / "performance.md", ROOT / "docs" / "which_method.md"
+RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
 Record = dict[str, str]
 
@@ -95,17 +99,21 @@ TABLES = {
         },
     ),
 }
-METHODS = (
-    "full fine-tuning", "LoRA r1", "LoRA r8", "LoRA r32", "DoRA r8", "VeRA r256", "OFT b32", "IA3",
-    "BitFit", "norms", "random 2 %", "Pfeiffer", "prefix n10",
-)  # fmt: skip
 
 
 def render() -> str:
     """The page, its tables as the results have them."""
     tables = {name: table.render() for name, table in TABLES.items()}
-    tables |= {"quality": _quality(), "missed": _missed()}
-    return PLACE.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n{m[3]}", PAGE.read_text())
+    return _filled(PAGE, tables | {"missed": _missed()})
+
+
+def render_which() -> str:
+    """The page on which method to take, its table as the results have it."""
+    return _filled(WHICH, {"quality": _quality()})
+
+
+def _filled(page: Path, tables: Mapping[str, str]) -> str:
+    return PLACE.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n{m[3]}", page.read_text())
 
 
 def records(file: str) -> list[Record]:
@@ -136,18 +144,39 @@ def machine(line: Record) -> str:
 
 
 def _quality() -> str:
-    """What of the gap between the frozen base and full fine-tuning a method closes."""
+    """What of the gap between the frozen base and full fine-tuning each method closes."""
     lines = {(line["task"], line["method"]): line for line in records("quality")}
     tasks = list(dict.fromkeys(task for task, _ in lines))
-    rows = [[method, *_closed(lines, tasks, method)] for method in METHODS]
-    return grid(["", *(f"{task}, {what}" for task in tasks for what in ("gap", "forgets"))], rows)
+    methods = list(dict.fromkeys(method for _, method in lines if method != "frozen base"))
+    rows = [
+        [method, *(_closed(lines.get((task, method), {})) for task in tasks),
+         _beside([(task, lines.get((task, method), {})) for task in tasks if method != "LoRA r8"]),
+         _forgotten([lines.get((task, method), {}) for task in tasks])]
+        for method in methods
+    ]  # fmt: skip
+    return grid(["", *tasks, "beside LoRA r8", "forgets"], rows)
 
 
-def _closed(lines: dict[tuple[str, str], Record], tasks: list[str], method: str) -> Iterator[str]:
-    for task in tasks:
-        line = lines[task, method]
-        yield f"{float(line['gap_closed']):.0%}".replace("%", " %")
-        yield f"{float(line['forgetting']):+.2f}".replace("-", "−")
+def _closed(line: Record) -> str:
+    if not line.get("gap_closed"):
+        return "–"
+    mean, low = float(line["gap_closed"]), float(line["gap_low"])
+    least = "≥ " * (line["rate_at_edge"] == "high")
+    return f"{least}{100 * mean:.0f} ± {100 * (mean - low):.0f}".replace("-", "−")
+
+
+def _beside(lines: Sequence[tuple[str, Record]]) -> str:
+    """The verdicts, each with the tasks that it holds on; of what is open nothing is said."""
+    words: dict[str, list[str]] = {}
+    for task, line in lines:
+        if (word := line.get("beside_lora", "")) not in ("", "open"):
+            words.setdefault(word, []).append(task.split()[0])
+    return "; ".join(f"{word}: {', '.join(found)}" for word, found in words.items())
+
+
+def _forgotten(lines: Sequence[Record]) -> str:
+    found = (line.get("forgetting") for line in lines)
+    return ", ".join(f"{float(x):+.2f}".replace("-", "−") if x else "–" for x in found)
 
 
 def _missed() -> str:

@@ -106,7 +106,8 @@ def test_results_say_how_far_it_is_from_frozen_to_full() -> None:
     closed = found["LoRA r8"]
     assert closed["gap_closed"] == pytest.approx(0.625)  # of 0.5 and 0.75
     assert closed["gap_high"] == pytest.approx(0.625 + 12.706 * 0.125, rel=1e-4)
-    assert (closed["verdict"], found[ALL]["verdict"]) == ("open", "even")
+    assert (closed["beside_full"], closed["beside_lora"]) == ("open", "even")
+    assert (found[ALL]["beside_full"], found[ALL]["beside_lora"]) == ("even", "open")
 
 
 def test_seeds_count_at_the_rate_that_was_chosen() -> None:
@@ -120,11 +121,24 @@ def test_seeds_count_at_the_rate_that_was_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [(0.91, 1.09, "even"), (1.01, 1.3, "ahead"), (0.5, 0.99, "behind"), (0.5, 1.01, "open")],
+    ("differences", "verdict"),
+    [
+        ((0.05, 0.06, 0.07), "even"),
+        ((0.2, 0.21, 0.22), "ahead"),
+        ((-0.2, -0.21, -0.22), "behind"),
+        ((-0.2, 0.0, 0.2), "open"),
+        ((0.3,), "open"),
+    ],
 )
-def test_a_verdict_is_what_an_interval_allows(low: float, high: float, verdict: str) -> None:
-    assert results._verdict(low, high) == verdict
+def test_a_verdict_is_what_an_interval_allows(differences: list[float], verdict: str) -> None:
+    assert results._verdict(differences, at_edge=False) == verdict
+    assert results._verdict(differences, at_edge=True) == verdict.replace("behind", "open")
+
+
+def test_a_picture_has_a_panel_for_each_task(tmp_path: Path) -> None:
+    cells = {"method": "LoRA r8", "kind": LOW, "gap_closed": 0.8, "gap_low": 0.7, "gap_high": 0.9}
+    results.plot(tmp_path, [{**cells, "task": Digits.name, "rate_at_edge": ""}], [Digits])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["which-dark.png", "which-light.png"]
 
 
 @pytest.mark.parametrize(

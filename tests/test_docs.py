@@ -121,6 +121,8 @@ def test_the_table_of_methods_is_the_cards() -> None:
 def test_the_figures_are_the_benchmarks() -> None:
     stale = "docs/performance.md is stale: python -m tests.made"
     assert performance_page.PAGE.read_text() == performance_page.render(), stale
+    stale = "docs/which_method.md is stale: python -m tests.made"
+    assert performance_page.WHICH.read_text() == performance_page.render_which(), stale
 
 
 @each_page

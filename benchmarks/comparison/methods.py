@@ -27,6 +27,7 @@ BASE, FULL, LOW, TURN, FEW, SPARSE, CALLS = KINDS = (
 )
 
 FROZEN, ALL = "frozen base", "full fine-tuning"  # the ends
+USUAL = "LoRA r8"
 
 Make = Callable[[Task], "pl.Method | list[pl.Method]"]
 
@@ -101,7 +102,7 @@ METHODS = [
     Row("last block", FULL, lambda task: pl.FullTuning(top_layers=1)),
     Row(ALL, FULL, lambda task: pl.FullTuning()),
     Row("LoRA r1", LOW, lambda task: pl.LoRA(rank=1)),
-    Row("LoRA r8", LOW, lambda task: pl.LoRA(rank=8)),
+    Row(USUAL, LOW, lambda task: pl.LoRA(rank=8)),
     Row("LoRA r32", LOW, lambda task: pl.LoRA(rank=32)),
     Row("rsLoRA r32", LOW, lambda task: pl.LoRA(rank=32, scaling="rslora")),
     Row("rsLoRA r64", LOW, lambda task: pl.LoRA(rank=64, scaling="rslora")),

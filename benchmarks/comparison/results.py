@@ -1,9 +1,9 @@
-"""The results: a row for every method and task in a CSV file, and a plot of the same."""
+"""The results: a row for every method and task in a CSV file, and a picture of the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,18 @@ import numpy as np
 from common import machine, write_csv
 from scipy.stats import t as student
 
-from .methods import ALL, BASE, FROZEN, KINDS, METHODS
+from .methods import ALL, FROZEN, KINDS, METHODS, USUAL
 from .sweep import ABOUT, SEEDS, Line, Record
 from .task import Task
 
 Cells = dict[str, Any]
 
-DPI = 80
-
 SPREAD = ("quality", "loss", "own_loss")  # with a standard deviation over the seeds
 MEANS = ("file_bytes", "step_bytes")
 EVEN = 0.1  # of the gap: what counts as no difference
 COLUMNS = (
-    "task", "method", "kind", "parameters", "gap_closed", "gap_low", "gap_high", "verdict",
+    "task", "method", "kind", "parameters",
+    "gap_closed", "gap_low", "gap_high", "beside_full", "beside_lora",
     *(column for name in SPREAD for column in (name, f"{name}_sd")),
     "forgetting", *MEANS, "rate", "rate_at_edge", "seeds", "error",
 )  # fmt: skip
@@ -41,13 +40,11 @@ def _of_task(record: Record, task: type[Task]) -> list[Cells]:
         cells: Cells = {"task": task.name, "method": method.name, "kind": method.kind}
         if final := _tested(lines):
             cells |= _means(final) | {"rate_at_edge": _at_edge(lines)}
-            of_base = {"base": final[0]["base"]}
-            ends = (_latest(record, task, name, **of_base) for name in (FROZEN, ALL))
-            frozen, full = map(_tested, ends)
-            if frozen:
-                cells["forgetting"] = cells["own_loss"] - float(frozen[0]["own_loss"])
-            if method.trains and (gaps := list(_gaps(final, frozen, full))):
-                cells |= _interval(gaps, cells["rate_at_edge"] != "")
+            of = [_ends(record, task, final, name) for name in (FROZEN, ALL, USUAL)]
+            if of[0]:
+                cells["forgetting"] = cells["own_loss"] - float(of[0][0]["own_loss"])
+            if method.trains and (gaps := _gaps(final, *of[:2])):
+                cells |= _compared(gaps, _gaps(of[2], *of[:2]), cells["rate_at_edge"] != "")
         elif refused := [line for line in lines if line["error"]]:
             cells |= {name: refused[-1][name] for name in ("error", *ABOUT)}
         else:
@@ -101,34 +98,51 @@ def _spread(name: str, values: Sequence[float]) -> Cells:
     return {name: float(np.mean(values)), **sd}
 
 
-def _interval(gaps: Sequence[float], at_edge: bool) -> Cells:
-    """The mean, Student's interval around it that is right 95 times of 100, and what it says."""
-    mean, n = float(np.mean(gaps)), len(gaps)
-    if n < 2:
-        return {"gap_closed": mean}
-    half = float(student.ppf(0.975, n - 1) * np.std(gaps, ddof=1) / math.sqrt(n))
-    low, high = mean - half, mean + half
-    verdict = _verdict(low, math.inf if at_edge else high)  # another rate may reach more
-    return {"gap_closed": mean, "gap_low": low, "gap_high": high, "verdict": verdict}
+def _ends(record: Record, task: type[Task], lines: Sequence[Line], method: str) -> list[Line]:
+    """The runs that count of another method, on the base that some lines are of."""
+    return _tested(_latest(record, task, method, base=lines[0]["base"]))
 
 
-def _verdict(low: float, high: float) -> str:
-    """Beside full fine-tuning; "open" where the interval allows no word."""
-    if 1 - EVEN <= low and high <= 1 + EVEN:
-        return "even"
-    return "ahead" if low > 1 else "behind" if high < 1 else "open"
-
-
-def _gaps(lines: Sequence[Line], frozen: Sequence[Line], full: Sequence[Line]) -> Iterator[float]:
+def _gaps(lines: Sequence[Line], frozen: Sequence[Line], full: Sequence[Line]) -> dict[str, float]:
     """How much of the way from the frozen base to full fine-tuning each seed goes in quality.
 
     A seed draws the same batches for all, so what is left of the spread is the method's own.
     """
-    ends = {line["seed"]: float(line["quality"]) for line in full}
-    for line in lines:
-        if frozen and line["seed"] in ends:
-            start, quality = float(frozen[0]["quality"]), float(line["quality"])
-            yield (quality - start) / (ends[line["seed"]] - start)
+    ends = {line["seed"]: float(line["quality"]) for line in full if frozen}
+    start = float(frozen[0]["quality"]) if frozen else math.nan
+    return {
+        line["seed"]: (float(line["quality"]) - start) / (ends[line["seed"]] - start)
+        for line in lines
+        if line["seed"] in ends
+    }
+
+
+def _compared(gaps: dict[str, float], usual: dict[str, float], at_edge: bool) -> Cells:
+    """The mean, its interval, and a word beside full fine-tuning and the usual method."""
+    low, high = interval([*gaps.values()])
+    beside = ({seed: 1.0 for seed in gaps}, usual)
+    words = [
+        _verdict([gaps[s] - other[s] for s in gaps if s in other], at_edge) for other in beside
+    ]
+    mean = float(np.mean([*gaps.values()]))
+    cells = {"gap_closed": mean, "gap_low": low, "gap_high": high}
+    return cells | dict(zip(("beside_full", "beside_lora"), words, strict=True))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's, around the mean, which is right 95 times of 100."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def _verdict(differences: Sequence[float], at_edge: bool) -> str:
+    """Of shares of the gap; "open" if the interval allows no word, or another rate may do more."""
+    low, high = interval(differences)
+    if -EVEN <= low and high <= EVEN:
+        return "even"
+    return "ahead" if low > 0 else "behind" if high < 0 and not at_edge else "open"
 
 
 def write(path: Path, rows: Sequence[Cells], versions: Mapping[str, str]) -> None:
@@ -137,73 +151,50 @@ def write(path: Path, rows: Sequence[Cells], versions: Mapping[str, str]) -> Non
     write_csv(path, [*COLUMNS, *about], ({**about, **row} for row in short))
 
 
-def plot(path: Path, rows: Sequence[Cells], tasks: Sequence[type[Task]]) -> None:
-    """Quality against trainable parameters: a panel for each task, up is better."""
-    import matplotlib
+def plot(folder: Path, rows: Sequence[Cells], tasks: Sequence[type[Task]]) -> None:
+    """What of the gap each method closes, with its interval: a panel for each task; twice."""
+    import matplotlib.style
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    size = (12, 6 * len(tasks))
-    figure, panels = plt.subplots(len(tasks), figsize=size, dpi=DPI, squeeze=False)
-    for panel, task in zip(panels[:, 0], tasks, strict=True):
-        shown = _shown(rows, task)
-        panel.set(xscale="log", title=task.name, xlabel="trainable parameters", ylabel=task.quality)
-        panel.grid(alpha=0.3)
-        for kind, colour in zip(KINDS, plt.cm.tab10.colors, strict=False):
-            _points(panel, [row for row in shown if row["kind"] == kind], kind, colour)
-        if task.less_is_better:
-            panel.invert_yaxis()
-        panel.margins(x=0.12)
-        panel.legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    for panel, task in zip(panels[:, 0], tasks, strict=True):
-        _label(panel, [row for row in _shown(rows, task) if row["kind"] != BASE])
-    figure.savefig(path)
-    plt.close(figure)
+    for look, style in {"light": "default", "dark": "dark_background"}.items():
+        with matplotlib.style.context([style, {"font.size": 8}]):
+            _panels(rows, tasks).savefig(folder / f"which-{look}.png", dpi=110, transparent=True)
 
 
-def _shown(rows: Sequence[Cells], task: type[Task]) -> list[Cells]:
-    """The points of a panel; what lies far below the frozen base is moved up, and says so."""
-    mine = {row["method"]: row for row in rows if row["task"] == task.name and "quality" in row}
-    if not {FROZEN, ALL} <= mine.keys():
-        return [*mine.values()]
-    frozen, full = (mine[name]["quality"] for name in (FROZEN, ALL))
-    least = frozen - 0.2 * (full - frozen)
-    for name, row in mine.items():
-        if row.get("gap_closed", 0.0) < -0.2:
-            moved = {"method": f"{name} (at {row['quality']:.3g})", "quality": least}
-            mine[name] = {**row, **moved, "quality_sd": 0.0}
-    return [*mine.values()]
+def _panels(rows: Sequence[Cells], tasks: Sequence[type[Task]]) -> Any:
+    from matplotlib.figure import Figure
+
+    closed = [row for row in rows if "gap_closed" in row and row["method"] != ALL]
+    means: dict[str, list[float]] = {}
+    for row in closed:
+        means.setdefault(row["method"], []).append(row["gap_closed"])
+    order = sorted(means, key=lambda method: max(-1.0, float(np.mean(means[method]))))
+    figure = Figure((9, 0.17 * len(order) + 1), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        mine = [row for row in closed if row["task"] == task.name]
+        _dots(panel, mine, order)
+        panel.set(title=task.name, xlim=(-0.25, 1.5), ylim=(-1, len(order)))
+    panels[0].set_yticks(range(len(order)), order)
+    figure.supxlabel("of the gap between the frozen base and full fine-tuning", fontsize=8)
+    used = [kind for kind in KINDS if any(row["kind"] == kind for row in closed)]
+    marks = [panels[0].plot([], [], "o", color=_colour(kind))[0] for kind in used]
+    figure.legend(marks, used, loc="outside upper center", ncols=len(used), frameon=False)
+    return figure
 
 
-def _points(panel: Any, rows: Sequence[Cells], kind: str, colour: Any) -> None:
-    if kind == BASE:
-        for row in rows:
-            panel.axhline(row["quality"], color=colour, linestyle=":", label=row["method"])
-        return
-    x = [row["parameters"] for row in rows]
-    y, sd = ([row.get(name, 0.0) for row in rows] for name in ("quality", "quality_sd"))
-    panel.errorbar(x, y, sd, fmt="o", color=colour, markersize=4, elinewidth=0.5, label=kind)
-
-
-def _label(panel: Any, rows: Sequence[Cells]) -> None:
-    """Writes each name beside its point, or as near as there is room."""
-    taken: list[tuple[float, float, float]] = []  # in pixels: left, right, middle
+def _dots(panel: Any, rows: Sequence[Cells], order: Sequence[str]) -> None:
+    panel.axvline(1, color="gray", linewidth=0.8)
+    panel.grid(axis="y", alpha=0.25, linewidth=0.5)
     for row in rows:
-        at = row["parameters"], row["quality"]
-        left, y = panel.transData.transform(at)
-        right = left + 5 * len(row["method"]) + 5
-        for shift in (sign * step for step in range(0, 200, 2) for sign in (1, -1)):
-            middle = y + shift
-            if all(b < left or right < a or abs(middle - m) > 8 for a, b, m in taken):
-                break
-        taken.append((left, right, middle))
-        panel.annotate(
-            row["method"],
-            at,
-            (5, shift * 72 / DPI),
-            textcoords="offset points",
-            fontsize=6.5,
-            va="center",
-        )
+        y, (low, high) = order.index(row["method"]), (row["gap_low"], row["gap_high"])
+        style = {
+            "color": _colour(row["kind"]),
+            "fillstyle": "none" if row["rate_at_edge"] else None,
+        }
+        panel.plot([low, high], [y, y], color=style["color"], linewidth=0.8)
+        panel.plot(max(-0.2, row["gap_closed"]), y, "<" if row["gap_closed"] < -0.2 else "o",
+                   markersize=4, **style)  # fmt: skip
+
+
+def _colour(kind: str) -> str:
+    return f"C{KINDS.index(kind) - 1}"

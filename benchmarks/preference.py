@@ -1,136 +1,87 @@
-"""Preferences: reward gained and KL spent, one forward for two roles, bytes, the head in tiles.
+"""Preferences: reward gained and KL spent, what is forgotten; what roles on one base cost.
 
-The task can be checked by a program: lines of lower-case letters, of which vowels are rewarded. A
-small GPT is trained on lines that have a few, and learns to write more of them.
+What is learned is in `vowels.py`: a small GPT writes lines, of which vowels are rewarded. The rate
+of every way to learn is chosen on prompts of their own, five seeds are seen on prompts held out.
 """
 
 import gc
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Figure, arguments, interleave, ratios, report
+from common import Figure, arguments, differences, interleave, ratios, report
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from vowels import CODE, POLICIES, Policy, Seen, base, pairs, prompts, seen
 
 import peftlite as pl
 from peftlite.demo.gpt import GPT
-from peftlite.train.preference.told import tell
+from peftlite.train.preference.told import last_scalars, tell
 
-LETTERS, LENGTH, V = "bcdfghaeiou", 8, 32_000
-
-
-class Lines(pl.data.ByteTokenizer):
-    """A line is an answer."""
-
-    end = (10,)
-    pad = 0
-
-
-def vowels(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    return [sum(letter in "aeiou" for letter in answer) / LENGTH for answer in answers]
-
-
-def alike(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    return [0.0] * len(answers)
-
-
-def words(seed: int, count: int) -> list[str]:
-    draw = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(LETTERS), (count, LENGTH), generator=draw)
-    return ["".join(LETTERS[i] for i in row) for row in picks.tolist()]
-
-
-def base() -> GPT:
-    """A GPT that writes such lines."""
-    torch.manual_seed(0)
-    model = GPT(dim=48, layers=2, heads=4)
-    pl.attach(model, pl.FullTuning(), "base")
-    data = pl.data.pairs([("> ", word) for word in words(1, 2000)], Lines())
-    options: Any = {"epochs": 3, "batch_size": 50, "lr": 3e-3, "progress": False}
-    pl.Trainer(model, pl.losses.causal_lm, data, **options).fit()
-    pl.merge(model, "base")
-    twin = GPT(dim=48, layers=2, heads=4)
-    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "peftlite" not in k})
-    return twin
-
-
-def pairs(seed: int, count: int) -> list[dict[str, Any]]:
-    left, right = words(seed, count), words(seed + 1, count)
-    scored = zip(left, vowels([], left), right, vowels([], right), strict=True)
-    return [
-        {"prompt": "> ", "chosen": a if x > y else b, "rejected": b if x > y else a}
-        for a, x, b, y in scored
-        if x != y
-    ]
+V = 32_000
 
 
 # -- what is gained
 
 
-def measured(model: nn.Module) -> tuple[float, float]:
-    """The mean reward of answers, and nats of KL an answer to the base."""
-    prompts = ["> "] * 256
-    # equal rewards: the first answer is as good as any
-    rows = pl.best_of(model, alike, prompts, 2, tokenizer=Lines(), max_new_tokens=LENGTH + 1)
-    reward = sum(vowels([], [row["response"] for row in rows])) / len(rows)
-    texts = [(row["prompt"], row["response"]) for row in rows if row["response"].strip()]
-    batch = pl.data.collate(pl.data.pairs(texts, Lines())[:])
-    with torch.no_grad():
-        told = tell(model, batch, None)
-    return reward, float(((told.logps - told.reference) * told.mask).sum(-1).mean())
-
-
-def learned(how: str, model: nn.Module, seed: int, quick: bool) -> None:
-    pl.attach(model, [pl.LoRA(rank=4), pl.ScalarHead()], "value")
-    pl.attach(model, pl.LoRA(rank=4), "policy")
-    options: Any = {"progress": False, "seed": seed, "batch_size": 32, "lr": 5e-3, "epochs": 1}
-    sampled: Any = {"tokenizer": Lines(), "max_new_tokens": LENGTH + 1}
-    rows = pairs(10 * seed + 2, 64 if quick else 640)
-    prompts = ["> "] * (32 if quick else 320)
-    longer = {**options, "lr": 1e-2, "epochs": 1 if quick else 3}
-    if how == "DPO":
-        pl.Trainer(model, pl.losses.dpo(), pl.data.preference(rows, Lines()), **options).fit()
-    elif how == "KTO":
-        rated = [
-            {"prompt": row["prompt"], "response": row[side], "rating": side == "chosen"}
-            for row in rows
-            for side in ("chosen", "rejected")
-        ]
-        pl.Trainer(model, pl.losses.kto(), pl.data.ratings(rated, Lines()), **options).fit()
-    elif how == "GRPO":
-        pl.GRPO(model, vowels, prompts, group=8, **sampled, **longer).fit()
-    else:
-        pl.PPO(model, vowels, prompts, kl=0.02, iterations=2, **sampled, **longer).fit()
-
-
 def gains(quick: bool) -> list[Figure]:
-    start, figures = base(), []
-    for how in ("DPO", "KTO", "GRPO", "PPO"):
-        rewards, kls = [], []
-        for seed in range(2 if quick else 5):
-            model = deepcopy(start)
-            learned(how, model, seed, quick)
-            pl.detach(model, "value")
-            torch.manual_seed(seed)
-            after, kl = measured(model)
-            with pl.using(model, None):
-                before, _ = measured(model)
-            rewards.append(after - before)
-            kls.append(kl)
-        figures.append(Figure(f"{how}, reward gained", rewards, "", at_least=0.02))
-        figures.append(Figure(f"{how}, KL", kls, "nats"))
-    model = deepcopy(start)
-    pl.attach(model, [pl.LoRA(rank=4), pl.ScalarHead()], "reward")
-    data = pl.data.preference(pairs(90, 800), Lines())
-    options: Any = {"epochs": 3, "batch_size": 32, "lr": 5e-3, "progress": False}
-    history = pl.Trainer(model, pl.losses.reward(), data[:-100], data[-100:], **options).fit()
-    accuracy = [history.events[-1]["full_valid_reward_accuracy"]] * 2
-    return [*figures, Figure("reward model, held-out accuracy", accuracy, "", at_least=0.8)]
+    start = base(quick)
+    before = [_before(start, seed) for seed in range(2 if quick else 5)]
+    figures = [Figure("base, reward", [one.reward for one in before], "")]
+    for name, policy in POLICIES.items():
+        figures += _gained(name, policy, start, before, quick)
+    return [*figures, _reward_model(start, quick)]
+
+
+def _before(start: GPT, seed: int) -> Seen:
+    pl.attach(model := deepcopy(start), pl.LoRA(rank=4), "fresh")
+    return seen(model, prompts()[2], seed)
+
+
+def _gained(
+    name: str, policy: Policy, start: GPT, before: Sequence[Seen], quick: bool
+) -> list[Figure]:
+    """What five seeds of a policy gain on prompts held out, and what that costs."""
+    lr = policy.best_rate(start, quick)
+    after = [
+        seen(policy.learn(start, lr, seed, quick), prompts()[2], seed)
+        for seed in range(len(before))
+    ]
+    rewards, bits = ([getattr(s, k) for s in after] for k in ("reward", "bits"))
+    gained = differences(rewards, [s.reward for s in before])
+    forgotten = differences(bits, [s.bits for s in before])
+    print(f"{name}, rate {lr:g}: reward gained {min(gained):.3f} to {max(gained):.3f}", flush=True)
+    return [
+        Figure(f"{name}, reward gained", gained, "", at_least=0.1),
+        Figure(f"{name}, KL of an answer to the base", [s.kl for s in after], "nats"),
+        Figure(f"{name}, pairs held out told apart", [s.accuracy for s in after], ""),
+        Figure(f"{name}, forgotten of a digit", forgotten, "bits"),
+    ]
+
+
+def _reward_model(start: GPT, quick: bool) -> Figure:
+    """Of which pairs held out a delta with a head says rightly what was chosen."""
+    right = []
+    for seed in range(2 if quick else 5):
+        model = deepcopy(start)
+        torch.manual_seed(seed)
+        pl.attach(model, [pl.LoRA(rank=4), pl.ScalarHead()], "reward")
+        data, held = (
+            pl.data.preference(pairs(asked, seed + 10), CODE)
+            for asked in (prompts()[0], prompts()[2])
+        )
+        options: Any = {"epochs": 3, "batch_size": 32, "lr": 5e-3, "progress": False}
+        history = pl.Trainer(model, pl.losses.reward(), data, held, **options).fit()
+        right.append(history.events[-1]["full_valid_reward_accuracy"])
+    return Figure("reward model, pairs held out told apart", right, "", at_least=0.8)
 
 
 # -- what it costs
@@ -220,20 +171,79 @@ def roles(quick: bool) -> list[Figure]:
 
     both()
     times = interleave({"both": cpu(both), "rows": cpu(rows)}, 3 if quick else 15)
-    own = sum(p.nbytes for p in model.parameters()) + pl.deltas(model)["policy"].num_parameters * 16
-    copies = [deepcopy(model) for _ in range(3)]
-    three = sum(p.nbytes for copy in copies for p in copy.parameters())
     return [
         Figure("policy and reference over twice the rows", ratios(times["both"], times["rows"]),
                at_most=1.05),
-        Figure("bytes of one base with deltas over three copies", [own / three] * 2, at_most=0.45),
     ]  # fmt: skip
+
+
+# -- three roles: on one base, or a copy each
+
+
+def _one_base(model: nn.Module) -> list[nn.Module]:
+    pl.attach(model, [pl.LoRA(rank=8), pl.ScalarHead()], "reward")
+    pl.attach(model, pl.LoRA(rank=8), "policy")
+    return [model] * 3
+
+
+def _three_copies(model: nn.Module) -> list[nn.Module]:
+    policy, reference, rewards = model, deepcopy(model), deepcopy(model)
+    pl.attach(rewards, [pl.LoRA(rank=8), pl.ScalarHead()], "reward")
+    pl.attach(policy, pl.LoRA(rank=8), "policy")
+    return [policy, reference, rewards]
+
+
+CONTENDERS = {"one base": _one_base, "three copies": _three_copies}
+
+
+def _steps(name: str, dim: int, layers: int) -> None:
+    """Steps of DPO with AdamW, whose answers a reward model scores, too."""
+    torch.manual_seed(0)
+    policy, reference, rewards = CONTENDERS[name](GPT(dim, layers, heads=4))
+    ids = torch.randint(256, (2, 16))
+    batch = {"input_ids": ids, "labels": ids}
+    parameters = [*pl.deltas(policy)["policy"].parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    for _ in range(2):
+        if reference is not policy:
+            with torch.no_grad():
+                logps = reference(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            batch["reference"] = F.pad(logps, (1, 0))
+        with pl.using(rewards, "reward"), torch.no_grad():
+            last_scalars(rewards, batch)
+        pl.losses.dpo()(policy, batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _held(name: str, dim: int, layers: int) -> int:
+    """The most memory that a process holds beyond what it held for a small model."""
+    torch.set_num_threads(1)
+    _steps(name, 64, 2)
+    before = _peak_so_far()
+    _steps(name, dim, layers)
+    return _peak_so_far() - before
+
+
+def _peak_so_far() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def copies(quick: bool) -> list[Figure]:
+    """Measured, each in a process of its own."""
+    shape, found = (64, 2) if quick else (768, 12), {}
+    for name in CONTENDERS:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found[name] = max(1, pool.submit(_held, name, *shape).result())
+    share = found["one base"] / found["three copies"]
+    return [Figure("peak memory, one base over three copies", [share] * 2, at_most=0.45)]
 
 
 def main() -> None:
     quick = arguments(__doc__).quick
-    torch.set_num_threads(1 if quick else 2)
-    report("preference", [*tiles(quick), *roles(quick), *gains(quick)], quick=quick)
+    torch.set_num_threads(1)
+    report("preference", [*tiles(quick), *roles(quick), *copies(quick), *gains(quick)], quick=quick)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,20 @@ def test_a_delta_rewards_and_prompts_held_out_are_answered() -> None:
     assert 1 <= history.events[-1]["full_valid_length"] <= 3
 
 
+@pytest.mark.parametrize("priced", [False, True])
+def test_the_kl_is_told_where_a_reference_runs(priced: bool) -> None:
+    """And it is the same whether a step runs the reference, or what was sampled has it."""
+    seen = []
+    for iterations in (1, 2):
+        loss = pl.losses.grpo(beta=0.05 if priced else 0.0)
+        history = grpo(drawn(gpt()), val=["x"], loss=loss, iterations=iterations, epochs=1).fit()
+        seen.append(history.events[1])
+        assert history.events[0]["full_valid_kl"] > 0.001
+    assert ["train_kl" in event for event in seen] == [priced] * 2
+    if priced:
+        assert seen[0]["train_kl"] == pytest.approx(seen[1]["train_kl"], rel=1e-4)
+
+
 def test_the_best_of_several() -> None:
     torch.manual_seed(0)
     rows = pl.best_of(gpt(), vowels, PROMPTS, 8, tokenizer=Lines(), max_new_tokens=3)

@@ -466,7 +466,7 @@ class grpo(Preference):
 
     def _measure(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """The loss, and what was sampled: KL, entropy, and how many tokens have r out of bounds."""
-        reference = self.reference if self.beta else False
+        reference = self.reference if self.beta and "reference" not in batch else False
         told = tell(model, batch, reference, self.temperature, self.entropy > 0)
         old = told.logps.detach() if "old" not in batch else batch["old"][:, 1:].to(told.logps)
         advantages = batch["advantages"]
@@ -479,6 +479,7 @@ class grpo(Preference):
             "loss": loss,
             "count": told.mask.sum() if of_tokens else len(told.mask),
             **sampled(told, old, self.low, self.high or self.low),
+            **({"kl": away(told)} if self.beta or "reference" in batch else {}),
         }
 
 
@@ -488,10 +489,15 @@ def sampled(told: Told, old: Tensor, low: float, high: float) -> dict[str, Tenso
         ratio = (told.logps - old).exp()
         outside = ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio)
         return {
-            "kl": clipped.masked_mean(clipped.k3(told.logps, told.reference), told.mask),
             "entropy": clipped.masked_mean(told.entropy, told.mask),
             "clipped": clipped.masked_mean(outside, told.mask),
         }
+
+
+def away(told: Told) -> Tensor:
+    """How far a token is from the reference, in nats."""
+    with torch.no_grad():
+        return clipped.masked_mean(clipped.k3(told.logps, told.reference), told.mask)
 
 
 @dataclass(frozen=True)
@@ -537,6 +543,7 @@ class rloo(Preference):
         old = told.logps.detach() if "old" not in batch else batch["old"][:, 1:].to(told.logps)
         losses = self.of(told.logps, old, batch["advantages"], told.mask)
         seen = sampled(told, old, self.low, self.high or self.low)
+        seen |= {"kl": away(told)} if "reference" in batch else {}
         return {"loss": losses.mean(), "count": len(losses), **seen}
 
 
@@ -599,4 +606,5 @@ class ppo(Preference):
         loss = self.of(told.logps, old, advantages, told.mask, values, before, returns)
         far = clipped.masked_mean((values.detach() - returns) ** 2, told.mask)
         seen = sampled(told, old, self.clip, self.clip)
+        seen |= {"kl": away(told)} if "reference" in batch else {}
         return {"loss": loss, "count": told.mask.sum(), **seen, "value_error": far}

@@ -282,17 +282,20 @@ class Rollouts:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a loss gives; `reward` and `length` are means over answers."""
-        numbers = batch["index"].tolist()
+        numbers, learns = batch["index"].tolist(), torch.is_grad_enabled()
         name = " ".join(map(str, numbers))
-        own = self.kept.pop(name, None) or {"used": 0, "batch": self.roll(model, numbers)}
+        own = self.kept.pop(name, None) or {
+            "used": 0,
+            "batch": self.roll(model, numbers, not learns),
+        }
         with without_dropout(model):
             found = self.loss._measure(model, own["batch"])
         own["used"] += 1
-        if torch.is_grad_enabled() and own["used"] < self.iterations:
+        if learns and own["used"] < self.iterations:
             self.kept[name] = own
         lengths = (own["batch"]["labels"] != IGNORED).sum(-1)
         seen = {"reward": own["batch"]["reward"].mean(), "length": lengths.float().mean()}
-        if not torch.is_grad_enabled():  # of prompts held out the mean is over answers
+        if not learns:  # of prompts held out the mean is over answers
             seen["count"] = len(lengths)
         return {**found, **seen}
 
@@ -335,7 +338,7 @@ class Rollouts:
             )
         return found
 
-    def roll(self, model: nn.Module, numbers: Sequence[int]) -> Batch:
+    def roll(self, model: nn.Module, numbers: Sequence[int], held_out: bool = False) -> Batch:
         """A batch of answers to prompts, with what its loss takes."""
         raise NotImplementedError
 
@@ -369,16 +372,18 @@ class Grouped(Rollouts):
     scale: Scale = one_of("group", Scale)
 
     @torch.no_grad()
-    def roll(self, model: nn.Module, numbers: Sequence[int]) -> Batch:
+    def roll(self, model: nn.Module, numbers: Sequence[int], held_out: bool = False) -> Batch:
         rolled = self.answer(model, numbers)
         rewards, batch = rolled.rewards, rolled.batch
         alone = isinstance(self.loss, rloo)
-        if self.iterations > 1 or (alone and self.kl):
+        priced = self.kl if alone else self.loss.beta
+        if self.iterations > 1 or (alone and priced) or held_out:
+            reference = getattr(self.loss, "reference", None) if priced or held_out else False
             with without_dropout(model):
-                told = tell(
-                    model, batch, None if alone and self.kl else False, self.how.temperature
-                )
+                told = tell(model, batch, reference, self.how.temperature)
             batch["old"] = F.pad(told.logps, (1, 0))
+            if reference is not False:
+                batch["reference"] = F.pad(told.reference, (1, 0))
             rewards = rewards - self.kl * ((told.logps - told.reference) * told.mask).sum(-1)
         own = rewards.view(-1, self.group)
         over = clipped.leave_one_out(own) if alone else clipped.group_advantages(own, self.scale)
@@ -400,7 +405,7 @@ class Valued(Rollouts):
         return (self.loss.value,)
 
     @torch.no_grad()
-    def roll(self, model: nn.Module, numbers: Sequence[int]) -> Batch:
+    def roll(self, model: nn.Module, numbers: Sequence[int], held_out: bool = False) -> Batch:
         rolled = self.answer(model, numbers)
         batch = rolled.batch
         with without_dropout(model):
@@ -412,7 +417,8 @@ class Valued(Rollouts):
         rewards = -self.kl * far + rolled.rewards[:, None] * (last * told.mask)
         over = clipped.gae(rewards, values, told.mask, self.gamma, self.lam)
         tokens = {
-            "old": told.logps, "values": values, "returns": over + values,
+            "old": told.logps, "reference": told.reference, "values": values,
+            "returns": over + values,
             "advantages": clipped.whiten(over, told.mask),
         }  # fmt: skip
         if self.target is not None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.commands import local
 from peftlite.quant import keys, others
 from peftlite.quant.layouts import bits
 from tests.cells import disturb
-from tests.packed.llama import HERE
+from tests.packed.llama import HERE, llama
 from tests.zoo import seeded
 
 TENSORS = safetensors.torch.load_file(HERE / "tensors.safetensors")
@@ -148,6 +149,24 @@ def test_a_second_version_keeps_zeros_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(said)
     pl.quantize(model, checkpoint=tmp_path)
     assert torch.equal(model[0].weight + 0, w)
+
+
+@pytest.mark.parametrize("name", ["gptq4", "gptq_order", "awq"])
+def test_a_folder_of_it_is_read_as_a_model(name: str, tmp_path: Path) -> None:
+    """With what config.json says of it there, and none of the libraries that it names."""
+    found, w = MADE[name]()
+    model, key = llama(), "model.layers.0.self_attn.k_proj."
+    model.get_submodule(key[:-1]).weight.data = w.bfloat16()
+    model.save_pretrained(tmp_path / "plain")
+    model.config.quantization_config = {"quant_method": name.rstrip("4").partition("_")[0]}
+    model.save_pretrained(tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    del state[f"{key}weight"]
+    safetensors.torch.save_file(state | {key + k: t for k, t in found.items()}, file)
+    ids = torch.arange(12)[None]
+    plain, packed = (local.model(str(tmp_path / folder)) for folder in ("plain", "packed"))
+    assert torch.equal(plain(ids).logits, packed(ids).logits)
 
 
 @pytest.mark.parametrize("b", range(1, 9))

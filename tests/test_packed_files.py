@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import peftlite as pl
+from peftlite.commands import local
 from peftlite.core.tensors import raw
 from tests.digest import assert_same, digest
 from tests.packed.llama import HERE, llama
@@ -105,3 +106,27 @@ def test_a_file_that_is_cut_short_changes_nothing(cut: str, tmp_path: Path) -> N
     with pytest.raises(pl.FileError, match="damaged"):
         pl.quantize(model, checkpoint=tmp_path / "m.safetensors")
     assert_same(before, digest(model))
+
+
+def test_what_a_model_computes_may_be_in_an_older_file(tmp_path: Path) -> None:
+    model = mlp()
+    pl.quantize(model)
+    state = {**model.state_dict(), "0.position_ids": torch.arange(3)}
+    safetensors.torch.save_file(state, tmp_path / "m.safetensors")
+    other = mlp()
+    with pytest.raises(pl.FileError, match="that the model lacks: 0"):
+        pl.quantize(other, checkpoint=tmp_path / "m.safetensors")
+    other[0].register_buffer("position_ids", torch.arange(4), persistent=False)
+    pl.quantize(other, checkpoint=tmp_path / "m.safetensors")
+    assert other[0].position_ids.tolist() == [0, 1, 2, 3]
+    assert packed_bytes(other).keys() == packed_bytes(model).keys()
+
+
+def test_a_folder_of_bitsandbytes_is_read_as_a_model() -> None:
+    model, filled = llama(), local.model(str(BNB))
+    pl.quantize(model, checkpoint=BNB)
+    theirs, ours = filled.state_dict(), model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], tensor) for key, tensor in ours.items())
+    assert filled.config.quantization_config["quant_method"] == "bitsandbytes"
+    assert filled.model.rotary_emb.inv_freq.dtype is torch.float32

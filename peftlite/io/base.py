@@ -41,13 +41,29 @@ def read(model: nn.Module, path: str | os.PathLike[str]) -> list[tuple[Place, Pa
     Raises PeftliteError, and FileError where the file doesn't fit.
     """
     checkpoint, places = Checkpoint(path), _places(model)
-    groups = _groups(checkpoint, {name for place in places for name in place.names})
+    names = {name for place in places for name in place.names}
+    computed = _computed(model)
+    groups = _groups((key for key in checkpoint if key not in computed), names)
     _check_names(str(path), places, groups, checkpoint)
     found = [(place, *_found(checkpoint, place, groups)) for place in places]
     with torch.no_grad():
         for place, how, parts in found:
             _put(place, how, parts)
     return [(place, how) for place, how, _ in found if how is not None]
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has tensors, some of which are packed as is known here."""
+    try:
+        return packed_key(Checkpoint(path)) is not None
+    except FileError:
+        return False
+
+
+def packed_key(checkpoint: Iterable[str]) -> str | None:
+    """The name of a part of a packed tensor; None if there is none."""
+    found = (k for k in checkpoint if k.rpartition(".")[2] in others.NAMES or ".quant_state." in k)
+    return next(found, None)
 
 
 def _places(model: nn.Module) -> list[Place]:
@@ -73,6 +89,12 @@ def _places(model: nn.Module) -> list[Place]:
             names.append(address)
             owners[module, slot] = None
     return [Place(tuple(n), tuple(o), t) for n, o, t in found.values()]
+
+
+def _computed(model: nn.Module) -> set[str]:
+    """The names of what the model computes by itself, which an older one's file may have."""
+    found = ((path, slot) for path, m in walk(model) for slot in m._non_persistent_buffers_set)
+    return {f"{path}.{slot}".lstrip(".") for path, slot in found}
 
 
 def _groups(keys: Iterable[str], names: set[str]) -> dict[str, dict[str, str]]:

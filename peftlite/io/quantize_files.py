@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peftlite.core.patch import Targets
 from peftlite.errors import FileError, PeftliteError
+from peftlite.io.base import packed_key
 from peftlite.io.checkpoint import INDEX, Checkpoint, comes_along
 from peftlite.io.files import (
     Entry,
@@ -34,7 +35,7 @@ from peftlite.io.files import (
 from peftlite.io.standin import stand_in
 from peftlite.io.tied import tied_embedding, with_ties
 from peftlite.progress import bar
-from peftlite.quant import keys, nf4, others
+from peftlite.quant import keys, nf4
 from peftlite.quant.packing import Packing, pack
 from peftlite.verbs.quantize import Packs, how_of, pick
 
@@ -152,9 +153,8 @@ class _Job:
 
 def _chosen(base: Checkpoint, targets: Targets, skip: Targets) -> tuple[dict[str, str], list[str]]:
     """The keys to pack with their addresses, and the linear maps that are left."""
-    for key in base:
-        if key.rpartition(".")[2] in others.NAMES or ".quant_state." in key:
-            raise FileError(f"{str(base.path)!r} is packed already: it has {key}")
+    if key := packed_key(base):
+        raise FileError(f"{str(base.path)!r} is packed already: it has {key}")
     model = stand_in(
         {key: base.entry(key).meta for key in base}, with_ties({}, base, tied_embedding(base))
     )

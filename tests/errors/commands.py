@@ -61,6 +61,13 @@ def headless(path: Path) -> None:
     hf_tokenizer().save_pretrained(path)
 
 
+def packed(path: Path) -> None:
+    model = llama()
+    pl.quantize(model, targets="*_proj")
+    model.save_pretrained(path)
+    hf_tokenizer().save_pretrained(path)
+
+
 CASES = [
     # configs
     Case(typing("train", "--data", "x"), "train needs --model, --out: give what it lacks, or a "
@@ -90,6 +97,8 @@ CASES = [
          "and tokenizer.save_pretrained('…')", model=nn.ReLU, file=untold),
     Case(typing("generate", "PATH", "--prompt", "a"), "'…' is no causal language model, or not all "
          "of one: it lacks cls.predictions.bias; …", pl.FileError, nn.ReLU, headless),
+    Case(typing("generate", "PATH", "--prompt", "a", "--quantize", "nf4"), "the model is packed "
+         "already: leave out --quantize", model=nn.ReLU, file=packed),
     answering(says="there is nothing to answer: give a --prompt, or a --prompt-file"),
     answering("--prompt", "-", says="stdin can't be read as text: …", kind=pl.FileError),
     answering("--prompt", "a", "--system", "b", "--raw", says="--system opens a chat, and --raw is "

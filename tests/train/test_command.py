@@ -209,6 +209,24 @@ def test_trains_on_a_packed_base(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert COMMANDS["train"].arguments["--quantize"]["choices"] == KINDS
 
 
+def test_trains_on_a_folder_that_is_packed(run: Run) -> None:
+    """Packed by a command, by no other library read; the delta is of just those codes."""
+    assert cli.main(["quantize", "model", "-o", "packed", "--targets", "*_proj"]) == 0
+    path = found(run, "--out", "a", "--rank", "2", "--epochs", "1", "--model", "packed")["delta"]
+    filled, written = local.model("packed"), llama()
+    pl.quantize(written, "nf4", targets="*_proj")
+    assert filled.config.quantization_config["quant_method"] == "bitsandbytes"
+    assert filled.generation_config.to_dict() == local.model("model").generation_config.to_dict()
+    ids, outputs = torch.arange(12)[None], []
+    for model in (filled, written):
+        pl.load(model, path)
+        outputs.append(model.eval()(ids).logits)
+    assert torch.equal(*outputs)
+    assert cli.main(["generate", "packed", path, "--prompt", "hi", "--max-new-tokens", "2"]) == 0
+    half = local.model("packed", "bf16")
+    assert half.dtype is torch.bfloat16 and half.model.rotary_emb.inv_freq.dtype is torch.float32
+
+
 def test_contrastive_takes_an_encoder_and_pairs(run: Run) -> None:
     with seeded():
         config = BertConfig(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftlite as pl
@@ -14,6 +15,7 @@ from peftlite.commands import local
 from peftlite.quant import keys, others
 from peftlite.quant.layouts import bits
 from tests.cells import disturb
+from tests.packed.doubles import QuantLinear
 from tests.packed.llama import HERE, llama
 from tests.zoo import seeded
 
@@ -62,6 +64,21 @@ def awq() -> tuple[dict[str, Tensor], Tensor]:
     found = {"qweight": words(q), "qzeros": words(z), "scales": scale}
     w = (q - z.repeat_interleave(32, 0)).float() * scale.float().repeat_interleave(32, 0)
     return found, w.t()
+
+
+def awq_gemv() -> tuple[dict[str, Tensor], Tensor]:
+    """As AWQ has it for its products of a few rows: with room for more groups than there are."""
+    with seeded():
+        q, z = torch.randint(16, (32, 64)), torch.randint(16, (32, 2))
+        scale = torch.rand(32, 2, dtype=torch.float16) / 10
+    more = (0, 30)
+    found = {
+        "qweight": packed(q.t(), 4).t().contiguous(),
+        "qzeros": packed(F.pad(z, more).t(), 4).t().contiguous(),
+        "scales": F.pad(scale, more),
+    }
+    w = (q - z.repeat_interleave(32, 1)).float() * scale.float().repeat_interleave(32, 1)
+    return found, w
 
 
 MADE: dict[str, Callable[[], tuple[dict[str, Tensor], Tensor]]] = {
@@ -151,14 +168,36 @@ def test_a_second_version_keeps_zeros_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(model[0].weight + 0, w)
 
 
-@pytest.mark.parametrize("name", ["gptq4", "gptq_order", "awq"])
+def test_how_many_inputs_share_a_scale_may_have_to_be_told() -> None:
+    found, w = awq_gemv()
+    how, parts = others.read(found, w.shape, w.dtype, {"group_size": 32})
+    assert torch.equal(how.unpack(parts), w)
+    assert keys.read(keys.written(how, parts))[0] == how
+    for said in ({}, {"group_size": 48}, {"group_size": "all"}):
+        with pytest.raises(pl.PeftliteError, match="of no packing that is known here"):
+            others.read(found, w.shape, w.dtype, said)
+    module: Any = QuantLinear(found, w)
+    module.group_size = 32
+    assert torch.equal(others.packed(module) + 0, w)
+
+
+FOLDERS = {
+    "gptq4": (lambda: gptq(4), {"quant_method": "gptq"}),
+    "gptq_order": (lambda: gptq(4, order=True), {"quant_method": "gptq"}),
+    "awq": (awq, {"quant_method": "awq"}),
+    "awq_gemv": (awq_gemv, {"quant_method": "awq", "version": "gemv", "group_size": 32}),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_of_it_is_read_as_a_model(name: str, tmp_path: Path) -> None:
     """With what config.json says of it there, and none of the libraries that it names."""
-    found, w = MADE[name]()
+    make, said = FOLDERS[name]
+    found, w = make()
     model, key = llama(), "model.layers.0.self_attn.k_proj."
     model.get_submodule(key[:-1]).weight.data = w.bfloat16()
     model.save_pretrained(tmp_path / "plain")
-    model.config.quantization_config = {"quant_method": name.rstrip("4").partition("_")[0]}
+    model.config.quantization_config = said
     model.save_pretrained(tmp_path / "packed")
     file = tmp_path / "packed" / "model.safetensors"
     state = safetensors.torch.load_file(file)

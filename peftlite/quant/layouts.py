@@ -7,6 +7,7 @@
     gptq-b      "" (i·b/32, o); scale (i/g, o); zero (i/g, o·b/32); order (i); z is 1 more than told
     gptq_v2-b   the same, z as it is told
     awq-b       "" (i, o·b/32); scale (i/g, o); zero (i/g, o·b/32); outputs by eights, reordered
+    awq_gemv-b  "" (o, i·b/32); scale (o, i/g); zero (o, i/g·b/32), and more than those
     scb         "" (o, i) int8; scale (o), the largest of a row, 127 times s         bitsandbytes
     e2m1        "" (o, i/2) uint8; scale (o, i/g) float8, or uint8, an exponent; global (1)
     fp4         "" (⌈n/2⌉, 1) uint8; absmax and the rest as nf4 has them              bitsandbytes
@@ -114,6 +115,11 @@ def _awq(parts: Parts, o: int, i: int, b: int) -> Grouped:
     return Grouped(codes, parts["scale"].t(), ordered(parts["zero"]).t())
 
 
+def _awq_gemv(parts: Parts, o: int, i: int, b: int) -> Grouped:
+    zero = bits(parts["zero"], b, parts["scale"].shape[1])
+    return Grouped(lambda rows: bits(parts[""][rows], b, i), parts["scale"], zero)
+
+
 def _scaled(parts: Parts, o: int, i: int, _: int) -> Grouped:
     scale, order = parts["scale"], None
     scale = scale.view(1, 1) if scale.numel() == 1 else scale
@@ -151,7 +157,7 @@ def _e2m1(parts: Parts, o: int, i: int, _: int) -> Grouped:
 
 GROUPED: dict[str, Callable[[Parts, int, int, int], Grouped]] = {
     "scaled": _scaled, "packed": _packed, "gptq": _gptq, "gptq_v2": _gptq_v2, "awq": _awq,
-    "scb": _scb, "e2m1": _e2m1,
+    "awq_gemv": _awq_gemv, "scb": _scb, "e2m1": _e2m1,
 }  # fmt: skip
 
 

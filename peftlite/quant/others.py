@@ -58,6 +58,8 @@ def _named(
     has, i = found.keys(), shape[-1]
     if {"qweight", "qzeros", "scales"} <= has:
         parts = _renamed(found, qweight="", qzeros="zero", scales="scale", g_idx="order")
+        if len(parts[""]) == len(parts["scale"]) == shape[0]:
+            return _awq_gemv(parts, i, said.get("group_size"))
         if parts[""].shape[-1] == parts["scale"].shape[-1]:
             v2 = "_v2" if said.get("checkpoint_format") == "gptq_v2" else ""
             return f"gptq{v2}-{len(parts['']) * 32 // i}", parts
@@ -78,6 +80,17 @@ def _named(
     if "" in has and has & {*_SCALES}:
         return _scaled(_renamed(found, weight_zero_point="zero", **dict.fromkeys(_SCALES, "scale")))
     return None, {}
+
+
+def _awq_gemv(
+    parts: dict[str, Tensor], i: int, size: object
+) -> tuple[str | None, dict[str, Tensor]]:
+    """There is room for more groups than there are, so the tensors don't tell a group's size."""
+    size = i if size == -1 else size
+    if type(size) is not int or size < 1 or i % size:
+        return None, parts
+    parts.pop("order", None)
+    return "awq_gemv-4", {**parts, "scale": parts["scale"][:, : i // size].contiguous()}
 
 
 def _scaled(parts: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -151,8 +164,10 @@ def _parts(module: Any) -> tuple[Packing, dict[str, Tensor]]:
     bias = {**module._buffers, **module._parameters}.get("bias")
     shape, floats = _shape(module), (bias, found.get("scales"))
     dtype = next((t.dtype for t in floats if t is not None), torch.get_default_dtype())
-    version = getattr(module, "qzero_format", int)()
-    kind, parts = _named(found, shape, {"checkpoint_format": "gptq_v2"} if version == 2 else {})
+    said = {"group_size": getattr(module, "group_size", None)}
+    if getattr(module, "qzero_format", int)() == 2:
+        said["checkpoint_format"] = "gptq_v2"
+    kind, parts = _named(found, shape, said)
     if kind is None:
         raise PeftliteError(
             f"the weight of a {type(module).__name__} is of no packing that is known here: it has "

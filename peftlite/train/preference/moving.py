@@ -81,7 +81,7 @@ class moving(Spelled):
         return replace(self.loss, reference=self._now)(model, batch)
 
     def after_step(self, model: nn.Module) -> None:
-        """Moves the reference, when it is time."""
+        """Moves the reference, when it is time. Raises PeftliteError unless one delta is chosen."""
         self.steps += 1
         if self.steps % self.every == 0:
             self._settle(model)

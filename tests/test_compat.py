@@ -26,7 +26,12 @@ from peftlite.io.peft.folder import PROMPTS
 from tests.test_peft_prompts import GPT2, IDS, MASK, OLD, SIZES, made
 from tests.zoo import seeded
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:`loss_type=None")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*:UserWarning:peft",
+    "ignore:`loss_type=None",
+    # as peft 0.21 gives a model of transformers 5 its prefix
+    "ignore:`past_key_values` is deprecated:FutureWarning",
+)
 
 LM = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
 CLASSES = {**LM, "labels": torch.tensor([0, 1])}

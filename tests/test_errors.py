@@ -24,8 +24,6 @@ from tests.digest import assert_same, digest
 from tests.errors.case import Case, bare, delta, two
 from tests.errors.load import good
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
 PACKAGE = Path(pl.__file__).parent
 
 CASES: list[Case] = [

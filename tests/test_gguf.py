@@ -116,7 +116,6 @@ def expected(kind: str, address: str, change: Tensor) -> Tensor:
     return order.get(address.split(".")[-2], lambda x: x)(change)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_holds_each_change_to_the_last_digits(kind: str, tmp_path: Path) -> None:
     model = base(kind)

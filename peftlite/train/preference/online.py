@@ -82,7 +82,7 @@ def GRPO(
         from peftlite.demo.gpt import GPT
 
         class Lines(pl.data.ByteTokenizer):
-            end = (10,)
+            end, pad = (10,), 0
 
         model, code = GPT(dim=8, layers=1, heads=1), Lines()
         pl.attach(model, pl.LoRA(rank=2), name="policy")
@@ -138,7 +138,7 @@ def PPO(
         from peftlite.demo.gpt import GPT
 
         class Lines(pl.data.ByteTokenizer):
-            end = (10,)
+            end, pad = (10,), 0
 
         model, code = GPT(dim=8, layers=1, heads=1), Lines()
         pl.attach(model, [pl.LoRA(rank=2), pl.ScalarHead()], name="value")
@@ -183,7 +183,7 @@ def best_of(
         from peftlite.demo.gpt import GPT
 
         class Lines(pl.data.ByteTokenizer):
-            end = (10,)
+            end, pad = (10,), 0
 
         model, code = GPT(dim=8, layers=1, heads=1), Lines()
         pl.attach(model, pl.LoRA(rank=2), name="policy")

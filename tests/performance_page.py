@@ -26,6 +26,8 @@ class Table:
 
     def render(self) -> str:
         found: dict[str, Record] = {}
+        if not (RESULTS / f"{self.file}.csv").exists():
+            return f"Not taken yet: `python benchmarks/{self.file}.py` does.\n"
         for line in records(self.file):  # the first of a figure: others are it in another unit
             found.setdefault(line["figure"], line)
         rows = [
@@ -88,6 +90,26 @@ TABLES = {
     "trainer": Table(
         "trainer_overhead", ("by hand", "Trainer", "Trainer, on disk"), {"a step": "{}"}
     ),
+    "preference": Table(
+        "preference",
+        ("DPO", "KTO", "GRPO", "PPO", "DPO, all weights", "GRPO, all weights"),
+        {
+            "reward gained": "{}, reward gained",
+            "KL of an answer to the base": "{}, KL of an answer to the base",
+            "pairs held out told apart": "{}, pairs held out told apart",
+            "forgotten of a digit": "{}, forgotten of a digit",
+        },
+    ),
+    "roles": Table(
+        "preference",
+        ("share",),
+        {
+            "two roles, of twice the rows": "policy and reference over twice the rows",
+            "peak memory, of three copies": "peak memory, one base over three copies",
+            "head in tiles, time of all logits": "head in tiles, time over all logits",
+            "head in tiles, peak of all logits": "head in tiles, peak over all logits",
+        },
+    ),
     "memory": Table(
         "full_memory",
         ("fp32", "bf16"),
@@ -128,7 +150,8 @@ def cell(line: Record | None) -> str:
     value, unit = float(line["median"]), line["unit"].replace("us", "µs")
     if unit == "x":
         return f"{value:.2f}"
-    return f"{value * 1000:.3g} ms" if unit == "s" and value < 1 else f"{value:.3g} {unit}"
+    text = f"{value * 1000:.3g} ms" if unit == "s" and value < 1 else f"{value:.3g} {unit}"
+    return text.rstrip()
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

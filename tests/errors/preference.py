@@ -130,6 +130,8 @@ CASES = [
     Case(online(temperature=0.0), "temperature must be finite and above 0, not 0.0", model=two),
     Case(online(loss=pl.losses.grpo(temperature=0.5)), "answers are sampled at temperature 1, and "
          "learned of at 0.5: give both the same, above 0", model=two),
+    Case(online(loss=pl.losses.dpo()), "loss= is a pl.losses.grpo or pl.losses.rloo, not a "
+         "dpo", model=two),
     Case(online(prompts=[]), "prompts are a list of texts or chats, not []", model=two),
     Case(online(batch_size=3), "there are 2 prompts, and a batch has 3: give a batch_size",
          model=two),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -262,11 +262,15 @@ class Rollouts:
     group: int = 1
 
     kept: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    losses: ClassVar[tuple[type, ...]] = ()  # what it can learn by
 
     def __post_init__(self) -> None:
         check_fields(self)
         if isinstance(self.prompts, str) or not len(self.prompts):
             raise PeftliteError(f"prompts are a list of texts or chats, not {short(self.prompts)}")
+        if not isinstance(self.loss, self.losses):
+            names = " or ".join(f"pl.losses.{kind.__name__}" for kind in self.losses)
+            raise PeftliteError(f"loss= is a {names}, not {short(self.loss)}")
         if not self.how.temperature or self.loss.temperature != self.how.temperature:
             raise PeftliteError(
                 f"answers are sampled at temperature {self.how.temperature:g}, and learned of at "
@@ -368,6 +372,7 @@ def _numbers(given: Any, count: int) -> Tensor:
 class Grouped(Rollouts):
     """Several answers to each prompt, whose advantages are over one another."""
 
+    losses = (grpo, rloo)
     group: int = integer(8, least=2)
     scale: Scale = one_of("group", Scale)
 
@@ -394,6 +399,7 @@ class Grouped(Rollouts):
 class Valued(Rollouts):
     """An answer to each prompt, whose tokens' advantages are over what a value function says."""
 
+    losses = (ppo,)
     target: float | None = positive(None)
     horizon: int = integer(10_000)
     gamma: float = number(1.0, float, lambda x: 0 <= x <= 1, "from 0 to 1")

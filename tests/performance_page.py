@@ -5,6 +5,7 @@
 
 import csv
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, WHICH = ROOT / "docs" / "performance.md", ROOT / "docs" / "which_method.md"
 RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
+PACKAGES = ("torch", "peft", "safetensors", "bitsandbytes", "torchao")
 Record = dict[str, str]
 
 
@@ -87,6 +89,22 @@ TABLES = {
             "32 rows of 1 token, 16 deltas": "32 rows of 1, 16 deltas: {}",
         },
     ),
+    "quantized": Table(
+        "quantized",
+        ("nf4", "nf4, plain", "int8", "bitsandbytes", "torchao"),
+        {
+            "pack": "1 thread, quantise, {}",
+            "unpack": "1 thread, dequantise, {}",
+            **{
+                f"{step} tokens{lora}, over bf16's": f"1 thread, {step}{lora}, {{}}"
+                for step in ("step of 16", "step of 512", "step of 1024")
+                for lora in ("", " with LoRA")
+            },
+            "one token, over bf16's": "1 thread, one token, {}",
+            "bytes a weight": "bytes a weight, {}",
+            "memory of training, over bf16's": "memory, {} and LoRA over bf16's",
+        },
+    ),
     "trainer": Table(
         "trainer_overhead", ("by hand", "Trainer", "Trainer, on disk"), {"a step": "{}"}
     ),
@@ -122,11 +140,15 @@ TABLES = {
     ),
 }
 
+TASKS = {"T1": "T1, recall", "T4": "T4, bits a byte", "Reviews": "reviews, accuracy"}
+SEEDS = 5
+BASES = ("plain", "int8", "nf4", "nf4, searched scales", "nf4, rank 16")
+
 
 def render() -> str:
     """The page, its tables as the results have them."""
     tables = {name: table.render() for name, table in TABLES.items()}
-    return _filled(PAGE, tables | {"missed": _missed()})
+    return _filled(PAGE, tables | {"packed": _packed(), "missed": _missed()})
 
 
 def render_which() -> str:
@@ -161,7 +183,7 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def machine(line: Record) -> str:
     """Where and when it was taken."""
-    versions = ", ".join(f"{n} {line[n]}" for n in ("torch", "peft", "safetensors") if line.get(n))
+    versions = ", ".join(f"{name} {line[name]}" for name in PACKAGES if line.get(name))
     threads = {"1": "one thread", "2": "two threads"}[line["threads"]]
     return f"\n{line['cpu']}, {threads}, no GPU; {versions}; {line['date']}\n"
 
@@ -200,6 +222,22 @@ def _beside(lines: Sequence[tuple[str, Record]]) -> str:
 def _forgotten(lines: Sequence[Record]) -> str:
     found = (line.get("forgetting") for line in lines)
     return ", ".join(f"{float(x):+.2f}".replace("-", "−") if x else "–" for x in found)
+
+
+def _packed() -> str:
+    """What LoRA reaches on packed bases: means of the seeds that ran, ± a standard deviation."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in records("quant_quality"):
+        found.setdefault((line["base"], line["task"]), []).append(float(line["quality"]))
+    rows = [[base, *(_spread(found.get((base, task), [])) for task in TASKS)] for base in BASES]
+    return grid(["", *TASKS.values()], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    few = f" ({len(values)} of {SEEDS} seeds)" if len(values) < SEEDS else ""
+    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}{few}"
 
 
 def _missed() -> str:

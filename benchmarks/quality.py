@@ -13,6 +13,7 @@ from common import HERE, machine
 from comparison import results
 from comparison.bytelm import ByteLM
 from comparison.digits import Digits
+from comparison.few import FEW
 from comparison.methods import METHODS
 from comparison.minilm import MiniLM
 from comparison.ocr import OCR
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from peftlite.table import table
 
-TASKS: dict[str, type[Task]] = {"T1": MiniLM, "T3": Digits, "T4": ByteLM, "OCR": OCR}
+TASKS: dict[str, type[Task]] = {"T1": MiniLM, "T3": Digits, "T4": ByteLM, "OCR": OCR, **FEW}
 USUAL = ("T1", "T3", "T4")  # cheap ones, for every method
 PACKAGES = ("transformers", "scikit-learn")  # that tasks take models and data from
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftlite"

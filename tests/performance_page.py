@@ -191,7 +191,7 @@ def machine(line: Record) -> str:
 def _quality() -> str:
     """What of the gap between the frozen base and full fine-tuning each method closes."""
     lines = {(line["task"], line["method"]): line for line in records("quality")}
-    tasks = list(dict.fromkeys(task for task, _ in lines))
+    tasks = [task for task in dict.fromkeys(task for task, _ in lines) if task.startswith("T")]
     methods = list(dict.fromkeys(method for _, method in lines if method != "frozen base"))
     rows = [
         [method, *(_closed(lines.get((task, method), {})) for task in tasks),

@@ -61,7 +61,7 @@ def sweep(task: Task, row: Row, record: Record, seeds: Sequence[int] = SEEDS) ->
     def validation(rate: float, seed: int = 0, final: bool = False) -> float:
         cells = {**run_of, "rate": rate, "seed": seed}
         if not record.find(**cells, error=""):
-            record.add(**cells, **asdict(run(task, row, rate, seed, final)))
+            record.add(**cells, **asdict(run(task.drawn(seed), row, rate, seed, final)))
         return float(record.find(**cells, error="")[0]["validation"])
 
     try:

@@ -52,6 +52,10 @@ class Task(ABC):
     places: ClassVar[Mapping[str, Target]]
     base: nn.Module
 
+    def drawn(self, seed: int) -> Task:
+        """The task as a seed sees it, where seeds have other examples to train on."""
+        return self
+
     @abstractmethod
     def sample(self, draw: torch.Generator) -> Any:
         """A batch to train on."""

@@ -192,8 +192,9 @@ class PrefixTuning(Method):
     head_dim: int | None = integer(None)
 
     added: ClassVar[Mapping[str, Any]] = {"positions": "kept"}
-    # 5e-3 to 1e-2 for BERT- and RoBERTa-large (×6 to 12): THUDM/P-tuning-v2, run_script
-    rate: ClassVar[float] = 10
+    # 5e-3 to 1e-2 for BERT- and RoBERTa-large (×6 to 12), 20 epochs and more:
+    # THUDM/P-tuning-v2, run_script; * in 20 to 100 steps the highest tried were best, ×18 to 100
+    rate: ClassVar[float] = 30
     takes = (
         "calls of attention that come to F.scaled_dot_product_attention (for transformers, type "
         'model.set_attn_implementation("sdpa") first) or of nn.MultiheadAttention'

@@ -94,7 +94,7 @@ CARDS = (
         bank="prefix",
         peft="PREFIX_TUNING",
         as_peft=pl.PrefixTuning(prefix_length=2, positions="shifted"),
-        rate=10,
+        rate=30,
     ),
     Card(
         pl.PromptTuning,

@@ -54,6 +54,7 @@ BEGINNINGS = (
 POINTER = b"version https://git-lfs"
 # what comes of asking odd tensors and metadata for what they should have
 _ODD = (PeftliteError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+_FLUSH = 2**24  # bytes, that are worth a flush of their own
 T = TypeVar("T")
 R = TypeVar("R")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -217,11 +218,32 @@ def write_tensors(
     digests = dict.fromkeys(entries, "0" * 64)
     file.seek(len(_head(entries, metadata(digests))))
     parts = ((key, data_of(get(key))) for key in _order(entries))
-    for key, data, digest in ahead(lambda part: (*part, hashlib.sha256(part[1])), parts):
-        digests[key] = digest.hexdigest()
-        file.write(data)
+    with _flushing(file) as flush:
+        for key, data, digest in ahead(lambda part: (*part, hashlib.sha256(part[1])), parts):
+            digests[key] = digest.hexdigest()
+            file.write(data)
+            flush(data.nbytes)
     file.seek(0)
     file.write(_head(entries, metadata(digests)))
+
+
+@contextlib.contextmanager
+def _flushing(file: BinaryIO) -> Iterator[Callable[[int], None]]:
+    """To be told of bytes that are written: has the disk take them while there are more to come."""
+    left, running = 0, Future()
+    running.set_result(None)
+
+    def written(count: int) -> None:
+        nonlocal left, running
+        left += count
+        if left >= _FLUSH and running.done():
+            running.result()
+            with contextlib.suppress(RuntimeError):  # as Python ends, no thread begins
+                left, running = 0, pool.submit(os.fsync, file.fileno())
+
+    with ThreadPoolExecutor(1) as pool:
+        yield written
+        running.result()
 
 
 def placing(

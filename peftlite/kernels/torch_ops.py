@@ -8,6 +8,7 @@ for the next ones, so that nothing of the size of x is formed in the wider dtype
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -68,10 +69,13 @@ def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -
         return y.addmm_(h, up)
     for rows, to, room, drop in _blocks(y, h.dtype, dropout, seed):
         if drop is None:
-            room.copy_(to).addmm_(h[rows], up)
+            to.copy_(room.copy_(to).addmm_(h[rows], up))
+            continue
+        drop(torch.mm(h[rows], up, out=room), room)
+        if to.dtype is room.dtype:
+            to.add_(room)
         else:
-            drop(torch.mm(h[rows], up, out=room)).add_(to)
-        to.copy_(room)
+            to.copy_(room.add_(to))
     return y
 
 
@@ -132,14 +136,13 @@ def _parts(
         yield slice(None), x
         return
     for rows, part, room, drop in _blocks(x, dtype, dropout, seed):
-        room.copy_(part)
-        yield rows, room if drop is None else drop(room)
+        yield rows, room.copy_(part) if drop is None else drop(room, part)
 
 
 def _blocks(
     x: Tensor, dtype: torch.dtype, dropout: float, seed: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor, Callable[[Tensor], Tensor] | None]]:
-    """Some rows of x at a time: which, they, room for them in a dtype, and what puts zeros there.
+) -> Iterator[tuple[slice, Tensor, Tensor, Callable[[Tensor, Tensor], Tensor] | None]]:
+    """Some rows of x at a time: which, they, room for them in a dtype, and what drops some into it.
 
     They are all of x where that is left to a compiler or a GPU, or x is a fake.
     """
@@ -147,8 +150,9 @@ def _blocks(
     if type(x) is not Tensor or not x.is_cpu or is_compiling():
         every, room = [slice(None)], torch.empty_like(x, dtype=dtype)
     else:
-        # a mask of torch's needs as much again
+        # a mask of torch's needs as much again, and what isn't converted is read but once
         entries = _ENTRIES // (1 if not dropout or mask.KERNEL.ready() else 2)
+        entries *= 4 if x.dtype is dtype else 1
         entries *= min(torch.get_num_threads(), 4)
         step = max(1, min(tokens, entries // max(1, columns)))
         room = workspace("rows", (step, columns), dtype)
@@ -161,15 +165,21 @@ def _blocks(
 
 def _drops(
     x: Tensor, room: Tensor, every: list[slice], dropout: float, seed: Tensor
-) -> Iterator[Callable[[Tensor], Tensor]]:
-    """For some rows of x at a time, what puts zeros there that dropout doesn't keep."""
+) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """For some rows of x at a time, what writes them to `to` but for those dropout doesn't keep."""
     if mask.drops(room):
         number = int(seed.item())
+
+        def drop(to: Tensor, of: Tensor, first: int) -> Tensor:
+            if of.dtype is not to.dtype or not mask.drops(of):
+                of = to.copy_(of)
+            return mask.drop(to, of, first, dropout, number)
+
         for rows in every:
-            yield lambda to, first=rows.start: mask.drop(to, first, dropout, number)
+            yield partial(drop, first=rows.start)
         return
     for ones in _masks(x, every, dropout, seed):
-        yield lambda to, ones=ones: to.mul_(ones)
+        yield lambda to, of, ones=ones: torch.mul(of, ones, out=to)
 
 
 def _masks(x: Tensor, every: list[slice], dropout: float, seed: Tensor) -> Iterator[Tensor]:

@@ -181,7 +181,7 @@ def test_zeros_are_put_where_the_mask_has_them(dtype: torch.dtype) -> None:
     assert mask.drops(x) == runs(mask.KERNEL)
     if mask.drops(x):
         true = reference.keep(SEED, 73, 1101, 0.3)[3:]
-        assert torch.equal(mask.drop(x, 3, 0.3, int(SEED.item())), true.to(dtype))
+        assert torch.equal(mask.drop(x, x, 3, 0.3, int(SEED.item())), true.to(dtype))
 
 
 def test_of_tensors_that_lie_otherwise() -> None:

@@ -1,4 +1,4 @@
-/* mask.c: dropout's zeros, put in place; the mask is the one of kernels/reference.py.
+/* mask.c: dropout's zeros, in place or in a copy; the mask is the one of kernels/reference.py.
 
    Plain C, which compilers turn into vectors by themselves: first a row's words are hashed, each of the
    seed, the row and a pair of columns, then their halves decide. */
@@ -10,6 +10,7 @@ enum { PIECE = 32, CHUNK = 512 }; /* rows in a block of the job; pairs of column
 
 struct Rows {
     void *at;
+    const void *from; /* of what; it may be the same */
     long rows, columns, first; /* the number of the first row */
     long bytes;                /* of an entry: 2 or 4 */
     uint64_t seed;
@@ -30,9 +31,11 @@ static void drop_row(const struct Rows *x, long row, long column, long count, co
     const int16_t *halves = (const int16_t *)words, least = x->threshold - 0x8000;
     long at = row * x->columns + column;
     if (x->bytes == 2)
-        for (long i = 0; i < count; i++) ((int16_t *)x->at)[at + i] &= -(halves[i] >= least);
+        for (long i = 0; i < count; i++)
+            ((int16_t *)x->at)[at + i] = ((const int16_t *)x->from)[at + i] & -(halves[i] >= least);
     else
-        for (long i = 0; i < count; i++) ((int32_t *)x->at)[at + i] &= -(halves[i] >= least);
+        for (long i = 0; i < count; i++)
+            ((int32_t *)x->at)[at + i] = ((const int32_t *)x->from)[at + i] & -(halves[i] >= least);
 }
 
 static void drop_piece(const void *arg, long piece) {
@@ -46,7 +49,7 @@ static void drop_piece(const void *arg, long piece) {
     }
 }
 
-/* Zeros where the mask has them, in contiguous rows. */
+/* Contiguous rows, with zeros where the mask has them. */
 void drop(const struct Rows *x, int threads) {
     share(drop_piece, x, (x->rows + PIECE - 1) / PIECE, threads);
 }

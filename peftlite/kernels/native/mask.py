@@ -18,26 +18,27 @@ class _Rows(ctypes.Structure):
 
     _fields_ = [
         ("at", c_void_p),
+        ("from", c_void_p),
         *((name, c_long) for name in ("rows", "columns", "first", "bytes")),
         ("seed", c_uint64),
         ("threshold", c_long),
     ]
 
 
-def drops(x: Tensor) -> bool:
-    """Whether it's done here for tensors such as x."""
-    return x.element_size() in (2, 4) and is_plain(x) and KERNEL.ready()
+def drops(*rows: Tensor) -> bool:
+    """Whether it's done here for tensors such as these."""
+    return all(x.element_size() in (2, 4) for x in rows) and is_plain(*rows) and KERNEL.ready()
 
 
-def drop(x: Tensor, first: int, dropout: float, seed: int) -> Tensor:
-    """x (t, i) with the zeros of the rows from `first` on, in place."""
-    _drop(KERNEL.lib, x, first, dropout, seed)
-    return x
+def drop(to: Tensor, x: Tensor, first: int, dropout: float, seed: int) -> Tensor:
+    """x (t, i) with the zeros of the rows from `first` on, in the memory of `to`, or its own."""
+    _drop(KERNEL.lib, to, x, first, dropout, seed)
+    return to
 
 
-def _drop(lib: Any, x: Tensor, first: int, dropout: float, seed: int) -> None:
+def _drop(lib: Any, to: Tensor, x: Tensor, first: int, dropout: float, seed: int) -> None:
     how = first, x.element_size(), seed, reference.threshold(dropout)
-    lib.drop(ctypes.byref(_Rows(x.data_ptr(), *x.shape, *how)), c_int(threads()))
+    lib.drop(ctypes.byref(_Rows(to.data_ptr(), x.data_ptr(), *x.shape, *how)), c_int(threads()))
 
 
 def _agrees(lib: Any) -> bool:
@@ -46,8 +47,9 @@ def _agrees(lib: Any) -> bool:
     true = reference.keep(seed, 40, 1100, 0.25)[3:]
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(37, 1100, dtype=dtype, device="cpu")
-        _drop(lib, x, 3, 0.25, int(seed.item()))
-        if not torch.equal(x, true.to(dtype)):
+        to = torch.empty_like(x)
+        _drop(lib, to, x, 3, 0.25, int(seed.item()))
+        if not torch.equal(to, true.to(dtype)):
             return False
     return True
 

@@ -22,7 +22,7 @@ from time import perf_counter, thread_time
 import peft
 import torch
 import torch.nn.functional as F
-from common import Figure, Timer, differences, interleave, ratios, report, timer
+from common import Figure, Timer, differences, interleave, ratios, report, timer, until_told
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -345,7 +345,7 @@ def main() -> None:
     torch.set_num_threads(1 if args.own_time else args.threads)
     figures = on_cpu(args) if args.device == "cpu" else on_cuda(args)
     name = "bank" if args.device == "cpu" else "bank_cuda"
-    report(name, list(figures), quick=args.quick, peft=peft.__version__)
+    report(name, until_told(figures), quick=args.quick, peft=peft.__version__)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from time import perf_counter, thread_time
 
 import peft
 import torch
 import transformers
-from common import Figure, interleave, ratios, report, timer
+from common import Figure, interleave, ratios, report, timer, until_told
 from contenders import DTYPES, RANK
 from lora_linear import once
 from torch import Tensor, nn
@@ -305,17 +306,18 @@ def main() -> None:
     torch.set_num_threads(1 if args.own_time else args.threads)
     torch.manual_seed(0)
     shapes = "quick" if args.quick else args.device
-    figures: list[Figure] = []
-    for dtype in DTYPES[args.device]:
-        for kind in ("block", "Llama", "Llama, checkpointed"):
+
+    def cells() -> Iterator[Figure]:
+        for dtype, kind in product(DTYPES[args.device], ("block", "Llama", "Llama, checkpointed")):
             shape = (BLOCK if kind == "block" else LLAMA)[shapes]
             task = Task.of(kind, shape, args.device, dtype)
             compiled = not args.quick and (kind == "block" or args.device == "cuda")
             rounds = 3 if args.quick else args.rounds
-            figures += measure(task, compiled, rounds, args.own_time)
+            yield from measure(task, compiled, rounds, args.own_time)
+
     report(
         "block" if args.device == "cpu" else "block_cuda",
-        figures,
+        until_told(cells()),
         quick=args.quick,
         peft=peft.__version__,
         transformers=transformers.__version__,

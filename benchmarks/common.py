@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import gc
 import os
 import platform
+import signal
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,6 +137,16 @@ def _cpu() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def until_told(figures: Iterable[Figure]) -> list[Figure]:
+    """All figures, or those that were there as Ctrl-C or `timeout` ended it."""
+    found: list[Figure] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        found.extend(figures)
+    signal.signal(signal.SIGTERM, before)
+    return found
 
 
 def report(name: str, figures: Sequence[Figure], *, quick: bool, **versions: str) -> None:

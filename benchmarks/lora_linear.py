@@ -19,7 +19,7 @@ from time import perf_counter, thread_time
 
 import peft
 import torch
-from common import Figure, Timer, interleave, ratios, report, timer
+from common import Figure, Timer, interleave, ratios, report, timer, until_told
 from contenders import DROPOUTS, DTYPES, RANK, Cell, Given, Layer, contenders, deviation, step
 from memory import weigh
 from torch import Tensor
@@ -75,7 +75,8 @@ def _forward(layer: Layer, x: Tensor, _: Tensor) -> None:
 def measure(cell: Cell, args: argparse.Namespace) -> tuple[list[Figure], Times]:
     """The figures of one cell, and the seconds of each of its contenders."""
     given = Given(cell)
-    layers = contenders(given, compiled=not args.quick and not cell.dropout)
+    compiled = not (args.quick or args.eager or cell.dropout)
+    layers = contenders(given, compiled=compiled)
     x, dy = cell.rows(cell.i).requires_grad_(), cell.rows(cell.o)
     figures: list[Figure] = []
     for name, layer in layers.items():
@@ -159,6 +160,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--ranks", type=int, nargs="+", help="16 on a CPU, 8 to 128 on a GPU")
+    parser.add_argument("--tokens", type=int, nargs="+", help="1024; on a GPU, 512 to 16384")
+    parser.add_argument("--eager", action="store_true", help="nothing that is compiled first")
     parser.add_argument("--warm", action="store_true", help="inputs may stay in the L2 cache")
     parser.add_argument("--busy", type=int, default=0, help="processes that multiply meanwhile")
     parser.add_argument("--own-time", action="store_true", help="one thread, and its own time")
@@ -173,16 +176,20 @@ def main() -> None:
     grid = product(
         DTYPES[args.device],
         LAYERS[args.device][:few],
-        TOKENS[args.device][:few],
+        (args.tokens or TOKENS[args.device])[:few],
         (args.ranks or RANKS[args.device])[:few],
         DROPOUTS,
     )
-    figures, times = [], {}
-    with neighbours(args.busy):
+    times: dict[Cell, Times] = {}
+
+    def cells() -> Iterator[Figure]:
         for dtype, (i, o), tokens, rank, dropout in grid:
             cell = Cell(args.device, dtype, i, o, tokens, rank, dropout)
             found, times[cell] = measure(cell, args)
-            figures += found
+            yield from found
+
+    with neighbours(args.busy):
+        figures = until_told(cells())
     name = "lora_linear" if args.device == "cpu" else "lora_linear_cuda"
     report(
         name + ("_warm" if args.warm else "") + ("_busy" if args.busy else ""),

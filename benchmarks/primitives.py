@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from common import Figure, Timer, arguments, interleave, ratios, report, timer
+from common import Figure, Timer, arguments, interleave, ratios, report, timer, until_told
 from torch import Tensor
 
 from peftlite.kernels import torch_ops
@@ -210,8 +210,8 @@ def main() -> None:
         print("there is no GPU: nothing is measured")
         return
     rounds = 5 if quick else ROUNDS
-    figures = [f for cell in cells for part in (bandwidth, products) for f in part(cell, rounds)]
-    report("primitives", figures, quick=quick)
+    figures = (f for cell in cells for part in (bandwidth, products) for f in part(cell, rounds))
+    report("primitives", until_told(figures), quick=quick)
 
 
 if __name__ == "__main__":

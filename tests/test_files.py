@@ -173,3 +173,23 @@ def test_a_models_sites_are_looked_up_once(format: str, tmp_path: Path) -> None:
     finally:
         sys.setprofile(None)
     assert looked == 1
+
+
+def test_the_disk_begins_before_all_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = pl.attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), pl.LoRA(rank=2))
+    at_once, meanwhile = tmp_path / "at_once.safetensors", tmp_path / "meanwhile.safetensors"
+    pl.save(delta, at_once)
+    monkeypatch.setattr("peftlite.io.files._FLUSH", 1)
+    pl.save(delta, meanwhile)
+    assert meanwhile.read_bytes() == at_once.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(pl.FileError, match="No space left"):
+        pl.save(delta, meanwhile)
+    assert meanwhile.read_bytes() == at_once.read_bytes()
+    assert len([*tmp_path.iterdir()]) == 2

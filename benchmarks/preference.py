@@ -243,7 +243,9 @@ def copies(quick: bool) -> list[Figure]:
 def main() -> None:
     quick = arguments(__doc__).quick
     torch.set_num_threads(1)
-    report("preference", [*tiles(quick), *roles(quick), *copies(quick), *gains(quick)], quick=quick)
+    figures = copies(quick)  # first, since a process begins with the peak of its parent
+    figures += [*tiles(quick), *roles(quick), *gains(quick)]
+    report("preference", figures, quick=quick)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Reviews(Task):
     quality = "accuracy on 379 reviews"
     version = 1
     batch = BATCH
-    rate = 2e-3
+    rate = 1e-3
     head = "head"
     new_head = True
     narrow = "head"

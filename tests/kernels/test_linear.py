@@ -59,7 +59,7 @@ def test_masks_are_the_reference_s(tokens: int, i: int, dropout: float, seed: in
 
 @pytest.mark.parametrize("native", [False, True])
 def test_a_mask_made_in_parts_is_one_mask(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "_ENTRIES", 200)
+    monkeypatch.setattr(torch_ops, "_ENTRIES", 50)
     monkeypatch.setattr(torch_ops, "_ALONE", 25)
     if not native:
         monkeypatch.setattr(torch_ops.mask, "drops", lambda _: False)

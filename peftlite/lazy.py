@@ -50,14 +50,20 @@ class Lazy(Tensor):
         raise NotImplementedError
 
     @classmethod
-    def compute(cls, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def compute(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """What an operation gives that needs values."""
         formed: Any = tree_map_only(cls, cls.form, (args, kwargs))
         return func(*formed[0], **formed[1])
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -79,7 +85,9 @@ class Lazy(Tensor):
         )
 
 
-def _written(kind: type, func: Callable, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+def _written(
+    kind: type, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
     """What of a kind `func` writes into, or hands out the storage of, to be written."""
     name = func.__name__
     first = args[0] if args else None

@@ -278,7 +278,11 @@ _COMMON = ("cache_position",)  # what all rows have in common, however long it i
 
 
 def by_rows(
-    run: Callable[..., Any], choice: Choice, rows: NamesByRow, args: tuple, kwargs: dict[str, Any]
+    run: Callable[..., Any],
+    choice: Choice,
+    rows: NamesByRow,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Runs the rows that share a choice together, and puts the results back in order.
 
@@ -321,7 +325,9 @@ def by_rows(
     return pytree.tree_unflatten(together, flat[0][1])
 
 
-def _uncached(run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _uncached(
+    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of a call that is to make no cache. Raises PeftliteError if it is given one."""
     if any(hasattr(x, "get_seq_length") for x in (*args, *kwargs.values())):
         raise PeftliteError(

@@ -167,7 +167,7 @@ class Host:
             value = _assigned(self, name, value)
         super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made anew where the copy is made: by its base, which can be imported
         made, (base, *how) = type(self), type(self)._made_of
         func, args, *rest = super().__reduce_ex__(protocol)
@@ -180,7 +180,7 @@ class Host:
             self.peftlite.registry.hang_on(self)
 
 
-def _revive(func: Callable[..., Any], args: tuple, base: type, *how: Any) -> nn.Module:
+def _revive(func: Callable[..., Any], args: tuple[Any, ...], base: type, *how: Any) -> nn.Module:
     module = func(*args)
     module.__class__ = host_class(base, *how)
     return module
@@ -373,7 +373,7 @@ _read_eagerly = uncompiled(lambda module, slot: getattr(module, slot).clone())
 _call_eagerly = uncompiled(lambda module, args, kwargs: module.forward(*args, **kwargs))
 
 
-def _apart(module: Any, names: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _apart(module: Any, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call under a choice that is no plain one."""
     if names is HIDDEN:
         return _call_eagerly(module, args, kwargs)

@@ -50,7 +50,9 @@ class Read(Patched):
         return self._made[key]
 
     @classmethod
-    def compute(cls, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def compute(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if func == _GRAD:
             return args[0].raw.grad
         found = _by_parts(func, args, kwargs) if func in KNOWN else NotImplemented
@@ -61,7 +63,7 @@ class Read(Patched):
         return super().compute(func, args, kwargs)
 
 
-def _by_parts(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _by_parts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives where every read in it is a sum; else NotImplemented."""
     reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Read)]
     if any(read.as_sum() is None for read in reads):

@@ -38,6 +38,12 @@ class Patched(Lazy):
 class Sum(Patched):
     """W + s·UV; with `ids` (k,), of the matrices U and V of those experts, and W (k, m, n)."""
 
+    raw: Tensor
+    left: Tensor
+    right: Tensor
+    scale: float
+    ids: Tensor | None
+
     @staticmethod
     def __new__(cls: type[Sum], raw: Tensor, *_: Any) -> Sum:
         return Tensor._make_wrapper_subclass(cls, raw.shape, dtype=raw.dtype, device=raw.device)
@@ -77,7 +83,9 @@ class Sum(Patched):
         return self.raw.dim() > 2 and self.ids is None
 
     @classmethod
-    def compute(cls, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def compute(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         found = answer(func, args, kwargs)
         return super().compute(func, args, kwargs) if found is NotImplemented else found
 
@@ -94,7 +102,7 @@ def summed(raw: Tensor, patches: Sequence[Patch]) -> Sum | None:
     return Sum(raw, left, torch.cat([right for _, right, _ in products], -2), 1.0)
 
 
-def answer(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation on sums gives, by their parts; NotImplemented where it takes W'."""
     try:
         return KNOWN[func](*args, **kwargs) if func in KNOWN else NotImplemented

@@ -119,6 +119,14 @@ def read(path: Path, model: nn.Module, sites: Sequence[Site]) -> Content:
 class Reading:
     """A folder as it is understood; without a model, its methods and its own names alone."""
 
+    where: str
+    there: Mapping[str, Site] | None
+    start: str
+    about: Config
+    model: Any
+    config: Any
+    kind: str
+
     def __init__(self, folder: Path, there: Mapping[str, Site] | None = None, model: Any = None):
         self.where, self.there = str(folder / peft.CONFIG), there
         self.start = f"{getattr(model, 'base_model_prefix', '')}."

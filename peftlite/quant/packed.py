@@ -88,7 +88,9 @@ class Packed(Lazy):
         return [*named], None
 
     @classmethod
-    def compute(cls, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def compute(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if func is Tensor.detach:
             return args[0]
         if func is F.linear and not kwargs and not isinstance(args[0], cls):

@@ -159,78 +159,78 @@ def _made(name: str, kind: str, **defaults: Any) -> Any:
     return PeftConfig.kinds.setdefault(kind, made)
 
 
-LoraConfig = _made("LoraConfig", "LORA", **_LORA)
-AdaLoraConfig = _made(
+LoraConfig: Any = _made("LoraConfig", "LORA", **_LORA)
+AdaLoraConfig: Any = _made(
     "AdaLoraConfig", "ADALORA",
     **{**_LORA, "rank_pattern": None}, target_r=8, init_r=12, tinit=0, tfinal=0,
     deltaT=1, beta1=0.85, beta2=0.85, orth_reg_weight=0.5, total_step=None,
 )  # fmt: skip
-IA3Config = _made(
+IA3Config: Any = _made(
     "IA3Config", "IA3",
     **_PLACES, feedforward_modules=None, fan_in_fan_out=False, init_ia3_weights=True,
 )  # fmt: skip
-LoHaConfig = _made("LoHaConfig", "LOHA", **_HADAMARD)
-LoKrConfig = _made(
+LoHaConfig: Any = _made("LoHaConfig", "LOHA", **_HADAMARD)
+LoKrConfig: Any = _made(
     "LoKrConfig", "LOKR",
     **_HADAMARD, decompose_both=False, decompose_factor=-1, rank_dropout_scale=False,
 )  # fmt: skip
-HiraConfig = _made(
+HiraConfig: Any = _made(
     "HiraConfig", "HIRA",
     **_TURNED, r=32, hira_dropout=0.0, init_weights=True, rank_pattern={},
 )  # fmt: skip
-OFTConfig = _made(
+OFTConfig: Any = _made(
     "OFTConfig", "OFT",
     **_BIASED, r=0, oft_block_size=32, module_dropout=0.0, init_weights=True,
     coft=False, eps=6e-5, block_share=False, use_cayley_neumann=True,
     num_cayley_neumann_terms=5,
 )  # fmt: skip
-BOFTConfig = _made(
+BOFTConfig: Any = _made(
     "BOFTConfig", "BOFT",
     **_BIASED, boft_block_size=4, boft_block_num=0, boft_n_butterfly_factor=1,
     boft_dropout=0.0, init_weights=True,
 )  # fmt: skip
-HRAConfig = _made(
+HRAConfig: Any = _made(
     "HRAConfig", "HRA",
     **_LAYERS, r=8, apply_GS=False, init_weights=True, bias="none",
 )  # fmt: skip
-VeraConfig = _made(
+VeraConfig: Any = _made(
     "VeraConfig", "VERA",
     **{k: x for k, x in _BIASED.items() if k != "exclude_modules"}, r=256,
     projection_prng_key=0, save_projection=True, vera_dropout=0.0, d_initial=0.1,
     init_weights=True,
 )  # fmt: skip
-VBLoRAConfig = _made(
+VBLoRAConfig: Any = _made(
     "VBLoRAConfig", "VBLORA",
     **_BIASED, r=4, num_vectors=256, vector_length=256, topk=2,
     save_only_topk_weights=False, vblora_dropout=0.0, init_vector_bank_bound=0.02,
     init_logits_std=0.1,
 )  # fmt: skip
-FourierFTConfig = _made(
+FourierFTConfig: Any = _made(
     "FourierFTConfig", "FOURIERFT",
     **_BIASED, n_frequency=1000, scaling=150.0, random_loc_seed=777,
     n_frequency_pattern={}, init_weights=False,
 )  # fmt: skip
-ShiraConfig = _made(
+ShiraConfig: Any = _made(
     "ShiraConfig", "SHIRA",
     r=32, mask_type="random", random_seed=None, target_modules=None,
     fan_in_fan_out=False, init_weights=True, modules_to_save=None,
 )  # fmt: skip
-LNTuningConfig = _made("LNTuningConfig", "LN_TUNING", **_PLACES)
-TrainableTokensConfig = _made(
+LNTuningConfig: Any = _made("LNTuningConfig", "LN_TUNING", **_PLACES)
+TrainableTokensConfig: Any = _made(
     "TrainableTokensConfig", "TRAINABLE_TOKENS",
     token_indices=[], target_modules=None, init_weights=True,
 )  # fmt: skip
-PromptTuningConfig = _made(
+PromptTuningConfig: Any = _made(
     "PromptTuningConfig", "PROMPT_TUNING",
     **_VIRTUAL, prompt_tuning_init="RANDOM", prompt_tuning_init_text=None,
     tokenizer_name_or_path=None, tokenizer_kwargs=None,
 )  # fmt: skip
-PromptEncoderConfig = _made(
+PromptEncoderConfig: Any = _made(
     "PromptEncoderConfig", "P_TUNING",
     **_VIRTUAL, encoder_reparameterization_type="MLP", encoder_hidden_size=None,
     encoder_num_layers=2, encoder_dropout=0.0,
 )  # fmt: skip
-PrefixTuningConfig = _made(
+PrefixTuningConfig: Any = _made(
     "PrefixTuningConfig", "PREFIX_TUNING",
     **_VIRTUAL, init_weights=None, encoder_hidden_size=None, prefix_projection=False,
 )  # fmt: skip

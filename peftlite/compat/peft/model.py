@@ -552,9 +552,9 @@ def _auto(task: str) -> type[AutoPeftModel]:
     return type(f"Auto{_BY_TASK[task].__name__}", (AutoPeftModel,), its)
 
 
-AutoPeftModelForSequenceClassification = _auto("SEQ_CLS")
-AutoPeftModelForSeq2SeqLM = _auto("SEQ_2_SEQ_LM")
-AutoPeftModelForCausalLM = _auto("CAUSAL_LM")
-AutoPeftModelForTokenClassification = _auto("TOKEN_CLS")
-AutoPeftModelForQuestionAnswering = _auto("QUESTION_ANS")
-AutoPeftModelForFeatureExtraction = _auto("FEATURE_EXTRACTION")
+AutoPeftModelForSequenceClassification: type[AutoPeftModel] = _auto("SEQ_CLS")
+AutoPeftModelForSeq2SeqLM: type[AutoPeftModel] = _auto("SEQ_2_SEQ_LM")
+AutoPeftModelForCausalLM: type[AutoPeftModel] = _auto("CAUSAL_LM")
+AutoPeftModelForTokenClassification: type[AutoPeftModel] = _auto("TOKEN_CLS")
+AutoPeftModelForQuestionAnswering: type[AutoPeftModel] = _auto("QUESTION_ANS")
+AutoPeftModelForFeatureExtraction: type[AutoPeftModel] = _auto("FEATURE_EXTRACTION")

@@ -43,9 +43,9 @@ class Shared(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._wait(args, kwargs)
 
-        self.forward = forward  # with the arguments of the model's, for who asks
+        self.forward: Callable[..., Any] = forward  # with the arguments of the model's, for who asks
 
-    def _wait(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _wait(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         chosen = self._choice.now()
         if not (chosen == () or (isinstance(chosen, tuple) and NAME in chosen)):
             return self._orig_mod(*args, **kwargs)  # a choice of the caller's own

@@ -57,7 +57,14 @@ class Call:
         tokens: of a row, where a mask says which of them count.
     """
 
-    def __init__(self, how: How, changed: bool, args: tuple, kwargs: dict[str, Any]) -> None:
+    how: How
+    changed: bool
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+
+    def __init__(
+        self, how: How, changed: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.how, self.changed = how, changed
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         tensors = [t for t in self.leaves if isinstance(t, Tensor) and t.dim()]

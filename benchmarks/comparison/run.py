@@ -132,7 +132,15 @@ class Peak(TorchDispatchMode):
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Those of a tree; of a sparse one what it is made of."""
+    found = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [part for tensor in found for part in _parts(tensor)]
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.layout is torch.sparse_csr:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,)
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

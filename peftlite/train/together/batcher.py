@@ -43,7 +43,8 @@ class Shared(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._wait(args, kwargs)
 
-        self.forward: Callable[..., Any] = forward  # with the arguments of the model's, for who asks
+        # with the arguments of the model's, for who asks
+        self.forward: Callable[..., Any] = forward
 
     def _wait(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         chosen = self._choice.now()

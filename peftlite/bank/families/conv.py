@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftlite.bank.families.gather import dropped_by_rows, slots_of
+from peftlite.bank.families.gather import slots_of
 from peftlite.bank.families.low_rank import MixedLowRank
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.maps import Map, kind_of, unwrap
@@ -41,9 +41,7 @@ class MixedConv(MixedLowRank):
             )
         slots = slots_of(rows, len(input))
         a, b, scale = (tables[name].index_select(0, slots) for name in ("a", "b", "scale"))
-        x = input
-        if self.training and "dropout" in tables:
-            x = dropped_by_rows(x, tables["dropout"].index_select(0, slots))
+        x = self.dropped(input, tables, slots)
         a = a * scale[:, None, None].to(a.dtype)
         return y + self.change(unwrap(inner)[0], x.to(a.dtype), y, a, b).to(y.dtype)
 
@@ -56,7 +54,8 @@ class MixedConv(MixedLowRank):
         if m.padding_mode != "zeros":
             x, padding = F.pad(x, m._reversed_padding_repeated_twice, m.padding_mode), 0
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(m.kernel_size) - 1]
-        h = convolve(_joined(x), down, None, m.stride, padding, m.dilation, groups)
+        rows_as_channels = x.reshape(1, -1, *x.shape[2:])
+        h = convolve(rows_as_channels, down, None, m.stride, padding, m.dilation, groups)
         h = h.reshape(groups, a.shape[1], -1)
         return torch.bmm(b.reshape(groups, -1, b.shape[2]), h).view_as(y)
 
@@ -75,8 +74,3 @@ class MixedConvTranspose(MixedConv):
         up = up.expand(-1, m.groups, *up.shape[2:]).flatten(0, 2)
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         return convolve(h, up, None, m.stride, m.padding, size, groups, m.dilation).view_as(y)
-
-
-def _joined(x: Tensor) -> Tensor:
-    """The rows of a batch (n, i, …) as the channels of one."""
-    return x.reshape(1, -1, *x.shape[2:])

@@ -100,8 +100,7 @@ class MixedLowRank(MixedLinear):
         return y.view(*input.shape[:-1], y.shape[-1])
 
     def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
-        if self.training and "dropout" in tables:
-            x = dropped_by_rows(x, per_row(tables["dropout"], rows))
+        x = self.dropped(x, tables, rows.slots)
         if rows.lies:
             return each_low_rank(y, x, tables["a"], tables["b"], tables["scale"])
         if not self.by_runs(rows, tables, x, y):
@@ -110,6 +109,12 @@ class MixedLowRank(MixedLinear):
         if x.shape[1] <= FEW and len(rows.runs or ()) > 1:
             return groups_low_rank(y, x, *self._grouped(rows))
         return runs_low_rank(y, x, self._factors_of(rows))
+
+    def dropped(self, x: Tensor, tables: Tables, slots: Tensor) -> Tensor:
+        """x (n, …), without what training drops of it by the slot of each entry (n,)."""
+        if not self.training or "dropout" not in tables:
+            return x
+        return dropped_by_rows(x, tables["dropout"].index_select(0, slots))
 
     def _grouped(self, rows: Rows) -> tuple[Any, ...]:
         """The factors of each group, as wide as the widest of them, and the rows."""

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -263,7 +264,6 @@ def test_a_matrix_whose_rows_are_those_of_experts() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe"])
 def test_experts_of_transformers(kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=16, intermediate_size=24, vocab_size=32, num_hidden_layers=1)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     config = transformers.AutoConfig.for_model(kind, num_local_experts=4, **sizes, **heads)

@@ -81,13 +81,13 @@ def test_codes_become_the_very_same_bits(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", packed.KINDS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16])
 def test_a_few_rows_are_multiplied_with_the_codes(kind: str, tokens: int) -> None:
-    for dtype, o, bias, block in product(
-        (torch.bfloat16, torch.float32), (9, 256), (0, 1), (64, 128)
+    for dtype, (o, i), bias, block in product(
+        (torch.bfloat16, torch.float32), ((9, 256), (128, 384)), (0, 1), (64, 128)
     ):
-        how, parts = packing.pack(torch.randn(o, 256), kind, block)
-        x, b = torch.randn(1, tokens, 256).to(dtype), torch.randn(o).to(dtype) if bias else None
+        how, parts = packing.pack(torch.randn(o, i), kind, block)
+        x, b = torch.randn(1, tokens, i).to(dtype), torch.randn(o).to(dtype) if bias else None
         y = how.cast(dtype).product(x, parts, b)
         assert (y is not None) == runs(packed.KERNEL)
         if y is not None:

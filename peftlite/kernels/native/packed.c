@@ -32,16 +32,25 @@ struct Weights {
     long numbers, block;
 };
 
-static const long PIECE = 1 << 15; /* weights in a block of a job, at least */
+enum { PIECE = 1 << 15, MOST = 512 }; /* weights in a block of a job, at least; and scales, at most */
+
+INLINE __mmask16 first_of(long count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
 
 static void read_scales(const struct Scales *from, long first, long count, float *restrict to) {
     if (from->absmax) {
         memcpy(to, from->absmax + first, count * sizeof *to);
         return;
     }
-    const float offset = *from->offset;
-    for (long i = first; i < first + count; i++)
-        to[i - first] = from->map[from->codes[i]] * from->nested[i / 256] + offset;
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 offset = _mm512_set1_ps(*from->offset);
+    for (long i = first; i < first + count; i += 16) {
+        const __mmask16 which = first_of(first + count - i);
+        __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from->codes + i));
+        __m512i of = _mm512_srli_epi32(_mm512_add_epi32(_mm512_set1_epi32(i % 256), lane), 8);
+        __m512 nested = _mm512_mask_i32gather_ps(offset, which, of, from->nested + i / 256, 4);
+        __m512 scale = _mm512_mul_ps(_mm512_i32gather_ps(codes, from->map, 4), nested);
+        _mm512_mask_storeu_ps(to + i - first, which, _mm512_add_ps(scale, offset));
+    }
 }
 
 /* 16 codes from number i on, in fp32. */
@@ -90,8 +99,6 @@ INLINE __m512 get(const void *from, long wide, long i) {
     return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
 }
 
-INLINE __mmask16 first_of(long count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
-
 struct Form {
     const struct Weights *w;
     long wide, at_once; /* blocks of weights in a block of the job */
@@ -101,11 +108,12 @@ struct Form {
 INLINE void form(enum Kind kind, const struct Form *job, long piece) {
     const struct Weights *w = job->w;
     const __m512 levels = kind == NF4 ? _mm512_loadu_ps(w->levels) : _mm512_setzero_ps();
-    long stop = (piece + 1) * job->at_once;
-    for (long b = piece * job->at_once; b < stop && b * w->block < w->numbers; b++) {
-        float scale;
-        read_scales(&w->scales, b, 1, &scale);
-        const __m512 s = _mm512_set1_ps(scale);
+    const long first = piece * job->at_once, blocks = (w->numbers + w->block - 1) / w->block;
+    const long stop = first + job->at_once < blocks ? first + job->at_once : blocks;
+    float scales[MOST];
+    read_scales(&w->scales, first, stop - first, scales);
+    for (long b = first; b < stop; b++) {
+        const __m512 s = _mm512_set1_ps(scales[b - first]);
         long i = b * w->block, end = i + w->block < w->numbers ? i + w->block : w->numbers;
         for (; i + 16 <= end; i += 16)
             put(_mm512_mul_ps(sixteen(kind, w->codes, i, levels), s), job->wide, job->out, i, 0xffff);
@@ -126,108 +134,119 @@ static void form_piece(const void *arg, long piece) {
 /* W in fp32 where `wide`, else in bf16. */
 void unpack(const struct Weights *w, long wide, void *out, int threads) {
     long at_once = w->block < PIECE ? PIECE / w->block : 1;
+    if (at_once > MOST) at_once = MOST;
     struct Form job = {w, wide, at_once, out};
     share(form_piece, &job, (w->numbers + w->block * at_once - 1) / (w->block * at_once), threads);
 }
 
-/* The product with a few rows of x, before which W isn't formed.
+/* The product with a few rows of x, before which W isn't formed: four rows of W with four of x, or
+   fewer, at a time. Memory is what takes time, and what the CPU fetches by itself ends with a page:
+   so the next rows of W are fetched as these are multiplied.
 
    NF4 is read 128 weights at a time, as 16 words of 8 codes: a shift brings one of each word to where
    a permutation of the levels looks for it. So x is laid out in that order first. */
 
-enum { WORDS = 128, MOST = 8 }; /* weights in 16 words; rows of x, and sums in registers */
+enum { WORDS = 128, TILE = 4 };
 
 struct Few {
     const struct Weights *w;
-    const float *x;
-    long tokens, rows; /* of x; and with rows of 0, to be 1, 2, 4 or 8 */
-    long i, o, wide, at_once; /* rows of W in a block of the job */
+    const float *x; /* with rows of 0, to be a multiple of TILE */
+    long tokens, i, o, wide, at_once; /* rows of W in a block of the job */
     const void *bias;
     void *y;
 };
 
-/* Sums of products of n rows of W, with m of x; each in 16 parts that are yet to be added up. */
-INLINE void dot_nf4(const struct Few *job, const float *scales, long row, int n, int m, __m512 *sum) {
+/* Sums of products of n rows of W with m of x; each in 16 parts that are yet to be added up. */
+INLINE void dot_nf4(const struct Few *job, const float *scales, long row, int n, const float *x, int m,
+                    __m512 *sum) {
     const struct Weights *w = job->w;
     const __m512 levels = _mm512_loadu_ps(w->levels);
     const long shift = __builtin_ctzl(w->block), blocks = job->i >> shift;
     for (long i = 0; i < job->i; i += WORDS) {
-        __m512i words[MOST];
-        __m512 part[MOST];
-        for (int r = 0; r < n; r++)
-            words[r] = _mm512_loadu_si512(w->codes + (row + r) * (job->i / 2) + i / 2);
-        for (int k = 0; k < n * m; k++) part[k] = _mm512_setzero_ps();
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; k++)
-            for (int r = 0; r < n; r++) {
-                __m512 q = _mm512_permutexvar_ps(_mm512_srli_epi32(words[r], 4 * k), levels);
-                for (int t = 0; t < m; t++) {
-                    __m512 x = _mm512_loadu_ps(job->x + t * job->i + i + 16 * k);
-                    part[r * m + t] = _mm512_fmadd_ps(q, x, part[r * m + t]);
-                }
-            }
+        __m512i words[TILE];
+        __m512 scale[TILE];
         for (int r = 0; r < n; r++) {
+            const uint8_t *codes = w->codes + ((row + r) * job->i + i) / 2;
             const float *of = scales + r * blocks;
-            __m512 s = _mm512_set1_ps(of[i >> shift]);
-            s = _mm512_mask_broadcastss_ps(s, 0xff00, _mm_set_ss(of[i + 64 >> shift]));
-            for (int t = 0; t < m; t++)
-                sum[r * m + t] = _mm512_fmadd_ps(part[r * m + t], s, sum[r * m + t]);
+            words[r] = _mm512_loadu_si512(codes);
+            _mm_prefetch(codes + n * job->i / 2, _MM_HINT_T0);
+            scale[r] = _mm512_set1_ps(of[i >> shift]);
+            scale[r] = _mm512_mask_broadcastss_ps(scale[r], 0xff00, _mm_set_ss(of[(i + 64) >> shift]));
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) {
+            __m512 q[TILE];
+            for (int r = 0; r < n; r++) {
+                q[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(words[r], 4 * k), levels);
+                q[r] = _mm512_mul_ps(q[r], scale[r]);
+            }
+            for (int t = 0; t < m; t++) {
+                __m512 of = _mm512_loadu_ps(x + t * job->i + i + 16 * k);
+                for (int r = 0; r < n; r++) sum[r * m + t] = _mm512_fmadd_ps(q[r], of, sum[r * m + t]);
+            }
         }
     }
 }
 
-INLINE void dot_rows(enum Kind kind, const struct Few *job, long row, int n, int m, __m512 *sum) {
-    for (long i = 0; i < job->i; i += 16)
+/* The same of a kind whose rows have one scale, which is left to the end. */
+INLINE void dot_rows(enum Kind kind, const struct Few *job, long row, int n, const float *x, int m,
+                     __m512 *sum) {
+    for (long i = 0; i < job->i; i += 16) {
+        __m512 q[TILE];
         for (int r = 0; r < n; r++) {
-            __m512 q = sixteen(kind, job->w->codes, (row + r) * job->i + i, _mm512_setzero_ps());
-            for (int t = 0; t < m; t++) {
-                __m512 x = _mm512_loadu_ps(job->x + t * job->i + i);
-                sum[r * m + t] = _mm512_fmadd_ps(q, x, sum[r * m + t]);
-            }
+            const uint8_t *codes = job->w->codes + (row + r) * job->i + i;
+            if (i % 64 == 0) _mm_prefetch(codes + n * job->i, _MM_HINT_T0);
+            q[r] = sixteen(kind, codes, 0, _mm512_setzero_ps());
         }
+        for (int t = 0; t < m; t++) {
+            __m512 of = _mm512_loadu_ps(x + t * job->i + i);
+            for (int r = 0; r < n; r++) sum[r * m + t] = _mm512_fmadd_ps(q[r], of, sum[r * m + t]);
+        }
+    }
 }
 
-INLINE void multiply(enum Kind kind, const struct Few *job, long row, int n, int m) {
-    const long blocks = kind == NF4 ? job->i / job->w->block : 1;
-    float scales[n * blocks];
-    __m512 sum[MOST];
+INLINE void multiply(enum Kind kind, const struct Few *job, const float *scales, long row, int n,
+                     long token, int m) {
+    __m512 sum[TILE * TILE];
     for (int k = 0; k < n * m; k++) sum[k] = _mm512_setzero_ps();
-    read_scales(&job->w->scales, row * blocks, n * blocks, scales);
+    const float *x = job->x + token * job->i;
     if (kind == NF4)
-        dot_nf4(job, scales, row, n, m, sum);
+        dot_nf4(job, scales, row, n, x, m, sum);
     else
-        dot_rows(kind, job, row, n, m, sum);
+        dot_rows(kind, job, row, n, x, m, sum);
     for (int r = 0; r < n; r++) {
         const __m512 scale = _mm512_set1_ps(kind == NF4 ? 1 : scales[r]);
         __m512 bias = _mm512_setzero_ps();
         if (job->bias) bias = get(job->bias, job->wide, row + r);
-        for (int t = 0; t < m && t < job->tokens; t++) {
+        for (int t = 0; t < m && token + t < job->tokens; t++) {
             __m512 y = _mm512_set1_ps(_mm512_reduce_add_ps(sum[r * m + t]));
-            put(_mm512_fmadd_ps(y, scale, bias), job->wide, job->y, t * job->o + row + r, 1);
+            put(_mm512_fmadd_ps(y, scale, bias), job->wide, job->y, (token + t) * job->o + row + r, 1);
         }
     }
 }
 
-INLINE void multiply_all(enum Kind kind, const struct Few *job, long row, long end, int n, int m) {
-    for (; row + n <= end; row += n) multiply(kind, job, row, n, m);
-    for (; row < end; row++) multiply(kind, job, row, 1, m);
+INLINE void multiply_rows(enum Kind kind, const struct Few *job, long row, int n) {
+    const long blocks = kind == NF4 ? job->i / job->w->block : 1;
+    float scales[n * blocks];
+    read_scales(&job->w->scales, row * blocks, n * blocks, scales);
+    for (long t = 0; t < job->tokens; t += TILE) switch (job->tokens - t) {
+        case 1: multiply(kind, job, scales, row, n, t, 1); break;
+        case 2: multiply(kind, job, scales, row, n, t, 2); break;
+        default: multiply(kind, job, scales, row, n, t, TILE);
+        }
 }
 
-INLINE void multiply_kind(enum Kind kind, const struct Few *job, long row, long end) {
-    switch (job->rows) {
-    case 1: multiply_all(kind, job, row, end, 4, 1); break;
-    case 2: multiply_all(kind, job, row, end, 4, 2); break;
-    case 4: multiply_all(kind, job, row, end, 2, 4); break;
-    case 8: multiply_all(kind, job, row, end, 1, 8); break;
-    }
+INLINE void multiply_all(enum Kind kind, const struct Few *job, long piece) {
+    long row = piece * job->at_once, end = row + job->at_once < job->o ? row + job->at_once : job->o;
+    for (; row + TILE <= end; row += TILE) multiply_rows(kind, job, row, TILE);
+    for (; row < end; row++) multiply_rows(kind, job, row, 1);
 }
 
 static void multiply_piece(const void *arg, long piece) {
     const struct Few *job = arg;
-    long row = piece * job->at_once, end = row + job->at_once < job->o ? row + job->at_once : job->o;
-    if (job->w->kind == NF4) multiply_kind(NF4, job, row, end);
-    if (job->w->kind == INT8) multiply_kind(INT8, job, row, end);
-    if (job->w->kind == FP8) multiply_kind(FP8, job, row, end);
+    if (job->w->kind == NF4) multiply_all(NF4, job, piece);
+    if (job->w->kind == INT8) multiply_all(INT8, job, piece);
+    if (job->w->kind == FP8) multiply_all(FP8, job, piece);
 }
 
 static void lay_out(const struct Few *job, const void *x, float *to) {
@@ -242,15 +261,14 @@ static void lay_out(const struct Few *job, const void *x, float *to) {
         }
 }
 
-/* y (t, o) = x Wᵀ + bias for x (t, i), all in fp32 where `wide`, else in bf16; 0 if done. At most 8
-   rows; i is a multiple of 16, for NF4 of 128 and of the block, which is 64 at least. */
+/* y (t, o) = x Wᵀ + bias for x (t, i), all in fp32 where `wide`, else in bf16; 0 if done. i is a
+   multiple of 16, for NF4 of 128 and of the block, which is 64 at least. */
 int few(const struct Weights *w, const void *x, const void *bias, void *y, long tokens, long i, long o,
         long wide, int threads) {
-    long rows = tokens < 3 ? tokens : tokens < 5 ? 4 : MOST;
-    float *laid = calloc(rows * i, sizeof *laid);
+    float *laid = calloc((tokens + TILE - 1) / TILE * TILE * i, sizeof *laid);
     if (!laid) return 1;
-    long at_once = i < PIECE / 4 ? PIECE / i : 4;
-    struct Few job = {w, laid, tokens, rows, i, o, wide, at_once, bias, y};
+    long at_once = i < PIECE / TILE ? PIECE / i / TILE * TILE : TILE;
+    struct Few job = {w, laid, tokens, i, o, wide, at_once, bias, y};
     lay_out(&job, x, laid);
     share(multiply_piece, &job, (o + at_once - 1) / at_once, threads);
     free(laid);

@@ -13,7 +13,7 @@ from torch import Tensor
 from peftlite.kernels.native.kernel import Kernel, is_plain, pointer, threads
 
 KINDS = ("nf4", "int8", "fp8")
-FEW = 8
+FEW = 16
 """Rows of x, up to which they are multiplied with the codes themselves."""
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -145,6 +145,6 @@ KERNEL = Kernel(
     needs=("avx512f", "avx512bw", "avx512vl", "fma"),
     flags=("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"),
     ran=("GenuineIntel",),
-    does="codes are read 16 at a time; up to 8 rows are multiplied with them as they are",
+    does="codes are read 16 at a time; up to 16 rows are multiplied with them as they are",
     agrees=_agrees,
 )

@@ -105,6 +105,20 @@ struct Form {
     void *out;
 };
 
+/* Numbers i to end of NF4 in bf16, two from a byte: of a block, whose 16 products are rounded once. */
+INLINE void look_up(const struct Form *job, long i, long end, __m512 products) {
+    const __m512i twice = _mm512_broadcast_i64x4(rounded(products));
+    for (; i < end; i += 32) {
+        const __mmask16 pairs = first_of((end - i + 1) / 2);
+        const __mmask32 which = end - i < 32 ? (1u << (end - i)) - 1 : ~0u;
+        __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(pairs, job->w->codes + i / 2));
+        /* the high code, then the low one; what else is in the 16 bits of an index doesn't count */
+        __m512i each = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+        __m512i found = _mm512_permutexvar_epi16(each, twice);
+        _mm512_mask_storeu_epi16((uint16_t *)job->out + i, which, found);
+    }
+}
+
 INLINE void form(enum Kind kind, const struct Form *job, long piece) {
     const struct Weights *w = job->w;
     const __m512 levels = kind == NF4 ? _mm512_loadu_ps(w->levels) : _mm512_setzero_ps();
@@ -115,6 +129,10 @@ INLINE void form(enum Kind kind, const struct Form *job, long piece) {
     for (long b = first; b < stop; b++) {
         const __m512 s = _mm512_set1_ps(scales[b - first]);
         long i = b * w->block, end = i + w->block < w->numbers ? i + w->block : w->numbers;
+        if (kind == NF4 && !job->wide) {
+            look_up(job, i, end, _mm512_mul_ps(levels, s));
+            continue;
+        }
         for (; i + 16 <= end; i += 16)
             put(_mm512_mul_ps(sixteen(kind, w->codes, i, levels), s), job->wide, job->out, i, 0xffff);
         if (i < end) {

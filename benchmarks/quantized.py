@@ -32,6 +32,7 @@ from lora_linear import once
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.kernels.native.kernels import KERNELS
 from peftlite.quant.packing import pack
 
 SIZE, RANK = 4096, 16
@@ -58,7 +59,6 @@ def optional(name: str) -> Any:
 
 bitsandbytes = optional("bitsandbytes")
 torchao = optional("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
-native = optional("peftlite.kernels.native.packed")
 
 
 # -- layers
@@ -68,11 +68,14 @@ def plain(call: Callable[[], object]) -> Callable[[], object]:
     """The same without native kernels."""
 
     def run() -> None:
-        library, native.KERNEL.lib = native.KERNEL.lib, None
+        libraries = [kernel.lib for kernel in KERNELS]
+        for kernel in KERNELS:
+            kernel.lib = None
         try:
             call()
         finally:
-            native.KERNEL.lib = library
+            for kernel, library in zip(KERNELS, libraries, strict=True):
+                kernel.lib = library
 
     return run
 
@@ -156,8 +159,6 @@ class Clock:
 
 def both(what: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
     """Calls of peftlite's with native kernels and without; others' as they are."""
-    if not native:
-        return dict(what)
     without = {f"{name}, plain": plain(call) for name, call in what.items() if name in KINDS}
     return {**what, **without}
 
@@ -329,8 +330,7 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(0)
     w = torch.randn(SIZE, SIZE).mul_(0.02).bfloat16()
-    if native:
-        native.KERNEL.ready()
+    found = " ".join(kernel.name for kernel in KERNELS if kernel.ready()) or "none"
     figures = [*sizes(w), *memory(args.quick)]
     # one thread last, which is what the file's lines say of the machine
     for threads in (1,) if args.own_time else (2, 1):
@@ -344,7 +344,7 @@ def main() -> None:
         peft=peft.__version__,
         bitsandbytes=getattr(bitsandbytes, "__version__", "none"),
         torchao=version("torchao") if torchao else "none",
-        native=native.KERNEL.why if native else "none",
+        native=found,
         clock="own" if args.own_time else "wall",
     )
 

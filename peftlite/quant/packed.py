@@ -171,7 +171,9 @@ class _Back(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, packing: Packing, parts: Mapping[str, Tensor]) -> Tensor:
         ctx.packed = packing, parts
-        return dy @ _formed(packing.cast(dy.dtype), parts)
+        packing = packing.cast(dy.dtype)
+        dx = packing.back(dy, parts)
+        return dy @ _formed(packing, parts) if dx is None else dx
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, None, None]:

@@ -119,6 +119,11 @@ class Packing:
         known = self.kind in KINDS and "left" not in parts
         return native.few(x, self._codes(parts), bias) if known else None
 
+    def back(self, dy: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:
+        """dx (…, i) = dy W of rows dy (…, o), in the same way."""
+        known = self.kind in KINDS and "left" not in parts
+        return native.back(dy, self._codes(parts), self.shape[-1]) if known else None
+
     def _codes(self, parts: Mapping[str, Tensor]) -> native.Codes:
         block = self.block or self.shape.numel() // max(1, self.shape[0])
         return native.Codes(self.kind, block, parts, nf4.levels(), nf4.dynamic_map())

@@ -81,20 +81,35 @@ def test_codes_become_the_very_same_bits(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", packed.KINDS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16])
-def test_a_few_rows_are_multiplied_with_the_codes(kind: str, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16, 70])
+def test_rows_are_multiplied_with_the_codes(kind: str, tokens: int) -> None:
     for dtype, (o, i), bias, block in product(
         (torch.bfloat16, torch.float32), ((9, 256), (128, 384)), (0, 1), (64, 128)
     ):
         how, parts = packing.pack(torch.randn(o, i), kind, block)
         x, b = torch.randn(1, tokens, i).to(dtype), torch.randn(o).to(dtype) if bias else None
         y = how.cast(dtype).product(x, parts, b)
-        assert (y is not None) == runs(packed.KERNEL)
+        tiled = dtype is torch.bfloat16 and tokens >= packed.TILED[0] and runs(packed.TILES)
+        assert (y is not None) == (tiled or (tokens <= packed.FEW and runs(packed.KERNEL)))
         if y is not None:
             w = how.cast(torch.float32).unpack(parts).double()
             true = torch.nn.functional.linear(x.double(), w, b if b is None else b.double())
             assert y.dtype is dtype and y.shape == (1, tokens, o)
             assert (y - true).norm() < (3e-3 if dtype is torch.bfloat16 else 1e-6) * true.norm()
+
+
+@pytest.mark.parametrize("kind", packed.KINDS)
+@pytest.mark.parametrize("tokens", [1, 16, 70])
+def test_and_their_gradients(kind: str, tokens: int) -> None:
+    for (o, i), block in product(((32, 128), (160, 1152)), (64, 128)):
+        how, parts = packing.pack(torch.randn(o, i), kind, block)
+        dy = torch.randn(1, tokens, o).bfloat16()
+        dx = how.cast(torch.bfloat16).back(dy, parts)
+        assert (dx is not None) == runs(packed.TILES)
+        if dx is not None:
+            true = dy.double() @ how.cast(torch.bfloat16).unpack(parts).double()
+            assert dx.dtype is torch.bfloat16 and dx.shape == (1, tokens, i)
+            assert (dx - true).norm() < 1.01 * (true.bfloat16() - true).norm()  # rounded once
 
 
 @pytest.mark.parametrize(
@@ -107,6 +122,7 @@ def test_what_does_not_fit_goes_by_plain_torch(i: int, block: int, dtype: torch.
     pl.quantize(model, "nf4", targets="*", block=block)
     w = model.weight
     assert w.packing.product(x, w.parts, None) is None
+    assert w.packing.back(model(x), w.parts) is None
     assert torch.allclose(model(x), torch.nn.functional.linear(x, w.form(), model.bias))
 
 
@@ -129,10 +145,15 @@ def products():
     h = low_rank.shrink(x, a, 1.0, 0.0, None)
     return *low_rank.grad_ab(x, h, b, 1.0, 0.0), low_rank.add(x.clone(), h, b.t(), 0.0, None)
 of_two, tiles = products(), low_rank.KERNEL.ready()
-assert len([*cache.rglob("*.so")]) == made + tiles
+half, dy = how.cast(torch.bfloat16), x[:70]
+def packed_products():
+    return half.product(dy, parts, None), half.back(dy, parts)
+packed_two, formed_tiles = packed_products(), packed.TILES.ready()
+assert len([*cache.rglob("*.so")]) == made + tiles + formed_tiles
 torch.set_num_threads(1)
 assert torch.equal(how.unpack(parts), two)
 assert not tiles or all(map(torch.equal, products(), of_two))
+assert not formed_tiles or all(map(torch.equal, packed_products(), packed_two))
 torch.set_num_threads(2)
 out, codes = torch.empty(512, 512), how._codes(parts)
 child = os.fork()

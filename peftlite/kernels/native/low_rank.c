@@ -16,25 +16,20 @@
 
 #define _GNU_SOURCE
 #include "share.h"
+#include "tiles.h"
 #include <immintrin.h>
 #include <stdint.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define INLINE static inline __attribute__((always_inline))
-/* to a compiler, what tiles read and write is no memory */
-#define SETTLE() __asm__ volatile("" ::: "memory")
 
 typedef uint16_t bf16;
 typedef uint32_t Tile[16][16]; /* pairs of bf16, or numbers in fp32 */
 
 enum {
-    SIDE = 16,      /* of a tile: rows, ranks, pairs */
     COLUMNS = 32,   /* of x in a tile */
     BLOCK = 64,     /* tokens at a time down and across */
     ROWS = 32,      /* tokens at a time up */
     PARTS = 3,      /* of what is split */
-    STRIDE = 64,    /* bytes of a tile's row */
     GROUPS = 4,     /* of 16 ranks, at most */
 };
 
@@ -55,34 +50,6 @@ struct Factor {
 INLINE long at_most(long a, long b) { return a < b ? a : b; }
 INLINE long parts_of(long whole, long part) { return (whole + part - 1) / part; }
 INLINE __mmask16 first_of(long count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
-
-/* -- tiles */
-
-struct Tiles {
-    uint8_t palette, start, none[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-/* The kernel has to give leave for them, once a process; 0 where it does. */
-int begin(void) { return syscall(SYS_arch_prctl, 0x1023, 18) != 0; }
-
-/* All 8 as large as can be. What they were before is kept, for oneDNN. */
-static void set_up(struct Tiles *before) {
-    struct Tiles all = {.palette = 1};
-    for (int i = 0; i < 8; i++) all.rows[i] = SIDE, all.bytes[i] = STRIDE;
-    _tile_storeconfig(before);
-    SETTLE();
-    _tile_loadconfig(&all);
-}
-
-static void put_back(const struct Tiles *before) {
-    SETTLE();
-    if (before->palette)
-        _tile_loadconfig(before);
-    else
-        _tile_release();
-}
 
 /* -- numbers */
 

@@ -5,99 +5,11 @@
    are the same to the last bit as those of quant/nf4.py and quant/rows.py: one product in fp32, which
    is rounded once. AVX-512 F, BW and VL. */
 
+#include "packed.h"
 #include "share.h"
-#include <immintrin.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
-
-enum Kind { NF4, INT8, FP8 };
-
-/* The scales of blocks: numbers, or 8-bit codes of numbers with scales and an offset of their own. */
-struct Scales {
-    const float *absmax;  /* where they are numbers */
-    const uint8_t *codes; /* where they are codes */
-    const float *map;     /* 256 */
-    const float *nested;  /* one for 256 codes */
-    const float *offset;
-};
-
-struct Weights {
-    long kind;
-    const uint8_t *codes;
-    const float *levels; /* 16, of NF4 */
-    struct Scales scales;
-    long numbers, block;
-};
 
 enum { PIECE = 1 << 15, MOST = 512 }; /* weights in a block of a job, at least; and scales, at most */
-
-INLINE __mmask16 first_of(long count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
-
-static void read_scales(const struct Scales *from, long first, long count, float *restrict to) {
-    if (from->absmax) {
-        memcpy(to, from->absmax + first, count * sizeof *to);
-        return;
-    }
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 offset = _mm512_set1_ps(*from->offset);
-    for (long i = first; i < first + count; i += 16) {
-        const __mmask16 which = first_of(first + count - i);
-        __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from->codes + i));
-        __m512i of = _mm512_srli_epi32(_mm512_add_epi32(_mm512_set1_epi32(i % 256), lane), 8);
-        __m512 nested = _mm512_mask_i32gather_ps(offset, which, of, from->nested + i / 256, 4);
-        __m512 scale = _mm512_mul_ps(_mm512_i32gather_ps(codes, from->map, 4), nested);
-        _mm512_mask_storeu_ps(to + i - first, which, _mm512_add_ps(scale, offset));
-    }
-}
-
-/* 16 codes from number i on, in fp32. */
-INLINE __m512 sixteen(enum Kind kind, const uint8_t *codes, long i, __m512 levels) {
-    if (kind == NF4) {
-        const __m128i low = _mm_set1_epi8(15);
-        __m128i pairs = _mm_loadl_epi64((const __m128i *)(codes + i / 2));
-        __m128i first = _mm_and_si128(_mm_srli_epi16(pairs, 4), low); /* the high one */
-        __m128i each = _mm_unpacklo_epi8(first, _mm_and_si128(pairs, low));
-        return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(each), levels);
-    }
-    __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + i));
-    if (kind == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-    __m512i wide = _mm512_cvtepu8_epi32(bytes);
-    __m512i sign = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0x80)), 24);
-    __m512i rest = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0x7f)), 20);
-    /* from an exponent's bias of 127 to one of 7 */
-    return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_or_si512(sign, rest)), _mm512_set1_ps(0x1p120f));
-}
-
-/* The same where fewer than 16 are left to read. */
-static __m512 fewer(enum Kind kind, const uint8_t *codes, long i, long count, __m512 levels) {
-    uint8_t left[16] = {0};
-    memcpy(left, codes + (kind == NF4 ? i / 2 : i), kind == NF4 ? (count + 1) / 2 : count);
-    return sixteen(kind, left, 0, levels);
-}
-
-/* To bf16, a tie to the even one. The instruction for it takes the smallest numbers for 0. */
-INLINE __m256i rounded(__m512 v) {
-    __m512i bits = _mm512_castps_si512(v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-}
-
-INLINE void put(__m512 v, long wide, void *out, long i, __mmask16 which) {
-    if (wide)
-        _mm512_mask_storeu_ps((float *)out + i, which, v);
-    else
-        _mm256_mask_storeu_epi16((uint16_t *)out + i, which, rounded(v));
-}
-
-INLINE __m512 get(const void *from, long wide, long i) {
-    if (wide) return _mm512_set1_ps(((const float *)from)[i]);
-    uint32_t bits = (uint32_t)((const uint16_t *)from)[i] << 16;
-    return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
-}
 
 struct Form {
     const struct Weights *w;
@@ -105,18 +17,22 @@ struct Form {
     void *out;
 };
 
-/* Numbers i to end of NF4 in bf16, two from a byte: of a block, whose 16 products are rounded once. */
+/* Numbers i to end of NF4 in bf16, of a block, whose 16 products are rounded once. */
 INLINE void look_up(const struct Form *job, long i, long end, __m512 products) {
     const __m512i twice = _mm512_broadcast_i64x4(rounded(products));
     for (; i < end; i += 32) {
         const __mmask16 pairs = first_of((end - i + 1) / 2);
         const __mmask32 which = end - i < 32 ? (1u << (end - i)) - 1 : ~0u;
-        __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(pairs, job->w->codes + i / 2));
-        /* the high code, then the low one; what else is in the 16 bits of an index doesn't count */
-        __m512i each = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-        __m512i found = _mm512_permutexvar_epi16(each, twice);
+        __m512i found = of_pairs(_mm_maskz_loadu_epi8(pairs, job->w->codes + i / 2), twice);
         _mm512_mask_storeu_epi16((uint16_t *)job->out + i, which, found);
     }
+}
+
+/* 16 codes from number i on, where fewer are left to read. */
+static __m512 fewer(enum Kind kind, const uint8_t *codes, long i, long count, __m512 levels) {
+    uint8_t left[16] = {0};
+    memcpy(left, codes + (kind == NF4 ? i / 2 : i), kind == NF4 ? (count + 1) / 2 : count);
+    return sixteen(kind, left, 0, levels);
 }
 
 INLINE void form(enum Kind kind, const struct Form *job, long piece) {

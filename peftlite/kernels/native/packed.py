@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftlite.kernels.native import low_rank
 from peftlite.kernels.native.kernel import Kernel, is_plain, pointer, threads
 
 KINDS = ("nf4", "int8", "fp8")
 FEW = 16
 """Rows of x, up to which they are multiplied with the codes themselves."""
+TILED = 4, 512
+"""Rows of x in bf16, at least and at most, for which AMX does that."""
+BACK = 128
+"""Rows of dy in bf16, up to which AMX does that for dy W."""
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -59,15 +64,35 @@ def unpack(codes: Codes, out: Tensor) -> bool:
 
 def few(x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor | None:
     """y (…, o) = x Wᵀ + bias of a few rows x (…, i), without forming W; None if it can't."""
-    i, block = x.shape[-1], codes.block
-    fits = i % 128 == i % block == 0 and block >= 64 if codes.kind == "nf4" else i % 16 == 0
-    if not (fits and 0 < x.numel() <= FEW * i and x.dtype in _DTYPES):
-        return None
+    kernel = _kernel(x, codes)
     beside = [] if bias is None else [bias]
     alike = all(part.dtype is x.dtype for part in beside)
-    if not (alike and _known(codes) and is_plain(x, *beside) and KERNEL.ready()):
+    if not (kernel and alike and _known(codes) and is_plain(x, *beside) and kernel.ready()):
         return None
-    return _few(KERNEL.lib, x, codes, bias)
+    return _few(kernel.lib, x, codes, bias)
+
+
+def back(dy: Tensor, codes: Codes, i: int) -> Tensor | None:
+    """dx (…, i) = dy W of rows dy (…, o), without forming W; None if it can't."""
+    o = dy.shape[-1]
+    fits = i % 64 == i % codes.block == o % 32 == codes.block % 64 == 0
+    if not (fits and dy.dtype is torch.bfloat16 and 0 < dy.numel() <= BACK * o):
+        return None
+    if not (_known(codes) and is_plain(dy) and TILES.ready()):
+        return None
+    return _back(TILES.lib, dy, codes, i)
+
+
+def _kernel(x: Tensor, codes: Codes) -> Kernel | None:
+    """That for the product with x (…, i), of its rows and sides."""
+    i, block = x.shape[-1], codes.block
+    if not x.numel() or (codes.kind == "nf4" and (i % block or block < 64)):
+        return None
+    rows, (least, most) = x.numel() // i, TILED
+    if x.dtype is torch.bfloat16 and least <= rows <= most and i % 64 == 0 and TILES.ready():
+        return TILES
+    fits = i % (128 if codes.kind == "nf4" else 16) == 0
+    return KERNEL if fits and rows <= FEW and x.dtype in _DTYPES else None
 
 
 def _known(codes: Codes) -> bool:
@@ -97,6 +122,14 @@ def _few(lib: Any, x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor | Non
     return None if failed else y
 
 
+def _back(lib: Any, dy: Tensor, codes: Codes, i: int) -> Tensor | None:
+    o = dy.shape[-1]
+    dx = dy.new_empty(*dy.shape[:-1], i)
+    sizes = (c_long(n) for n in (dy.numel() // o, i, o))
+    failed = lib.back(_weights(codes, o * i), pointer(dy), pointer(dx), *sizes, c_int(threads()))
+    return None if failed else dx
+
+
 def _weights(codes: Codes, numbers: int) -> Any:
     parts = codes.parts
     scales = parts["absmax" if codes.kind == "nf4" else "scale"]
@@ -108,18 +141,23 @@ def _weights(codes: Codes, numbers: int) -> Any:
     return ctypes.byref(_Weights(KINDS.index(codes.kind), *pointers, numbers, codes.block))
 
 
-def _agrees(lib: Any) -> bool:
+def _forms(lib: Any) -> bool:
     """Whether small weights of each kind are formed and multiplied as by plain torch."""
-    return all(_right(lib, codes, w) for codes, w in _samples())
+    out = [torch.empty_like(w, dtype=torch.bfloat16) for _, w in _samples()]
+    for (codes, _), found in zip(_samples(), out, strict=True):
+        _unpack(lib, codes, found)
+    same = (torch.equal(found, w.bfloat16()) for (_, w), found in zip(_samples(), out, strict=True))
+    return all(same) and _multiplies(lib, torch.float32, 1e-5)
 
 
-def _right(lib: Any, codes: Codes, w: Tensor) -> bool:
-    out = torch.empty_like(w, dtype=torch.bfloat16)
-    x = torch.linspace(-1, 2, 128, dtype=w.dtype, device="cpu")[None]
-    _unpack(lib, codes, out)
-    y, true = _few(lib, x, codes, None), x @ w.t()
-    near = y is not None and (y - true).norm() < 1e-5 * true.norm()
-    return bool(torch.equal(out, w.bfloat16()) and near)
+def _multiplies(lib: Any, dtype: torch.dtype, bound: float) -> bool:
+    """Whether rows are multiplied with small weights of each kind as by plain torch."""
+    x = torch.linspace(-1, 2, 5 * 128, dtype=torch.float32, device="cpu").view(5, 128).to(dtype)
+    for codes, w in _samples():
+        y, true = _few(lib, x, codes, None), x.float() @ w.t()
+        if y is None or (y - true).norm() > bound * true.norm():
+            return False
+    return True
 
 
 def _samples() -> Iterator[tuple[Codes, Tensor]]:
@@ -145,6 +183,14 @@ KERNEL = Kernel(
     needs=("avx512f", "avx512bw", "avx512vl", "fma"),
     flags=("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"),
     ran=("GenuineIntel",),
-    does="codes are read 16 at a time; up to 16 rows are multiplied with them as they are",
-    agrees=_agrees,
+    does=f"codes are read 16 at a time; up to {FEW} rows are multiplied with them as they are",
+    agrees=_forms,
+)
+TILES = Kernel(
+    name="packed_tiles",
+    needs=(*low_rank.KERNEL.needs, "fma"),
+    flags=(*low_rank.KERNEL.flags, "-mfma"),
+    ran=low_rank.KERNEL.ran,
+    does=f"{TILED[0]} to {TILED[1]} rows are multiplied with weights that are formed in AMX tiles",
+    agrees=lambda lib: _multiplies(lib, torch.bfloat16, 5e-3),
 )

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.errors import PeftliteError
 from peftlite.kernels import dispatch, reference
 
 
@@ -41,14 +42,17 @@ def lora_linear(
     the device of x, decides the mask of a dropout; without one it is drawn from torch's generator
     of that device. Without W, it is the low-rank part alone.
 
+    Raises:
+        PeftliteError: in the backward pass, since W's class has a product of its own without one.
+
     Example:
         x, w, a, b = torch.randn(5, 4), torch.randn(2, 4), torch.randn(1, 4), torch.randn(2, 1)
         y = pl.kernels.lora_linear(x, w, None, a, b, scale=2.0)
     """
+    if w is not None and not dispatch.is_plain_weight(w):
+        return _own(x, w, bias) + lora_linear(x, None, None, a, b, scale, dropout, seed)
     if dispatch.by_autograd(x, dropout):
         return reference.lora_linear(x, w, bias, a, b, scale, dropout, seed)
-    if w is not None and not dispatch.is_plain_weight(w):
-        return F.linear(x, w, bias) + lora_linear(x, None, None, a, b, scale, dropout, seed)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
@@ -62,6 +66,30 @@ def lora_linear(
     if not a.requires_grad and not dropout:  # then autograd keeps neither x nor a mask
         return reference.lora_linear(x, w, bias, a, b, scale)
     return LoRALinear.apply(x, w, bias, a, b, scale, dropout, seed)
+
+
+def _own(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a class of tensors of its own."""
+    y = F.linear(x, w, bias)
+    lost = x.requires_grad and torch.is_grad_enabled() and not y.requires_grad
+    return _WithoutGradient.apply(y, x, type(w).__name__) if lost else y
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """y, which came of x and doesn't know it: fine, unless somebody wants x's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, kind: str) -> Tensor:
+        ctx.kind = kind
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise PeftliteError(
+            f"the product of {ctx.kind} passes no gradient on, as where activations are quantised "
+            "too: what comes before it can't learn. Take it to serve, and train on a base whose "
+            "weights alone are quantised"
+        )
 
 
 def _forward(

@@ -9,6 +9,7 @@ import torch
 import peftlite as pl
 from peftlite.kernels import dispatch
 from peftlite.kernels.native import low_rank
+from tests.coded import Coded
 from tests.errors.case import Case
 
 OFF = replace(low_rank.KERNEL, lib=None, why="PEFTLITE_NATIVE is 0", _settled=True)
@@ -21,7 +22,25 @@ def twice(*_: Any) -> Any:
     torch.autograd.grad(logp.sum(), h, create_graph=True)
 
 
+class Dynamic(Coded):
+    """With activations in codes, which have no gradient."""
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__torch_function__(*args, **kwargs).detach()
+
+
+def without_gradients(*_: Any) -> Any:
+    w = Dynamic(torch.ones(4, 3, dtype=torch.int8), torch.ones(4, 1))
+    x = torch.ones(2, 3, requires_grad=True)
+    pl.kernels.lora_linear(x, w, None, torch.ones(1, 3), torch.ones(4, 1)).sum().backward()
+
+
 CASES = [
+    Case(without_gradients,
+         "the product of Dynamic passes no gradient on, as where activations are quantised too: "
+         "what comes before it can't learn. Take it to serve, and train on a base whose weights "
+         "alone are quantised"),
     Case(twice, "log_probs is differentiated once: for second derivatives take the logits"),
     Case(lambda *_: pl.kernels.backend("cuda"),  # type: ignore
          "no backend 'cuda': there are reference, torch, native, triton, and None"),

@@ -65,9 +65,12 @@ class Read(Patched):
 
 def _by_parts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives where every read in it is a sum; else NotImplemented."""
-    reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Read)]
-    if any(read.as_sum() is None for read in reads):
+    nested = kwargs or any(isinstance(arg, (list, tuple)) for arg in args)
+    leaves = tree_leaves((args, kwargs)) if nested else args
+    if any(leaf.as_sum() is None for leaf in leaves if isinstance(leaf, Read)):
         return NotImplemented
+    if not nested:  # as an expert is taken out, for each expert: pytree takes longer than that
+        return answer(func, tuple(a.as_sum() if isinstance(a, Read) else a for a in args), {})
     sums: Any = tree_map_only(Read, Read.as_sum, (args, kwargs))
     return answer(func, *sums)
 

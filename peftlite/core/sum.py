@@ -209,8 +209,9 @@ def _matmul(a: Tensor, b: Tensor) -> Any:
 
 
 def _linear(x: Tensor, w: Sum, bias: Tensor | None = None) -> Any:
-    known = isinstance(w, Sum) and w.raw.dim() == 2 and not isinstance(x, Sum)
-    return _times(x, w.turned, bias) if known else NotImplemented
+    if not isinstance(w, Sum) or w.raw.dim() != 2 or isinstance(x, Sum):
+        return NotImplemented
+    return lora_linear(x, w.raw, bias, w.right, w.left, w.scale)
 
 
 def _grouped(x: Tensor, w: Sum, offs: Tensor, **other: Any) -> Any:

@@ -4,8 +4,9 @@
     backward   dx = dY Wᵀ,  dh = s·dY Vᵀ,  dV = hᵀ dY,  dU = xᵀ dh,  dx += dh Uᵀ
 
 The large products are the model's own. On a CPU the others are made an expert at a time, in place,
-so that r numbers a token are all there is more. On a GPU, where that would wait for the device to
-say whose the tokens are, they are products of the model's kind, in the dtype of x.
+so that r numbers a token are all there is more; where C can, by one call for all experts. On a GPU,
+where that would wait for the device to say whose the tokens are, they are products of the model's
+kind, in the dtype of x.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from peftlite.kernels import dispatch
 from peftlite.kernels.linear import differentiable, matrix
+from peftlite.kernels.native import experts
+from peftlite.kernels.native.experts import Each, Groups
 
 Rows = slice | int | Tensor
 
@@ -33,7 +36,7 @@ class Product(NamedTuple):
     """
 
     times: Callable[[Tensor, Tensor], Tensor]
-    groups: Callable[[], Sequence[tuple[int, Rows]]]
+    groups: Callable[[], Groups]
     ids: Tensor | None = None
 
     def taken(self, factors: Tensor) -> Tensor:
@@ -70,16 +73,63 @@ def reference(
 
 def _forward(
     product: Product, x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """y, and the scaled h of every expert that is hit."""
+) -> tuple[Tensor, Tensor]:
+    """y, and the scaled h of every expert that is hit, one after another."""
     wide = torch.promote_types(x.dtype, left.dtype)
-    ops, y, kept = dispatch.ops(x, wide), product.times(x, w), []
+    y, groups = product.times(x, w), product.groups()
     left, right = left.to(wide), right.to(wide)
-    for expert, rows in product.groups():
+    each = _each(groups, (x, y), left, right)
+    if each is not None:
+        h = each.shrink(x, left.mT, scale)
+        each.add(y, h, right)
+        return y, h
+    ops, kept = dispatch.ops(x, wide), []
+    for expert, rows in groups:
         h = ops.shrink(matrix(x[rows]), left[expert].mT, scale, 0.0, None)
         _add(ops, y, rows, h, right[expert])
         kept.append(h)
-    return y, kept
+    return y, torch.cat(kept) if kept else left.new_empty(0, left.shape[-1])
+
+
+def _backward(
+    groups: Groups,
+    dy: Tensor,
+    h: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scale: float,
+    x: Tensor | None,
+    dx: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """dU where there is x, and dV; dx has its part added where there is one."""
+    dleft, dright = (
+        torch.empty_like(f) if len(f) == len(groups) else torch.zeros_like(f) for f in (left, right)
+    )
+    each = _each(groups, [t for t in (dy, x, dx) if t is not None], left, right)
+    if each is not None:
+        dh = each.grad_b(dy, h, right, scale, dright)
+        if x is not None:
+            each.grad_a(x, dh, dleft.mT)
+        if dx is not None:
+            each.add(dx, dh, left.mT)
+        return None if x is None else dleft, dright
+    ops, first = dispatch.ops(dy, h.dtype), 0
+    for expert, rows in groups:
+        own = matrix(dy[rows])
+        dh, db = ops.grad_ab(own, h[first : first + len(own)], right[expert].mT, scale, 0.0)
+        dright[expert], first = db.mT, first + len(own)
+        if x is not None:
+            dleft[expert] = ops.grad_a(dh, matrix(x[rows]), 0.0, None).mT
+        if dx is not None:
+            _add(ops, dx, rows, dh, left[expert].mT)
+    return None if x is None else dleft, dright
+
+
+def _each(groups: Groups, rows: Sequence[Tensor], left: Tensor, right: Tensor) -> Each | None:
+    """C's way through all experts at once, where it knows what is there."""
+    native = dispatch.path_with(rows[0], left.dtype) == "native"
+    known = native and experts.fits(groups, rows, (left.mT, right))
+    return Each(groups, rows[0]) if known else None
 
 
 def _add(ops: Any, y: Tensor, rows: Rows, h: Tensor, up: Tensor) -> None:
@@ -103,15 +153,15 @@ class ExpertsLinear(torch.autograd.Function):
         right: Tensor,
         scale: float,
     ) -> Tensor:
-        y, kept = _forward(product, x, w, left, right, scale)
-        ctx.save_for_backward(x, w, left, right, *kept)
+        y, h = _forward(product, x, w, left, right, scale)
+        ctx.save_for_backward(x, w, left, right, h)
         ctx.product, ctx.scale = product, scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         product, needed = ctx.product, ctx.needs_input_grad[1:5]
-        x, w, left, right, *kept = ctx.saved_tensors
+        x, w, left, right, h = ctx.saved_tensors
         if torch.is_grad_enabled():
 
             def again(x: Tensor, w: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -120,15 +170,8 @@ class ExpertsLinear(torch.autograd.Function):
             found = differentiable(again, (x, w, left, right), needed, *grad_outputs)
             return None, *found, None
         dy = grad_outputs[0].contiguous()
-        wide = torch.promote_types(x.dtype, left.dtype)
-        ops, dx = dispatch.ops(x, wide), product.times(dy, w.mT) if needed[0] else None
-        dleft, dright = (torch.zeros_like(f, dtype=wide) for f in (left, right))
-        left, right = left.to(wide), right.to(wide)
-        for (expert, rows), h in zip(product.groups(), kept, strict=True):
-            dh, db = ops.grad_ab(matrix(dy[rows]), h, right[expert].mT, ctx.scale, 0.0)
-            dright[expert] = db.mT
-            if needed[2]:
-                dleft[expert] = ops.grad_a(dh, matrix(x[rows]), 0.0, None).mT
-            if dx is not None:
-                _add(ops, dx, rows, dh, left[expert].mT)
-        return None, dx, None, dleft if needed[2] else None, dright, None
+        dx = product.times(dy, w.mT) if needed[0] else None
+        factors = left.to(h.dtype), right.to(h.dtype)
+        known = x if needed[2] else None
+        dleft, dright = _backward(product.groups(), dy, h, *factors, ctx.scale, known, dx)
+        return None, dx, None, dleft, dright, None

@@ -21,10 +21,23 @@ def workspace(
     """
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    size, found = math.prod(shape) * dtype.itemsize, _kept.__dict__.get(purpose)
-    if found is None or len(found) < size:
-        with torch.inference_mode(False):  # whose tensors are not for use outside of it
-            found = torch.empty(size, dtype=torch.uint8, device="cpu")
-        if type(found) is Tensor:  # and not a fake of one
-            _kept.__dict__[purpose] = found
-    return found[:size].view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    return _memory(purpose, size)[0][:size].view(dtype).view(shape)
+
+
+def address(purpose: str, size: int) -> int:
+    """Where as many bytes are, on a CPU, for C."""
+    return _memory(purpose, size)[2]
+
+
+def _memory(purpose: str, size: int) -> tuple[Tensor, int, int]:
+    """Memory of that size at least, its size, and where it is."""
+    kept = _kept.__dict__.get(purpose)
+    if kept is not None and kept[1] >= size:
+        return kept
+    with torch.inference_mode(False):  # whose tensors are not for use outside of it
+        found = torch.empty(size, dtype=torch.uint8, device="cpu")
+    if type(found) is not Tensor:  # but a fake of one
+        return found, size, 0
+    _kept.__dict__[purpose] = kept = found, size, found.data_ptr()
+    return kept

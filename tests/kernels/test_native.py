@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import torch
 import peftlite as pl
 from peftlite import kernels
 from peftlite.kernels import lora_linear, reference
+from peftlite.kernels.experts import Product, experts_linear
 from peftlite.kernels.native import build, features, low_rank, mask, packed
 from peftlite.kernels.native.kernel import Kernel
 from peftlite.kernels.native.kernels import KERNELS
 from peftlite.quant import nf4, packing, rows
 from tests.kernels.against import assert_close, factors, run, truth
 
+SPANS = [(0, slice(0, 70)), (1, slice(70, 71)), (3, slice(71, 140))]
 SEED = torch.tensor(0x1234_5678_9ABC_DEF)
 VENDOR, FLAGS = features.vendor_and_flags()
 ASKED = os.environ.get("PEFTLITE_NATIVE", "1")
@@ -203,6 +206,45 @@ def test_zeros_are_put_where_the_mask_has_them(dtype: torch.dtype) -> None:
     if mask.drops(x):
         true = reference.keep(SEED, 73, 1101, 0.3)[3:]
         assert torch.equal(mask.drop(x, x, 3, 0.3, int(SEED.item())), true.to(dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["spans", "entries", "listed"])
+def test_every_expert_of_a_product_in_one_call(kind: str, threads: int, monkeypatch) -> None:
+    if not low_rank_runs():
+        return
+    e, i, o, r = 5, 96, 64, 20
+    w, left, right = (torch.randn(e, *shape) / 9 for shape in ((i, o), (r, i), (o, r)))
+    w, ids = w.bfloat16(), torch.tensor([0, 3, 0, 1, 3, 3, 1])  # and nothing for 2 and 4
+    ends = torch.tensor([70, 71, 71, 140, 140]).int()
+    product, tokens = {
+        "spans": (
+            Product(partial(torch.nn.functional.grouped_mm, offs=ends), lambda: SPANS),
+            (140,),
+        ),
+        "entries": (Product(torch.bmm, lambda: [(k, k) for k in range(e)]), (e, 33)),
+        "listed": (
+            Product(torch.bmm, lambda: [(k, (ids == k).nonzero()[:, 0]) for k in (0, 1, 3)], ids),
+            (len(ids), 3),
+        ),
+    }[kind]
+    x, dy = torch.randn(*tokens, i).bfloat16(), torch.randn(*tokens, o).bfloat16()
+    monkeypatch.setattr(low_rank, "shrink", None)  # which would take one after another
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    given = [t.requires_grad_() for t in (x, left, right)]
+    y = experts_linear(product, x, w[ids] if kind == "listed" else w, left.mT, right.mT, 1.5)
+    found = [y, *torch.autograd.grad(y, given, dy)]
+    torch.set_num_threads(before)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    formed = w.double() + 1.5 * (exact[1].mT @ exact[2].mT)
+    parts = [exact[0][own] @ formed[k] for k, own in product.groups()]
+    dys = [dy.double()[own] for _, own in product.groups()]
+    true = torch.autograd.grad(parts, exact, dys)
+    for (_, own), part in zip(product.groups(), parts, strict=True):
+        assert (y[own] - part).norm() < 4e-3 * part.norm()
+    for ours, theirs, bound in zip(found[1:], true, (4e-3, 1e-6, 1e-6), strict=True):
+        assert (ours - theirs).norm() < bound * theirs.norm()
 
 
 def test_of_tensors_that_lie_otherwise() -> None:

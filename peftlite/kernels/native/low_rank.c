@@ -36,6 +36,7 @@ enum {
 /* Rows of numbers in bf16, of which dropout keeps what its mask has; see kernels/reference.py. */
 struct Rows {
     bf16 *at;
+    const long *order; /* which rows they are, or NULL: all, from the first one on */
     long tokens, columns, stride;
     uint64_t seed;
     long threshold; /* in steps of 2⁻¹⁶; 0 is no dropout */
@@ -46,6 +47,10 @@ struct Factor {
     float *at;
     long by_rank, by_other; /* how far apart its numbers are */
 };
+
+INLINE bf16 *row_of(const struct Rows *x, long row) {
+    return x->at + (x->order ? x->order[row] : row) * x->stride;
+}
 
 INLINE long at_most(long a, long b) { return a < b ? a : b; }
 INLINE long parts_of(long whole, long part) { return (whole + part - 1) / part; }
@@ -75,6 +80,14 @@ INLINE __m512 picked(const float *from, long stride, long count) {
     if (stride == 1) return _mm512_maskz_loadu_ps(first_of(count), from);
     __m512i at = _mm512_mullo_epi32(each, _mm512_set1_epi32(stride));
     return _mm512_mask_i32gather_ps(zero, first_of(count), at, from, 4);
+}
+
+INLINE void put(float *to, long stride, __m512 v) {
+    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (stride == 1)
+        _mm512_storeu_ps(to, v);
+    else
+        _mm512_i32scatter_ps(to, _mm512_mullo_epi32(each, _mm512_set1_epi32(stride)), v, 4);
 }
 
 /* -- dropout: a word is hashed of the seed, the row and the pair of columns, whose mask it is */
@@ -121,23 +134,69 @@ struct Pass {
     float scale;
     struct Factor d;    /* or NULL */
     float *sums;        /* g's, of the tokens of a piece: [piece][group][column][even, odd][16][16] */
-    float *g;
+    struct Factor g;
     long groups, columns, chunk; /* of ranks; of 32; tokens of a piece */
 };
 
+/* 16 x 16 words, turned over. */
+INLINE void turned(const Tile from, Tile to) {
+    __m512i a[SIDE], b[SIDE];
+    for (int i = 0; i < SIDE; i++) a[i] = _mm512_load_si512(from[i]);
+    for (int i = 0; i < SIDE; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < SIDE; i += 4)
+        for (int k = 0; k < 2; k++) {
+            a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + k + 2]);
+            a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + k + 2]);
+        }
+    for (int k = 0; k < 4; k++) {
+        __m512i even = _mm512_shuffle_i32x4(a[k], a[k + 4], 0x88);
+        __m512i odd = _mm512_shuffle_i32x4(a[k], a[k + 4], 0xdd);
+        __m512i high_even = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0x88);
+        __m512i high_odd = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0xdd);
+        _mm512_store_si512(to[k], _mm512_shuffle_i32x4(even, high_even, 0x88));
+        _mm512_store_si512(to[k + 4], _mm512_shuffle_i32x4(odd, high_odd, 0x88));
+        _mm512_store_si512(to[k + 8], _mm512_shuffle_i32x4(even, high_even, 0xdd));
+        _mm512_store_si512(to[k + 12], _mm512_shuffle_i32x4(odd, high_odd, 0xdd));
+    }
+}
+
+/* 32 columns of 16 ranks in parts, of an A whose ranks are far apart. */
+static void split_rows(const float *at, long by_rank, long ranks, Tile *to) {
+    _Alignas(64) Tile parts[PARTS];
+    for (long r = 0; r < SIDE; r++) {
+        __m512 low = picked(at + r * by_rank, 1, r < ranks ? SIDE : 0);
+        __m512 high = picked(at + r * by_rank + SIDE, 1, r < ranks ? SIDE : 0);
+        for (int p = 0; p < PARTS; p++) {
+            const __m512i part = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            _mm512_store_si512(parts[p][r], part);
+            low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(part)));
+            high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64(part, 1)));
+        }
+    }
+    for (int p = 0; p < PARTS; p++) turned(parts[p], to[p]);
+}
+
 static void split_down(const struct Factor *a, long rank, long groups, long columns, Tile *to) {
     for (long group = 0; group < groups; group++)
-        for (long c = 0; c < columns; c++, to += PARTS)
-            for (long k = 0; k < SIDE; k++) {
-                const float *at = a->at + group * SIDE * a->by_rank;
-                at += (c * COLUMNS + 2 * k) * a->by_other;
-                __m512 even = picked(at, a->by_rank, rank - group * SIDE);
-                __m512 odd = picked(at + a->by_other, a->by_rank, rank - group * SIDE);
+        for (long c = 0; c < columns; c++, to += PARTS) {
+            const float *at = a->at + group * SIDE * a->by_rank + c * COLUMNS * a->by_other;
+            const long ranks = rank - group * SIDE;
+            if (a->by_other == 1) {
+                split_rows(at, a->by_rank, ranks, to);
+                continue;
+            }
+            for (long k = 0; k < SIDE; k++, at += 2 * a->by_other) {
+                __m512 even = picked(at, a->by_rank, ranks);
+                __m512 odd = picked(at + a->by_other, a->by_rank, ranks);
                 for (int p = 0; p < PARTS; p++) {
                     __m512i first = taken(&even), second = taken(&odd);
                     _mm512_store_si512(to[p][k], paired(first, second));
                 }
             }
+        }
 }
 
 /* dᵀ of some tokens in parts, with zeros after its numbers, and before them. */
@@ -163,7 +222,7 @@ static void stage(const struct Rows *x, long first, long count, long column, __m
     for (long i = 0; i < SIDE; i++) {
         __m512i v = _mm512_setzero_si512();
         if (i < count) {
-            v = _mm512_loadu_si512(x->at + (first + i) * x->stride + column);
+            v = _mm512_loadu_si512(row_of(x, first + i) + column);
             if (x->threshold) v = _mm512_maskz_mov_epi16(kept(x, of_row(x, first + i), pairs), v);
         }
         _mm512_store_si512(to[i], v);
@@ -171,12 +230,14 @@ static void stage(const struct Rows *x, long first, long count, long column, __m
 }
 
 #define DOWN(i) \
-    _tile_loadd(6, x[i], stride); \
-    _tile_dpbf16ps(i, 6, 7);
+    if (i < tiles) { \
+        _tile_loadd(6, x[i], stride); \
+        _tile_dpbf16ps(i, 6, 7); \
+    }
 
 #define ACROSS(i) \
-    _tile_loadd(6, x[i], stride); \
-    for (int p = 0; p < PARTS; p++) { \
+    if (i < tiles) _tile_loadd(6, x[i], stride); \
+    for (int p = 0; i < tiles && p < PARTS; p++) { \
         _tile_loadd(7, d[i][p][0], STRIDE); \
         _tile_dpbf16ps(4, 7, 6); \
         _tile_loadd(7, d[i][p][1], STRIDE); \
@@ -188,14 +249,15 @@ static void block(const struct Pass *job, long first, long tokens, long group, f
                   int fresh) {
     _Alignas(64) Tile d[BLOCK / SIDE][PARTS][2], staged[BLOCK / SIDE], h[BLOCK / SIDE];
     const struct Rows *rows = &job->x;
-    const int direct = tokens == BLOCK && !rows->threshold;
+    const int direct = tokens % SIDE == 0 && !rows->threshold && !rows->order;
+    const long tiles = parts_of(tokens, SIDE);
     const void *x[BLOCK / SIDE];
     const long stride = direct ? rows->stride * 2 : STRIDE;
     if (job->d.at) split_across(job, first, tokens, group, d);
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long c = 0; c < job->columns; c++) {
         __m512i pairs = rows->threshold ? of_pairs(rows, c * COLUMNS) : _mm512_setzero_si512();
-        for (long i = 0; i < BLOCK / SIDE; i++) {
+        for (long i = 0; i < tiles; i++) {
             long token = first + i * SIDE;
             x[i] = direct ? (void *)(rows->at + token * rows->stride + c * COLUMNS) : staged[i];
             if (!direct) stage(rows, token, tokens - i * SIDE, c * COLUMNS, pairs, staged[i]);
@@ -257,18 +319,18 @@ static void add_up(const void *arg, long c) {
             even = _mm512_add_ps(even, _mm512_load_ps(job->sums + at));
             odd = _mm512_add_ps(odd, _mm512_load_ps(job->sums + at + 256));
         }
-        float *to = job->g + r * job->x.columns + c * COLUMNS;
-        _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
-        _mm512_storeu_ps(to + SIDE, _mm512_permutex2var_ps(even, high, odd));
+        float *to = job->g.at + r * job->g.by_rank + c * COLUMNS * job->g.by_other;
+        put(to, job->g.by_other, _mm512_permutex2var_ps(even, low, odd));
+        put(to + SIDE * job->g.by_other, job->g.by_other, _mm512_permutex2var_ps(even, high, odd));
     }
 }
 
-/* h where A is given, and g where d is; both are contiguous. In the room are A's parts, then g's sums of
-   each chunk of tokens. */
+/* h, contiguous, where A is given, and g where d is. In the room are A's parts, then g's sums of each
+   chunk of tokens. */
 void reduce(const struct Rows *x, long rank, const struct Factor *a, float *h, float scale,
-            const struct Factor *d, float *g, long chunk, Tile *room, int threads) {
+            const struct Factor *d, const struct Factor *g, long chunk, Tile *room, int threads) {
     const long groups = parts_of(rank, SIDE), columns = x->columns / COLUMNS;
-    struct Pass job = {*x, rank, NULL, h, scale, {0}, NULL, g, groups, columns, chunk};
+    struct Pass job = {*x, rank, NULL, h, scale, {0}, NULL, {0}, groups, columns, chunk};
     if (a) {
         split_down(a, rank, groups, columns, room);
         job.a = room;
@@ -276,6 +338,7 @@ void reduce(const struct Rows *x, long rank, const struct Factor *a, float *h, f
     }
     if (d) {
         job.d = *d;
+        job.g = *g;
         job.sums = (float *)room;
     }
     share(pass_piece, &job, parts_of(x->tokens, chunk), threads);
@@ -321,7 +384,7 @@ static void split_h(const struct Up *job, long first, long count, long group, Ti
 /* 32 columns of a row of y. */
 INLINE void add_row(const struct Rows *y, long row, long column, __m512i pairs, const float *low,
                     const float *high) {
-    bf16 *to = y->at + row * y->stride + column;
+    bf16 *to = row_of(y, row) + column;
     const __m512i was = _mm512_loadu_si512(to);
     const __mmask32 keep = y->threshold ? kept(y, of_row(y, row), pairs) : ~0u;
     __m512 first = widened(_mm512_castsi512_si256(was));
@@ -372,4 +435,77 @@ void expand(const struct Rows *y, long rank, const struct Factor *h, const struc
     split_up(u, rank, groups, y->columns, room);
     struct Up job = {*y, *h, rank, groups, room};
     share(up_piece, &job, parts_of(y->tokens, ROWS), threads);
+}
+
+/* -- of many experts at once, whose rows follow one another in h */
+
+struct Stack {
+    float *at;
+    long by_expert, by_rank, by_other;
+};
+
+struct Own {
+    long expert, at, first, tokens; /* in which entry of x its rows begin, and which they are of h */
+};
+
+struct Experts {
+    struct Rows rows;
+    long leading, rank; /* how far apart entries are */
+    const struct Own *each;
+    struct Stack a, g;
+    float *h, scale;
+    struct Factor d;
+    Tile *room;
+    long tiles; /* of a worker's room */
+};
+
+static struct Factor matrix_of(const struct Stack *of, long expert) {
+    struct Factor found = {of->at, of->by_rank, of->by_other};
+    if (found.at) found.at += expert * of->by_expert;
+    return found;
+}
+
+static struct Rows rows_of(const struct Experts *job, const struct Own *own) {
+    struct Rows found = job->rows;
+    found.at += own->at * job->leading;
+    found.tokens = own->tokens;
+    if (found.order) found.order += own->first;
+    return found;
+}
+
+static void reduce_own(const void *arg, long k) {
+    const struct Experts *job = arg;
+    const struct Own *own = job->each + k;
+    struct Rows x = rows_of(job, own);
+    struct Factor a = matrix_of(&job->a, own->expert), g = matrix_of(&job->g, own->expert), d = job->d;
+    if (d.at) d.at += own->first * d.by_other;
+    reduce(&x, job->rank, a.at ? &a : NULL, a.at ? job->h + own->first * job->rank : NULL, job->scale,
+           d.at ? &d : NULL, &g, own->tokens, job->room + worker * job->tiles, 1);
+}
+
+void reduce_each(const struct Rows *x, long leading, long rank, const struct Stack *a, float *h,
+                 float scale, const struct Factor *d, const struct Stack *g, const struct Own *each,
+                 long experts, Tile *room, long tiles, int threads) {
+    struct Experts job = {.rows = *x, .leading = leading, .rank = rank, .each = each};
+    if (a) job.a = *a;
+    if (d) job.d = *d, job.g = *g;
+    job.h = h, job.scale = scale, job.room = room, job.tiles = tiles;
+    share(reduce_own, &job, experts, threads);
+}
+
+static void expand_own(const void *arg, long k) {
+    const struct Experts *job = arg;
+    const struct Own *own = job->each + k;
+    struct Rows y = rows_of(job, own);
+    struct Factor h = job->d, u = matrix_of(&job->a, own->expert);
+    h.at += own->first * h.by_other;
+    expand(&y, job->rank, &h, &u, job->room + worker * job->tiles, 1);
+}
+
+void expand_each(const struct Rows *y, long leading, long rank, const struct Factor *h,
+                 const struct Stack *u, const struct Own *each, long experts, Tile *room, long tiles,
+                 int threads) {
+    struct Experts job = {.rows = *y, .leading = leading, .rank = rank, .each = each};
+    job.a = *u, job.d = *h, job.room = room, job.tiles = tiles;
+    share(expand_own, &job, experts, threads);
 }

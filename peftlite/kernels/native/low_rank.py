@@ -15,24 +15,25 @@ from torch import Tensor
 
 from peftlite.kernels import reference, torch_ops
 from peftlite.kernels.native.kernel import Kernel, is_memory, pointer, threads
-from peftlite.kernels.workspace import workspace
+from peftlite.kernels.workspace import address
 
-_SIDE, _COLUMNS, _PARTS, _BLOCK, _RANK = 16, 32, 3, 64, 64  # as in C
+SIDE, COLUMNS, _PARTS, _BLOCK, RANK = 16, 32, 3, 64, 64  # as in C
 _TILE = 1024  # bytes
 
 
-class _Rows(ctypes.Structure):
+class Rows(ctypes.Structure):
     """`struct Rows`."""
 
     _fields_ = [
         ("at", c_void_p),
+        ("order", c_void_p),
         *((name, c_long) for name in ("tokens", "columns", "stride")),
         ("seed", c_uint64),
         ("threshold", c_long),
     ]
 
 
-class _Factor(ctypes.Structure):
+class Factor(ctypes.Structure):
     """`struct Factor`."""
 
     _fields_ = [("at", c_void_p), ("by_rank", c_long), ("by_other", c_long)]
@@ -40,7 +41,7 @@ class _Factor(ctypes.Structure):
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     """h = s·drop(x) Aᵀ, (t, r)."""
-    if not _fits(x, a):
+    if not _fits(x, a.shape[0], a):
         return torch_ops.shrink(x, a, scale, dropout, seed)
     return _reduce(KERNEL.lib, x, a, None, reference.scaled(scale, dropout), dropout, seed)[0]
 
@@ -49,7 +50,7 @@ def grad_ab(
     dy: Tensor, h: Tensor, b: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """dh (t, r) = s·dY B and dB (o, r) = dYᵀ h, for an h that is scaled."""
-    if not _fits(dy, b.t(), h.t()):
+    if not _fits(dy, h.shape[1], b, h):
         return torch_ops.grad_ab(dy, h, b, scale, dropout)
     dh, g = _reduce(KERNEL.lib, dy, b.t(), h.t(), reference.scaled(scale, dropout), 0.0, None)
     return dh, g.t()
@@ -57,14 +58,14 @@ def grad_ab(
 
 def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """dA = dhᵀ drop(x), for a dh that is scaled."""
-    if not _fits(x, dh.t()):
+    if not _fits(x, dh.shape[1], dh):
         return torch_ops.grad_a(dh, x, dropout, seed)
     return _reduce(KERNEL.lib, x, None, dh.t(), 1.0, dropout, seed)[1]
 
 
 def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
-    if not _fits(y, up, h.t()):
+    if not _fits(y, up.shape[0], up, h):
         return torch_ops.add(y, h, up, dropout, seed)
     _expand(KERNEL.lib, y, h.t(), up, dropout, seed)
     return y
@@ -74,14 +75,15 @@ product = partial(torch_ops.product, into=add)
 expand = partial(torch_ops.expand, into=add)
 
 
-def _fits(rows: Tensor, *factors: Tensor) -> bool:
-    """Whether rows are in bf16, of columns by the 32, and factors (r, n) in fp32, of few ranks."""
+def _fits(rows: Tensor, rank: int, *factors: Tensor) -> bool:
+    """Whether rows are in bf16, of columns by the 32, and factors in fp32, of few ranks."""
     return (
         rows.dtype is torch.bfloat16
-        and rows.shape[1] % _COLUMNS == 0
-        and rows.numel() > 0
+        and rows.shape[1] % COLUMNS == 0
+        and rows.shape[0] * rows.shape[1] > 0
         and rows.stride(1) == 1
-        and all(f.dtype is torch.float32 and 0 < len(f) <= _RANK for f in factors)
+        and 0 < rank <= RANK
+        and factors[0].dtype is factors[-1].dtype is torch.float32
         and is_memory(rows, *factors)
         and KERNEL.ready()
     )
@@ -91,19 +93,23 @@ def _reduce(
     lib: Any,
     x: Tensor,
     a: Tensor | None,
-    d: Tensor | None,
+    d: Any,
     scale: float,
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Any, Any]:
     """s·drop(x) Aᵀ (t, r) where A (r, i) is given, and dᵀ drop(x) (r, i) where dᵀ (r, t) is."""
-    (tokens, columns), rank = x.shape, len(next(f for f in (a, d) if f is not None))
-    h = None if a is None else a.new_empty(tokens, rank)
-    g = None if d is None else d.new_empty(rank, columns)
+    (tokens, columns), rank, float32 = x.shape, (d if a is None else a).shape[0], torch.float32
+    h = None if a is None else torch.empty(tokens, rank, dtype=float32, device="cpu")
+    g = None
+    if a is None:
+        g = torch.empty(rank, columns, dtype=float32, device="cpu")
+    elif d is not None:  # turned, as B is
+        g = torch.empty(columns, rank, dtype=float32, device="cpu").t()
     # the sums of g are kept for each chunk of tokens: so chunks are few, for any number of threads
     chunk = _BLOCK if d is None else max(4, -(-tokens // (16 * _BLOCK))) * _BLOCK
-    of_g = 0 if d is None else 2 * -(-tokens // chunk)
-    room = _room((of_g + (0 if a is None else _PARTS)) * -(-rank // _SIDE) * columns // _COLUMNS)
+    pieces = 0 if d is None else -(-tokens // chunk)
+    room = room_of(tiles(rank, columns, pieces, a is not None))
     lib.reduce(
         _rows(x, dropout, seed),
         c_long(rank),
@@ -111,9 +117,9 @@ def _reduce(
         pointer(h),
         c_float(scale),
         _factor(d),
-        pointer(g),
+        _factor(g),
         c_long(chunk),
-        pointer(room),
+        room,
         c_int(threads()),
     )
     return h, g
@@ -123,26 +129,32 @@ def _expand(
     lib: Any, y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None
 ) -> None:
     """y (t, o) += drop(h U), for hᵀ (r, t) and U (r, o)."""
-    room = _room(-(-len(up) // _SIDE) * y.shape[1] // _SIDE)
-    factors = (c_long(len(up)), _factor(h), _factor(up))
-    lib.expand(_rows(y, dropout, seed), *factors, pointer(room), c_int(threads()))
+    rank = up.shape[0]
+    room = room_of(-(-rank // SIDE) * y.shape[1] // SIDE)
+    factors = c_long(rank), _factor(h), _factor(up)
+    lib.expand(_rows(y, dropout, seed), *factors, room, c_int(threads()))
 
 
-def _room(tiles: int) -> Tensor:
-    return workspace("tiles", (tiles * _TILE,), torch.uint8)
+def tiles(rank: int, columns: int, pieces: int, down: bool) -> int:
+    """Those of A's parts, and of g's sums of some chunks of tokens."""
+    return -(-rank // SIDE) * (columns // COLUMNS) * (2 * pieces + (_PARTS if down else 0))
+
+
+def room_of(tiles: int) -> c_void_p:
+    return c_void_p(address("tiles", tiles * _TILE))
 
 
 def _factor(factor: Tensor | None) -> Any:
     if factor is None:
         return None
-    return ctypes.byref(_Factor(factor.data_ptr(), *factor.stride()))
+    return ctypes.byref(Factor(factor.data_ptr(), *factor.stride()))
 
 
 def _rows(x: Tensor, dropout: float, seed: Tensor | None) -> Any:
     number, threshold = 0, 0
     if dropout and seed is not None:
         number, threshold = int(seed.item()), reference.threshold(dropout)
-    return ctypes.byref(_Rows(x.data_ptr(), *x.shape, x.stride(0), number, threshold))
+    return ctypes.byref(Rows(x.data_ptr(), None, *x.shape, x.stride(0), number, threshold))
 
 
 def _agrees(lib: Any) -> bool:

@@ -1,0 +1,106 @@
+"""The operations of `kernels/experts.py` by low_rank.c: every expert of a product in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref, c_float, c_int, c_long, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlite.kernels.native import low_rank
+from peftlite.kernels.native.kernel import is_memory, pointer, threads
+from peftlite.kernels.native.low_rank import COLUMNS, KERNEL, RANK, SIDE, Factor, Rows
+
+Groups = Sequence[tuple[int, slice | int | Tensor]]
+
+
+class _Stack(ctypes.Structure):
+    """`struct Stack`."""
+
+    _fields_ = [("at", c_void_p), *((by, c_long) for by in ("expert", "rank", "other"))]
+
+
+class Each:
+    """Every expert's own rows, as C has them: entries of x one after another, one, or some."""
+
+    def __init__(self, groups: Groups, x: Tensor):
+        table, order = list[int](), list[Tensor]()
+        self.tokens, self.experts = 0, len(groups)
+        for expert, rows in groups:
+            at, count = 0, 1 if x.dim() == 2 else x.shape[1]
+            if isinstance(rows, slice):
+                at, count = rows.start, rows.stop - rows.start
+            elif isinstance(rows, int):
+                at = rows
+            else:
+                order.append((rows[:, None] * count + torch.arange(count)).flatten())
+                count = len(order[-1])
+            table += expert, at, self.tokens, count
+            self.tokens += count
+        self.own = torch.tensor(table, dtype=torch.int64)
+        self.order = torch.cat(order) if order else None
+
+    def shrink(self, x: Tensor, a: Tensor, scale: float) -> Tensor:
+        """h (t, r) = s·x Aᵀ, for the A (r, i) of the expert of each token."""
+        return self._reduce(x, a, None, None, scale)
+
+    def grad_b(self, dy: Tensor, h: Tensor, up: Tensor, scale: float, g: Tensor) -> Tensor:
+        """dh (t, r) = s·dY Uᵀ, and hᵀ dY into g (e, r, o)."""
+        return self._reduce(dy, up, h, g, scale)
+
+    def grad_a(self, x: Tensor, dh: Tensor, g: Tensor) -> None:
+        """dhᵀ x into g (e, r, i)."""
+        self._reduce(x, None, dh, g, 1.0)
+
+    def add(self, y: Tensor, h: Tensor, up: Tensor) -> None:
+        """y += h U, in place."""
+        room = self._room(-(-up.shape[1] // SIDE) * y.shape[-1] // SIDE)
+        KERNEL.lib.expand_each(*self._rows(y), c_long(up.shape[1]), _factor(h), _stack(up), *room)
+
+    def _reduce(
+        self, x: Tensor, a: Tensor | None, d: Tensor | None, g: Tensor | None, scale: float
+    ) -> Any:
+        columns, rank = x.shape[-1], next(f for f in (g, a) if f is not None).shape[1]
+        h = None if a is None else a.new_empty(self.tokens, rank)
+        room = self._room(low_rank.tiles(rank, columns, d is not None, a is not None))
+        to = c_long(rank), _stack(a), pointer(h), c_float(scale), _factor(d), _stack(g)
+        KERNEL.lib.reduce_each(*self._rows(x), *to, *room)
+        return h
+
+    def _rows(self, x: Tensor) -> tuple[Any, ...]:
+        order, i = self.order, x.shape[-1]
+        at = None if order is None else order.data_ptr()
+        stride = x.stride(-2) if order is None else i
+        return byref(Rows(x.data_ptr(), at, 0, i, stride, 0, 0)), c_long(x.stride(0))
+
+    def _room(self, tiles: int) -> tuple[Any, ...]:
+        count = threads()
+        room = low_rank.room_of(count * tiles)
+        return pointer(self.own), c_long(self.experts), room, c_long(tiles), c_int(count)
+
+
+def fits(groups: Groups, rows: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
+    """Whether rows are in bf16, of columns by the 32; factors (e, r, n) in fp32, of few ranks."""
+    return (
+        bool(groups)
+        and all(_fits(x, groups[0][1]) for x in rows)
+        and all(f.dtype is torch.float32 and 0 < f.shape[1] <= RANK for f in factors)
+        and is_memory(*rows, *factors)
+        and KERNEL.ready()
+    )
+
+
+def _fits(x: Tensor, listed: slice | int | Tensor) -> bool:
+    lies = x.is_contiguous() if isinstance(listed, Tensor) else x.stride(-1) == 1
+    return x.dtype is torch.bfloat16 and lies and x.shape[-1] % COLUMNS == 0 and x.numel() > 0
+
+
+def _factor(h: Tensor | None) -> Any:
+    return None if h is None else byref(Factor(h.data_ptr(), h.stride(1), h.stride(0)))
+
+
+def _stack(factors: Tensor | None) -> Any:
+    return None if factors is None else byref(_Stack(factors.data_ptr(), *factors.stride()))

@@ -97,7 +97,7 @@ TABLES = {
             "unpack": "1 thread, dequantise, {}",
             **{
                 f"{step} tokens{lora}, over bf16's": f"1 thread, {step}{lora}, {{}}"
-                for step in ("step of 16", "step of 512", "step of 1024")
+                for step in ("step of 16", "step of 64", "step of 512", "step of 1024")
                 for lora in ("", " with LoRA")
             },
             "one token, over bf16's": "1 thread, one token, {}",

@@ -95,6 +95,28 @@ def placed() -> nn.Module:
     return model
 
 
+def encoding() -> nn.Module:
+    model: Any = two()
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    return model
+
+
+class Classifier(nn.Module):
+    """One number for each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.table(input_ids).sum((1, 2))
+
+
+def classifying() -> nn.Module:
+    pl.attach(model := Classifier(), pl.LoRA(rank=2, targets="table"), "sql")
+    return model
+
+
 class Lines(pl.data.ByteTokenizer):
     end = (1,)
     pad = 0
@@ -186,6 +208,11 @@ CASES = [
        "divergence='forward_kl' has no meaning there: leave it out"),
     on(lambda: pl.losses.dpo("hinge", label_smoothing=0.1), "label_smoothing is a part of sigmoid, "
        "exo_pair, robust, aot, aot_unpaired, and not of hinge: leave it out"),
+    on(lambda: pl.losses.cpo("hinge", label_smoothing=0.1), "label_smoothing is a part of sigmoid, "
+       "simpo, and not of hinge: leave it out"),
+    *(on(lambda kind=kind: pl.losses.dpo(kind), "kind is a name, or a dict of several with their "
+         f'weights, such as {{"sigmoid": 0.8, "sft": 1.0}}: not {kind!r}')
+      for kind in (None, {}, ["sigmoid"], {"sft": "x"}, {"sft": float("nan")})),
     on(lambda: pl.losses.dpo("exo_pair"), "exo_pair divides by label_smoothing: give one, such as "
        "1e-3"),
     on(lambda: pl.losses.grpo("best"), "no kind 'best': there are grpo, sapo, bnpo, dapo, cispo, "
@@ -199,6 +226,20 @@ CASES = [
     Case(measuring(pl.losses.dpo(), ratings), "this loss takes pairs, the rows of those chosen "
          "before those rejected: read them by pl.data.preference; for single answers there is "
          "pl.losses.kto", model=two),
+    *(Case(measuring(loss, pairs), "this loss goes by sampled answers, and the batch has no "
+           f"{name} of any: pl.GRPO and pl.PPO sample and reward them; for pairs there is "
+           "pl.losses.dpo",
+           model=two)
+      for loss, name in ((pl.losses.grpo(), "'advantages'"), (pl.losses.rloo(), "'advantages'"),
+                         (pl.losses.ppo(), "'returns'"))),
+    Case(measuring(pl.losses.dpo(reference="chat"), pairs), "the reference, 'chat', is the policy "
+         "itself, so nothing can be learned: name a frozen delta, or None for the base", model=two),
+    Case(measuring(pl.losses.orpo(), pairs), "a loss of preferences takes prompts and answers as "
+         "one text, and this model reads the one by an encoder and writes the other by a decoder: "
+         "take a causal language model", model=encoding),
+    Case(measuring(pl.losses.orpo(), pairs), "a loss of preferences goes by the logits of every "
+         "token, and this model gives (4,) for ids (4, 3): take one that has the head of a "
+         "language model", model=classifying),
     Case(measuring(pl.losses.kto(), pairs), "kto takes answers with a rating each: read them by "
          "pl.data.ratings", model=two),
     Case(measuring(pl.losses.causal_lm, pairs), "the batch has answers that are not all to be "

@@ -10,6 +10,7 @@ deltas off, or a frozen delta: both go through one forward, as rows. Nothing is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_fields, number, one_of, positive
 from peftlite.spelling import Spelled
+from peftlite.table import short
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.data.padding import collate
 from peftlite.train.modes import without_dropout
@@ -114,6 +116,7 @@ class dpo(Preference):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_weights(self.kind)
         for kind in self.weights:
             if kind not in pairs.DPO:
                 raise PeftliteError(f"no kind {kind!r}: there are {', '.join(pairs.DPO)}")
@@ -169,6 +172,19 @@ class dpo(Preference):
             **compared(self.beta * found.ratios),
             "chosen_reward": self.beta * found.ratios[0].mean().detach(),
         }
+
+
+def _check_weights(kind: Any) -> None:
+    """Raises PeftliteError unless it is a name, or names with weights."""
+    given = {kind: 1.0} if isinstance(kind, str) else kind
+    weighted = isinstance(given, Mapping) and all(
+        isinstance(w, int | float) and math.isfinite(w) for w in given.values()
+    )
+    if not given or not weighted:
+        raise PeftliteError(
+            'kind is a name, or a dict of several with their weights, such as {"sigmoid": 0.8, '
+            f'"sft": 1.0}}: not {short(kind)}'
+        )
 
 
 def desensitised(mask: Tensor, lengths: Tensor, alpha: float) -> Tensor:
@@ -329,6 +345,14 @@ class cpo(Preference):
     nll: float = number(1.0, float, lambda x: x >= 0, "0 or above")
     alpha: float = number(0.0, float, lambda x: x == x, "a number")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_smoothing and self.kind not in pairs.CPO_SMOOTHED:
+            raise PeftliteError(
+                f"label_smoothing is a part of {', '.join(pairs.CPO_SMOOTHED)}, and not of "
+                f"{self.kind}: leave it out"
+            )
+
     def of(self, logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The losses (b) of pairs, and the mean −log π of a token that was chosen, a scalar.
 
@@ -467,9 +491,9 @@ class grpo(Preference):
     def _measure(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """The loss, and what was sampled: KL, entropy, and how many tokens have r out of bounds."""
         reference = self.reference if self.beta and "reference" not in batch else False
+        advantages = of_rollout(batch, "advantages")
         told = tell(model, batch, reference, self.temperature, self.entropy > 0)
         old = told.logps.detach() if "old" not in batch else batch["old"][:, 1:].to(told.logps)
-        advantages = batch["advantages"]
         a = advantages[:, 1:] if advantages.dim() == 2 else advantages
         loss = self.of(told.logps, old, a, told.mask, told.reference)
         if self.entropy:
@@ -481,6 +505,16 @@ class grpo(Preference):
             **sampled(told, old, self.low, self.high or self.low),
             **({"kl": away(told)} if self.beta or "reference" in batch else {}),
         }
+
+
+def of_rollout(batch: Mapping[str, Tensor], name: str) -> Tensor:
+    """What a batch of sampled answers has. Raises PeftliteError for one of another kind."""
+    if name not in batch:
+        raise PeftliteError(
+            f"this loss goes by sampled answers, and the batch has no {name!r} of any: pl.GRPO and "
+            "pl.PPO sample and reward them; for pairs there is pl.losses.dpo"
+        )
+    return batch[name]
 
 
 def sampled(told: Told, old: Tensor, low: float, high: float) -> dict[str, Tensor]:
@@ -539,9 +573,10 @@ class rloo(Preference):
 
     def _measure(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """The loss, and what was sampled, as of `grpo`."""
+        advantages = of_rollout(batch, "advantages")
         told = tell(model, batch, False, self.temperature)
         old = told.logps.detach() if "old" not in batch else batch["old"][:, 1:].to(told.logps)
-        losses = self.of(told.logps, old, batch["advantages"], told.mask)
+        losses = self.of(told.logps, old, advantages, told.mask)
         seen = sampled(told, old, self.low, self.high or self.low)
         seen |= {"kl": away(told)} if "reference" in batch else {}
         return {"loss": losses.mean(), "count": len(losses), **seen}
@@ -597,11 +632,12 @@ class ppo(Preference):
 
     def _measure(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """The loss, and what was sampled, as of `grpo`; and how far V is from R."""
+        of_rollout(batch, "returns")
         told = tell(model, batch, False, self.temperature)
         with using(model, self.value):
             values = scalars(model, batch)[:, :-1]
         old, advantages, before, returns = (
-            batch[name][:, 1:] for name in ("old", "advantages", "values", "returns")
+            of_rollout(batch, name)[:, 1:] for name in ("old", "advantages", "values", "returns")
         )
         loss = self.of(told.logps, old, advantages, told.mask, values, before, returns)
         far = clipped.masked_mean((values.detach() - returns) ** 2, told.mask)

@@ -211,6 +211,8 @@ CPO: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "simpo": lambda z, o: smoothed(o.beta * z - o.gamma, o.label_smoothing),
 }
 """CPO, Xu et al., arXiv:2401.08417, eq. 3; SimPO, Meng et al., arXiv:2405.14734."""
+CPO_SMOOTHED = ("sigmoid", "simpo")
+"""Those that label smoothing is a part of."""
 MEANS = ("ipo", "simpo")
 """Those that go by the mean log π of a token, not by the sum."""
 

@@ -17,7 +17,7 @@ from peftlite.core.site import output_head
 from peftlite.core.tensors import is_sharded
 from peftlite.errors import PeftliteError
 from peftlite.kernels import log_probs
-from peftlite.table import short
+from peftlite.table import listed, short
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.outputs import logits_of, takes
 from peftlite.verbs.use import Choosable, using
@@ -70,6 +70,11 @@ def tell(
         reference: the deltas that make π₀, None for the base; False for none.
     """
     check_batch(batch)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PeftliteError(
+            "a loss of preferences takes prompts and answers as one text, and this model reads the "
+            "one by an encoder and writes the other by a decoder: take a causal language model"
+        )
     roles: list[Names | None] = [None]  # as it is chosen now
     if reference not in (None, False) and "reference" in batch:
         raise PeftliteError(
@@ -78,6 +83,11 @@ def tell(
         )
     if reference is not False and "reference" not in batch:
         roles = [current(model), tuple(chosen(model, reference))]
+        if reference is not None and roles[0] == roles[1]:
+            raise PeftliteError(
+                f"the reference, {listed(map(repr, roles[1] or ()))}, is the policy itself, so "
+                "nothing can be learned: name a frozen delta, or None for the base"
+            )
     labels = batch["labels"][:, 1:]
     found = [
         of_labels(labels, temperature, entropy_gradient)
@@ -163,6 +173,12 @@ def _by_role(
     head = _head(model, batch)
     with _as_rows(model, roles, b), _headless(head):
         given = logits_of(model, inputs)
+    if given.dim() != 3 or given.shape[:2] != inputs["input_ids"].shape:
+        raise PeftliteError(
+            f"a loss of preferences goes by the logits of every token, and this model gives "
+            f"{tuple(given.shape)} for ids {tuple(inputs['input_ids'].shape)}: take one that has "
+            "the head of a language model"
+        )
     for role, h in zip(roles, given.split(b), strict=True):
         with _as_rows(model, [role], b):
             yield lambda labels, *options, h=h: _of(h[:, :-1], head or _as_it_is, labels, *options)

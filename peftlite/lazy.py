@@ -90,10 +90,11 @@ def _written(
 ) -> list[Any]:
     """What of a kind `func` writes into, or hands out the storage of, to be written."""
     name = func.__name__
-    first = args[0] if args else None
+    first = next(iter((*args, *kwargs.values())), None)  # `nn.init` is called by keywords alone
     if name in ("__set__", "__delete__") or func == _T.data.__get__:
         return [first]
     given = [kwargs.get("out")]
-    if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if in_place or kwargs.get("inplace") is True:
         given += first if isinstance(first, list) else [first]
     return [one for one in given if isinstance(one, kind)]

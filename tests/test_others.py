@@ -79,6 +79,24 @@ def test_methods_attach(name: str, method: str) -> None:
 
 
 @each_layer
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_are_of_any_dtype(name: str, method: str) -> None:
+    """Codes without a bias don't tell the model's dtype, so W is in the inputs'."""
+    model, x = build(name)[:1], torch.randn(3, 64).bfloat16()
+    if method == "adapter" and not isinstance(model[0], nn.Linear):
+        return
+    for kept in (model[0]._parameters, model[0]._buffers):
+        if "bias" in kept:
+            kept["bias"] = None
+    w = raw(model[0], "weight").form().bfloat16()
+    delta = pl.attach(model, METHODS[method], "a")
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, nn.functional.linear(x, w), rtol=2e-2, atol=0.2)
+    assert all(p.grad is not None for p in delta.parameters())
+
+
+@each_layer
 def test_files_know_its_bytes(name: str, tmp_path: Path) -> None:
     model, x = build(name), torch.randn(3, 64)
     disturb(pl.attach(model, METHODS["LoRA"], "a"))

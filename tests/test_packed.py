@@ -134,6 +134,14 @@ def test_fp8_is_read_as_torch_casts_it() -> None:
     assert torch.equal(formed, codes.view(torch.float8_e4m3fn).float())
 
 
+def test_no_part_is_a_view_and_all_are_finite() -> None:
+    """safetensors refuses views in `load_model`, as accelerate calls it."""
+    for w in (torch.randn(64, 64), torch.full((64, 64), 3e38)):
+        packing, parts = pack(w, "nf4")
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in parts.values())
+        assert packing.unpack(parts).isfinite().all()
+
+
 def test_bytes_of_a_weight() -> None:
     model = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 2))
     before, after = pl.quantize(model).nbytes

@@ -47,6 +47,26 @@ def test_a_packed_checkpoint_fills_a_plain_model(build: Any) -> None:
     assert all(p.grad is not None for p in delta.parameters())
 
 
+def test_a_tied_head_is_tied_again_where_the_model_was_built_without_numbers(
+    tmp_path: Path,
+) -> None:
+    """`init_empty_weights` makes a parameter of each place, and the file has the tied one once."""
+    from accelerate import init_empty_weights
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=16, tie_word_embeddings=True, **heads, **sizes)
+    model = Qwen2ForCausalLM(config).eval()
+    pl.quantize(model, "nf4")
+    model.save_pretrained(tmp_path)
+    with init_empty_weights():
+        empty = Qwen2ForCausalLM(config).eval()
+    pl.quantize(empty, checkpoint=tmp_path)
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+    assert torch.equal(empty(X).logits, model(X).logits)
+
+
 def test_what_is_packed_here_is_the_checkpoint_that_bitsandbytes_writes(tmp_path: Path) -> None:
     """Every key, every byte and what config.json has to say, so that transformers reads it."""
     model, theirs = llama(), safetensors.torch.load_file(BNB / "model.safetensors")

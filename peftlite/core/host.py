@@ -243,7 +243,7 @@ def _host_class(
         inner: Any = None
         patches = None
         if hosted.kind is not None and (active or hosted.theirs):
-            inner, patches = _mapped(self, hosted.kind, active)
+            inner, patches = _mapped(self, hosted.kind, active, args or (*kwargs.values(),))
         if inner is None:
             inner = hosted.own_forward or functools.partial(base.forward, self)
             if active and not torch.compiler.is_compiling():
@@ -381,7 +381,7 @@ def _apart(module: Any, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _mapped(
-    module: nn.Module, kind: type[Map], active: dict[str, tuple[Patch, ...]]
+    module: nn.Module, kind: type[Map], active: dict[str, tuple[Patch, ...]], args: tuple[Any, ...]
 ) -> tuple[Map | None, tuple[Patch, ...] | None]:
     """A linear map, and the patches to lay over it: all on its weight can, or they are read in."""
     on_weight, on_bias = active.get("weight"), active.get("bias")
@@ -390,6 +390,9 @@ def _mapped(
     weight, bias = raw(module, "weight"), module._parameters.get("bias")
     if bias is None:
         bias = module._buffers.get("bias")
+    if module.peftlite.theirs:  # whose codes don't always tell what they are read in
+        dtype = args[0].dtype
+        weight = weight.read_in(dtype) if isinstance(weight, Packed) else weight.to(dtype)
     if type(weight) is not nn.Parameter and is_sharded(weight):
         raise PeftliteError(
             "this weight is sharded over devices while it is used, as tensor parallelism does: "

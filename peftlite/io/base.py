@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,9 @@ def read(model: nn.Module, path: str | os.PathLike[str]) -> list[tuple[Place, Pa
 
     Raises PeftliteError, and FileError where the file doesn't fit.
     """
-    checkpoint, places = Checkpoint(path), _places(model)
+    checkpoint = Checkpoint(path)
+    _tie(model)
+    places = _places(model)
     names = {name for place in places for name in place.names}
     computed = _computed(model)
     groups = _groups((key for key in checkpoint if key not in computed), names)
@@ -50,6 +53,12 @@ def read(model: nn.Module, path: str | os.PathLike[str]) -> list[tuple[Place, Pa
         for place, how, parts in found:
             _put(place, how, parts)
     return [(place, how) for place, how, _ in found if how is not None]
+
+
+def _tie(model: Any) -> None:
+    """Ties of tensors that were made anew on the meta device, as init_empty_weights makes them."""
+    if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
+        model.tie_weights()
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:

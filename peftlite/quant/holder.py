@@ -166,6 +166,8 @@ class Holder:
     def _take(self, slot: str, given: Mapping[str, Tensor]) -> None:
         """Copies a state dict's entries into a slot: codes, or a tensor to be coded."""
         how, parts = packings(self)[slot], _parts(self, slot)
+        if not all(isinstance(part, Tensor) for part in given.values()):
+            raise PeftliteError("has entries that are no tensors")
         if [*given] == [""] and given[""].is_floating_point():
             if not given[""].isfinite().all():
                 raise PeftliteError("has numbers that aren't finite")

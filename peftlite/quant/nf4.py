@@ -129,13 +129,13 @@ def _least_error(blocks: Tensor, absmax: Tensor) -> Tensor:
 
 def _nested(absmax: Tensor) -> dict[str, Tensor]:
     """8-bit codes (n,) of scales (n,) less their mean, the scales of those, and the mean."""
-    offset = absmax.mean()
+    offset = absmax.mean().clamp_(max=torch.finfo(absmax.dtype).max)
     rows = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     scale = rows.abs().amax(1)
     y = torch.where(scale == 0, -1.0, rows.T / scale).T
     # bitsandbytes goes by a table of 65,536 steps, and not by the nearest value itself
     index = ((y + 1) * 32767.5 + 0.5).floor().long()
-    codes = _steps(absmax.device)[index].view(-1)[: len(absmax)]
+    codes = _steps(absmax.device)[index].view(-1)[: len(absmax)].clone()  # safetensors: no views
     return {"absmax": codes, "nested_absmax": scale, "nested_offset": offset}
 
 

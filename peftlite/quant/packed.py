@@ -77,6 +77,12 @@ class Packed(Lazy):
         """The same, with parts that are copied or moved."""
         return Packed(self.packing, {name: change(part) for name, part in self.parts.items()})
 
+    def read_in(self, dtype: torch.dtype) -> Packed:
+        """The same, of another dtype."""
+        made = Packed(self.packing.cast(dtype), self.parts)
+        made.source = self.source
+        return made
+
     def write(self, other: Packed) -> None:
         """Takes over the codes of another one, packed alike."""
         for name, part in self.parts.items():

@@ -84,10 +84,17 @@ class Packing:
         """Raises PeftliteError, without the tensor's name, if these can't be its parts."""
         given = {name: tuple(part.shape) for name, part in parts.items()}
         if self.kind in (*KINDS, "fp4"):
-            wanted = self.sizes(nested="nested_offset" in parts)
+            empty = self.empty(nested="nested_offset" in parts)
+            wanted = {name: tuple(part.shape) for name, part in empty.items()}
             codes = {name: size for name, size in given.items() if name not in beside.PARTS}
             if codes != wanted or not beside.fits(parts, self.shape):
                 raise PeftliteError(f"has parts of {given}, where {tuple(self.shape)} has {wanted}")
+            for name, part in empty.items():
+                if (own := parts[name].dtype) is not part.dtype:
+                    raise PeftliteError(
+                        f"has {name or 'codes'} in {own}, where {part.dtype} is known here: a "
+                        "packed tensor can't be cast"
+                    )
             return
         order, error = parts.get("order", torch.zeros(1)), None
         try:

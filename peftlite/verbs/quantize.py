@@ -191,12 +191,27 @@ def how_of(
     check_given("scales", scales, ("absmax", "search"))
     check_given("block", block, nf4.SIZES)
     check_given("init", init, beside.INITS)
+    check_given("double_quant", double, (True, False))
     for name, given, least in (("rank", rank, 0), ("iterations", iterations, 1)):
         if type(given) is not int or given < least:
             raise PeftliteError(f"{name} must be a whole number from {least} up, not {given!r}")
+    _refuse_unused(
+        kind != "nf4",
+        f"{kind} has one scale a row, in fp32",
+        double_quant=not double,
+        block=block != nf4.BLOCK,
+        scales=scales != "absmax",
+    )
+    _refuse_unused(not rank, "rank is 0", init=init != "loftq", iterations=iterations != 1)
     how: dict[str, Any] = {"kind": kind, "double": double, "block": block}
     how["search"] = scales == "search"
     return how | ({"rank": rank, "init": init, "iterations": iterations} if rank else {})
+
+
+def _refuse_unused(unused: bool, why: str, **given: bool) -> None:
+    """Raises PeftliteError if an argument is given that would change nothing."""
+    for name in [name for name, one in given.items() if one and unused]:
+        raise PeftliteError(f"{name} would change nothing, as {why}: leave it out")
 
 
 def _pack(model: nn.Module, chosen: list[Site], how: Mapping[str, Any]) -> Packs:
@@ -275,7 +290,8 @@ def pick(model: nn.Module, asked: Targets, skip: Targets, in_blocks: bool = Fals
         w = site.whole
         if isinstance(w, Packed):
             raise PeftliteError(f"{site.address} is packed already, as {w.packing.kind}: skip it")
-        if not how.accepts(site) or not w.is_floating_point() or w.dtype.itemsize < 2:
+        floats = w.is_floating_point() and w.dtype.itemsize > 1
+        if not how.accepts(site) or not floats or not w.numel():
             raise TargetError(
                 f"{site.address} is {w.dtype} of {tuple(w.shape)}; quantize takes {how.takes}"
             )

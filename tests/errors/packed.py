@@ -182,6 +182,12 @@ def plain_attach(model: nn.Module, _: Path) -> None:
     pl.attach(model, pl.LoRA(rank=2))
 
 
+def _empty() -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(0, 4))
+    return module
+
+
 LOCKS: list[Any] = []
 WORDS = torch.zeros(4, 1, dtype=torch.int32)
 GPTQ = {"qweight": torch.zeros(1, 4).int(), "qzeros": torch.zeros(1, 1).int(),
@@ -195,6 +201,12 @@ CASES = [
          model=linears),
     Case(quantizing(init="svd"), "init must be one of 'loftq', 'pissa', not 'svd'", model=linears),
     Case(quantizing(iterations=0), "iterations must be a whole number from 1 up, not 0",
+         model=linears),
+    Case(quantizing(double_quant="yes"), "double_quant must be one of True, False, not 'yes'",
+         model=linears),
+    Case(quantizing(kind="int8", scales="search"), "scales would change nothing, as int8 has one "
+         "scale a row, in fp32: leave it out", model=linears),
+    Case(quantizing(init="pissa"), "init would change nothing, as rank is 0: leave it out",
          model=linears),
     Case(starting, "0.weight is packed, and init='lora_ga' goes by a gradient, which codes have "
          "none of: take another init, such as 'eva'", model=packed),
@@ -262,6 +274,12 @@ CASES = [
     Case(taking, "is Packing(kind='int8', …) of ['', 'scale'], where here is Packing(kind='nf4', …",
          model=packed),
     Case(taking_nan, "has numbers that aren't finite", model=packed),
+    Case(lambda model, _: model[0]._take("weight", {"": "x"}), "has entries that are no tensors",
+         model=packed),
+    Case(reading(bad("absmax", torch.zeros(1))), "has absmax in torch.float32, where torch.uint8 "
+         "is known here: a packed tensor can't be cast"),
+    Case(quantizing(targets="1.weight"), "1.weight is torch.float32 of (0, 4); …", pl.TargetError,
+         model=lambda: nn.Sequential(nn.Linear(4, 4), _empty())),
     Case(reading(bad(STATE, None)), "is of no packing that is known here: beside its codes are "
          f"[{NAMES}]"),
     Case(reading(rewritten(b'"nf4"', b'"fp4"')), UNREAD),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from peftlite.core.delta import Delta
+from peftlite.train.adamw import AdamW
 
 Schedule = Literal["cosine", "linear", "constant"]
 DECLINES: dict[str, Callable[[float], float]] = {
@@ -47,6 +48,4 @@ def parameter_groups(
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW, in one kernel where torch has it: a delta is many small tensors."""
     parameters = [p for group in groups for p in group["params"]]
-    return torch.optim.AdamW(
-        groups, fused=all(p.device.type in ("cpu", "cuda") for p in parameters)
-    )
+    return AdamW(groups, fused=all(p.device.type in ("cpu", "cuda") for p in parameters))

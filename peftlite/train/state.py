@@ -156,7 +156,7 @@ def _owners(optimizer: torch.optim.Optimizer, names: Names) -> list[list[Any]]:
 
 def _fits(optimizer: torch.optim.Optimizer, shape: Sequence[int], slots: Mapping[str, Any]) -> bool:
     """Whether moments have their parameter's shape; torch doesn't ask, and reads beyond them."""
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    if not type(optimizer).__module__.startswith(("torch.optim", "peftlite.")):
         return True  # others keep theirs packed
     factors = ("row_var", "col_var")  # as Adafactor has them
     moments = (slot for name, slot in slots.items() if name not in factors)

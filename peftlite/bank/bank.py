@@ -231,7 +231,10 @@ class DeltaBank(Shown):
         batches = self._settled()
         entries, numbers = batches.hold(names)
         try:
-            with self._router.scope(batches.rows(numbers, repeat)):
+            made = any(entry.leaves is not None and entry.leaves.is_made for entry in entries)
+            leaves = {e.slot or 0: e.leaves for e in entries if e.leaves is not None}
+            rows = training_rows(numbers, leaves, repeat) if made else batches.rows(numbers, repeat)
+            with self._router.scope(rows):
                 yield
         finally:
             batches.release(entries)
@@ -275,8 +278,8 @@ class DeltaBank(Shown):
         Sum the rows' losses: each delta learns as it would alone. Put the backward pass inside.
 
         Raises:
-            PeftliteError: as `rows`; or a delta isn't all in the tables, as a DoRA's isn't, or its
-                slots are in half precision.
+            PeftliteError: as `rows`; or a delta isn't all in the tables, as a DoRA's isn't, and
+                wasn't adopted; or its slots are in half precision.
             FileError: as `rows`.
 
         Example:
@@ -299,7 +302,8 @@ class DeltaBank(Shown):
     def adopt(self, name: str, delta: Delta) -> None:
         """Has a delta of this model, attached or not, learn by `train`, on its own parameters.
 
-        They live in a slot until `evict`, with their last values from then on.
+        They live in a slot until `evict`, with their last values from then on; what a slot holds
+        that is made of them, as of a DoRA's, is made anew for each batch.
 
         Raises PeftliteError: as `load` and `train`, or its parameters aren't what a slot holds.
 

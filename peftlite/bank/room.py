@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlite.bank.arena import Arena, Row
 from peftlite.bank.entry import Entry
-from peftlite.bank.families.mixed import Mixed
+from peftlite.bank.families.mixed import Mixed, put
 from peftlite.bank.families.registry import family_of
 from peftlite.bank.route import Entrance, Router
 from peftlite.bank.training import Leaves
@@ -129,12 +129,7 @@ class Room:
         """A delta as a slot holds it. Raises PeftliteError if there is no room for it."""
         row = self.arena.blank()
         for mixed, patches in self.by_mixed(delta.placed.values()):
-            fields = self.arena.fields(row, mixed.number)
-            for name, value in mixed.encode(patches).items():
-                if isinstance(value, Tensor):
-                    fields[name][tuple(map(slice, value.shape))].copy_(value)
-                else:
-                    fields[name].fill_(value)
+            put(self.arena.fields(row, mixed.number), ..., mixed.encode(patches))
         return row
 
     @torch.no_grad()

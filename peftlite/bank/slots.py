@@ -134,6 +134,7 @@ class Slots:
             if entry.uses:
                 raise PeftliteError(f"{name!r} is in use, so it can't leave its slot now")
             if entry.leaves is not None:
+                entry.leaves.fill()
                 keep(entry)
             entry.evictions += entry.slot is not None
             self._vacate(entry)

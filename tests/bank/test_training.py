@@ -1,5 +1,6 @@
 """Training many deltas in one batch: each learns as it would alone, and is had back."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -236,3 +237,31 @@ def test_a_model_in_training_is_not_moved() -> None:
         own.model.to("meta")
     assert not next(own.model.parameters()).is_meta and leaves
     own.model.float()
+
+
+@pytest.mark.parametrize("method", [lora(init="pissa"), pl.DoRA(rank=2, targets="weight")])
+def test_what_is_made_of_parameters_is_as_they_are(method: pl.Method) -> None:
+    own, x = Models("ab"), torch.randn(4, WIDTH, dtype=torch.float64)
+    own.alone["a"] = twin = tuned(own.base, method, "a")
+    delta, model = pl.deltas(twin)["a"], copy.deepcopy(own.base)
+    bank = own.bank = DeltaBank(model, 3, 8, methods=[lora(), pl.DoRA(rank=2, targets="weight")])
+    own.model = model
+    bank.load("b", own.delta("b"))
+    bank.adopt("a", delta)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in delta.parameters():
+                parameter.add_(0.1)
+        own.check(["a", "b", None, "a"])
+        own.check(["a", "b"], x)
+        own.check(["a"], x)
+        with bank.train(["b", "a", "a", None]):
+            step(model, x, torch.zeros(4, 8).double())
+        step(twin, x[1:3], torch.zeros(2, 8).double())
+        got = [p.grad for p in delta.parameters()]
+        assert all(grad is not None for grad in got)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.sub_(0.2)
+    bank.evict("a")
+    own.check(["b", "a"])

@@ -36,7 +36,21 @@ METHODS = {
         pl.IA3(targets="*.query.weight"),
         pl.BitFit(),
     ),
+    "encoded": (
+        pl.PrefixTuning(2, reparametrize=True, hidden_size=3),
+        pl.PTuning(2, hidden_size=3),
+    ),
 }
+WEIGHTS: dict[str, Any] = {"targets": "*.weight"}
+MADE = [
+    pl.DoRA(rank=2, **WEIGHTS), pl.LoRA(rank=2, init="pissa", **WEIGHTS),
+    pl.LoRA(rank=1, init="olora", freeze_a=True, **WEIGHTS), pl.VeRA(rank=2, **WEIGHTS),
+    pl.AdaLoRA(2, target_rank=1, total_steps=6, t_init=1, t_final=1, **WEIGHTS),
+    pl.VBLoRA(rank=1, vector_length=1, num_vectors=8, **WEIGHTS), pl.HiRA(rank=2, **WEIGHTS),
+    pl.LoHa(rank=2, **WEIGHTS), pl.OFT(block_size=2, **WEIGHTS), pl.LoReFT(rank=1, targets="0"),
+    pl.Compacter(targets="0"), pl.Gated(pl.LoRA(rank=1, **WEIGHTS)),
+]  # fmt: skip
+"""Whose parameters aren't what a slot holds, which is made of them."""
 
 
 def bert() -> nn.Module:
@@ -117,6 +131,11 @@ def test_each_learns_as_it_would_alone(at_once: int | None) -> None:
 @pytest.mark.parametrize("kind", METHODS)
 def test_whatever_the_bank_mixes(kind: str) -> None:
     jobs = Jobs(bert(), METHODS[kind], texts)
+    jobs.same(fit_together(jobs.trainers, progress=False))
+
+
+def test_what_a_slot_holds_may_be_made_of_parameters() -> None:
+    jobs = Jobs(mlp(), MADE, rows, batch_size=4, epochs=2)
     jobs.same(fit_together(jobs.trainers, progress=False))
 
 

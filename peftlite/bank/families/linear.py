@@ -15,8 +15,9 @@ from peftlite.bank.rows import Rows, Tables
 from peftlite.core.host import ATTRIBUTE
 from peftlite.core.layout import Layout
 from peftlite.core.maps import Map
-from peftlite.core.patch import Patch
+from peftlite.core.patch import Patch, apply
 from peftlite.core.site import Site
+from peftlite.core.tensors import wide
 from peftlite.core.values import change_of
 from peftlite.errors import TargetError
 from peftlite.methods.full import AddPatch
@@ -32,6 +33,14 @@ def called_as_map(site: Site) -> None:
             f"{site.address} isn't the weight of a linear map that is called, so its rows can't be "
             "told apart: leave it out of the bank's methods with exclude="
         )
+
+
+def difference(patches: Sequence[Patch], w: Tensor) -> Tensor:
+    """W' − W, as exact as it can be, or with gradients to what the patches learn."""
+    if not torch.is_grad_enabled():
+        return change_of(patches, w)
+    w = w.to(wide(w))
+    return apply(patches, w) - w
 
 
 class MixedLinear(Mixed):
@@ -78,8 +87,9 @@ class MixedDense(MixedLinear):
         return {"d": Field(tuple(self.site.shape), self.dtype)}
 
     def encode(self, patches: Sequence[Any]) -> Contents:
-        own = self.trains(patches)
-        return {"d": patches[0].difference if own else change_of(patches, self.site.tensor)}
+        if self.trains(patches):
+            return {"d": patches[0].difference}
+        return {"d": difference(patches, self.site.tensor)}
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference

@@ -82,7 +82,7 @@ class MixedLowRank(MixedLinear):
         return ("b",) if patch.method.freeze_a else self.learned
 
     def dropout(self, patch: Any) -> float:
-        return patch.dropout
+        return getattr(patch, "dropout", 0.0)
 
     def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r = int(contents["rank"])

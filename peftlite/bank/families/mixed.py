@@ -75,7 +75,8 @@ class Mixed(Patch):
     def encode(self, patches: Sequence[Patch]) -> Contents:
         """A slot's contents for the patches that a delta has here, nearly always one.
 
-        A tensor smaller than its field fills the first entries. It is called without gradients.
+        A tensor smaller than its field fills the first entries. In training, where `trains` says
+        no, its gradients go to the patches' parameters.
         Raises PeftliteError if a patch has no room.
         """
         raise NotImplementedError
@@ -176,6 +177,16 @@ def dtype_of(site: Site, patch: Any) -> torch.dtype:
         return said or site.tensor.dtype
     floats = (p.dtype for p in site.module.parameters() if p.is_floating_point())
     return next(floats, torch.get_default_dtype())
+
+
+def put(fields: Mapping[str, Tensor], slot: Any, contents: Contents) -> None:
+    """Writes contents to where a slot has them, which no gradient is of."""
+    for name, value in contents.items():
+        field = fields[name].data[slot]
+        if isinstance(value, Tensor):
+            field[tuple(map(slice, value.shape))].copy_(value.data)
+        else:
+            field.fill_(value)
 
 
 def is_whole(patches: Sequence[Any]) -> bool:

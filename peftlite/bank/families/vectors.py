@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from peftlite.bank.arena import Field
 from peftlite.bank.families.affine import one_of
 from peftlite.bank.families.gather import along, rescaled
-from peftlite.bank.families.linear import called_as_map
+from peftlite.bank.families.linear import called_as_map, difference
 from peftlite.bank.families.mixed import Contents, Mixed, is_expert, is_whole
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core import maps
 from peftlite.core.maps import Map
 from peftlite.core.patch import Patch
 from peftlite.core.site import Site
-from peftlite.core.values import change_of
 from peftlite.errors import TargetError
 from peftlite.methods.bitfit import AddedBiasPatch
 from peftlite.methods.features import is_called, of_layer
@@ -106,7 +105,7 @@ class MixedVector(Mixed):
     def encode(self, patches: Sequence[Any]) -> Contents:
         if self.trains(patches):
             return {"d": self.parameter(patches[0], "d")}
-        return {"d": change_of(patches, self.site.whole)}
+        return {"d": difference(patches, self.site.whole)}
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference if isinstance(patch, AddPatch) else patch.d

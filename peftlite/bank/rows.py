@@ -99,6 +99,15 @@ class Rows:
         """The rows that aren't the base's, brought together by their slots."""
         return Groups.of(self.runs or ())
 
+    @functools.cached_property
+    def known(self) -> tuple[Tensor, Tensor]:
+        """The slots that aren't the base's, and which of them each row has, or -1."""
+        slots = sorted({slot for slot, _, _ in self.runs or ()})
+        at = {slot: k for k, slot in enumerate(slots)}
+        order = [at.get(slot, -1) for slot in self.slots.tolist()]
+        with torch.inference_mode(False):
+            return torch.tensor(slots, device="cpu"), torch.tensor(order, device="cpu")
+
     def on(self, device: torch.device) -> Rows:
         """The same where a site's tensors are."""
         if self.slots.device == device:

@@ -36,8 +36,8 @@ def backend(name: Path | None) -> AbstractContextManager[None]:
 
     Args:
         name: "reference", plain torch that autograd differentiates; "torch", with a backward pass
-            of its own; "native", with C of its own on a CPU, where x is in bf16 beside factors in
-            fp32; "triton", with kernels of its own on a GPU; None, whichever is best.
+            of its own; "native", with C of its own on a CPU, where x is in bf16 or fp32 beside
+            factors in fp32; "triton", with kernels of its own on a GPU; None, whichever is best.
 
     Raises:
         PeftliteError: there is no such path, it can't run here, or triton isn't installed.
@@ -53,7 +53,7 @@ def backend(name: Path | None) -> AbstractContextManager[None]:
         raise PeftliteError(f"no backend {name!r}: there are {', '.join(get_args(Path))}, and None")
     if name == "triton" and not _HAS_TRITON:
         raise PeftliteError("backend 'triton' needs the package triton: pip install triton")
-    if name == "native" and not low_rank.KERNEL.ready():
+    if name == "native" and not any(kernel.ready() for kernel in low_rank.KERNELS.values()):
         raise PeftliteError(f"backend 'native' can't run here: {low_rank.KERNEL.why}")
     before, _forced = _forced, name
     return _until_left(before)
@@ -102,7 +102,7 @@ def path_with(x: Tensor, wide: torch.dtype) -> Path:
     """The path of products of x with factors in a dtype, where autograd isn't best for them."""
     if _forced == "torch":
         return "torch"
-    if _runs_native(x, wide):
+    if takes_native(x, wide):
         return "native"
     if not _runs_triton(x):
         return "torch"
@@ -141,7 +141,7 @@ def why(w: Tensor) -> tuple[str, str]:
     if not is_plain_weight(w):
         return found, f"beside the {type(w).__name__}'s own product"
     if found == "native":
-        return found, low_rank.KERNEL.why
+        return found, low_rank.KERNELS[w.dtype].why
     if found == "triton":
         return found, "a GPU's memory is read once for two products"
     if not w.is_cuda:
@@ -151,15 +151,15 @@ def why(w: Tensor) -> tuple[str, str]:
     return found, f"{w.dtype} waits for arithmetic, which cuBLAS does"
 
 
-def _runs_native(x: Tensor, wide: torch.dtype) -> bool:
+def takes_native(x: Tensor, wide: torch.dtype) -> bool:
+    """Whether C is best, or asked for, for products of x with factors in a dtype."""
     return (
-        x.dtype is torch.bfloat16
-        and wide is torch.float32
+        wide is torch.float32
         and x.is_cpu
         and _forced in (None, "native")
         and type(x) in _PLAIN
         and not is_compiling()
-        and low_rank.KERNEL.ready()
+        and low_rank.runs(x.dtype)
     )
 
 

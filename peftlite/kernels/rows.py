@@ -6,7 +6,7 @@ the ranks (S,), k (b,). What a slot holds beyond its rank is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftlite.kernels import dispatch
 from peftlite.kernels.linear import differentiable
+from peftlite.kernels.native import mixed
 from peftlite.kernels.ops import op
 
 Factors = tuple[Tensor, Tensor, float]
@@ -93,6 +94,24 @@ def _add_rows(*tensors: Tensor) -> None:
     from peftlite.kernels.triton import rows as triton_rows
 
     triton_rows.rows_low_rank(*tensors)
+
+
+def mixed_low_rank(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    ranks: Tensor,
+    known: Callable[[], tuple[Tensor, Tensor]],
+) -> Tensor | None:
+    """The sum added to y in place by C, where that is at hand for such tensors on a CPU.
+
+    `known` gives the slots that there are, and which of them each row has, or -1 for the base.
+    """
+    if not dispatch.takes_native(x, a.dtype) or not mixed.fits(y, x, a, b, scale, ranks):
+        return None
+    return mixed.rows_low_rank(y, x, a, b, scale, ranks, *known())
 
 
 def runs_low_rank(y: Tensor, x: Tensor, runs: Iterable[tuple[Factors, int, int]]) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import peftlite as pl
 from peftlite import kernels
 from peftlite.kernels import dispatch, lora_linear, reference, torch_ops, workspace
+from peftlite.kernels.native import low_rank
 from tests.kernels.against import NAMES, assert_close, factors, run, truth
 
 
@@ -306,6 +307,7 @@ class TestBackend:
         pl.attach(model, pl.LoRA(rank=2, targets="0"))
         lines = kernels.report(model).splitlines()
         assert lines[0].split() == ["module", "device", "dtype", "path", "because"]
-        assert lines[2].split()[:4] == ["0", "cpu", "float32", "torch"]
+        path = "native" if low_rank.SINGLE.ready() else "torch"
+        assert lines[2].split()[:4] == ["0", "cpu", "float32", path]
         with kernels.backend("reference"):
             assert "backend('reference') was called" in kernels.report(copy.deepcopy(model))

@@ -15,11 +15,13 @@ import torch
 
 import peftlite as pl
 from peftlite import kernels
+from peftlite.bank.rows import Rows
 from peftlite.kernels import lora_linear, reference
 from peftlite.kernels.experts import Product, experts_linear
 from peftlite.kernels.native import build, features, low_rank, mask, packed
 from peftlite.kernels.native.kernel import Kernel
 from peftlite.kernels.native.kernels import KERNELS
+from peftlite.kernels.rows import mixed_low_rank
 from peftlite.quant import nf4, packing, rows
 from tests.kernels.against import assert_close, factors, run, truth
 
@@ -171,31 +173,35 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.returncode == 0, done.stderr
 
 
-def low_rank_runs() -> bool:
-    return runs(low_rank.KERNEL)
+def low_rank_runs(dtype: torch.dtype = torch.bfloat16) -> bool:
+    return runs(low_rank.KERNELS[dtype])
 
 
+@pytest.mark.parametrize(("dtype", "of_y"), [(torch.bfloat16, 4e-3), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
     ("tokens", "i", "o", "rank"),
     [(1, 32, 32, 1), (70, 96, 160, 5), (300, 64, 1024, 16), (33, 64, 32, 40), (64, 128, 64, 64)],
 )
-def test_products_beside_a_map(tokens: int, i: int, o: int, rank: int, dropout: float) -> None:
-    if not low_rank_runs():
+def test_products_beside_a_map(
+    tokens: int, i: int, o: int, rank: int, dropout: float, dtype: torch.dtype, of_y: float
+) -> None:
+    if not low_rank_runs(dtype):
         return
     tensors = factors(tokens, i=i, o=o, rank=rank)
     options = {"scale": 1.5, "dropout": dropout, "seed": SEED}
     with kernels.backend("native"):
-        found = run(lora_linear, tensors, torch.bfloat16, factors=torch.float32, **options)
+        found = run(lora_linear, tensors, dtype, factors=torch.float32, **options)
     true = truth(tensors, **options)
-    for name, bound in (("y", 4e-3), ("x", 4e-3), ("a", 1e-6), ("b", 1e-6)):
+    for name, bound in (("y", of_y), ("x", of_y), ("a", 1e-6), ("b", 1e-6)):
         assert (found[name] - true[name]).norm() <= bound * true[name].norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 16, 70])
-def test_masks_are_the_reference_s(tokens: int) -> None:
+def test_masks_are_the_reference_s(tokens: int, dtype: torch.dtype) -> None:
     h, up = torch.ones(tokens, 1), torch.ones(1, 96)
-    y = low_rank.expand(h, up, None, 0.3, SEED, torch.bfloat16)
+    y = low_rank.expand(h, up, None, 0.3, SEED, dtype)
     assert torch.equal(y.bool(), reference.keep(SEED, tokens, 96, 0.3))
 
 
@@ -247,18 +253,42 @@ def test_every_expert_of_a_product_in_one_call(kind: str, threads: int, monkeypa
         assert (ours - theirs).norm() < bound * theirs.norm()
 
 
-def test_of_tensors_that_lie_otherwise() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_of_tensors_that_lie_otherwise(dtype: torch.dtype) -> None:
     """A row's end that isn't read, an address between two numbers, factors that are views."""
-    x = torch.randn(71 * 80 + 1).bfloat16()[1:].view(71, 80)[:, 5:69]
+    x = torch.randn(71 * 80 + 1).to(dtype)[1:].view(71, 80)[:, 5:69]
     a, h = torch.randn(64, 5).t(), torch.randn(71, 7)[:, 1:6]
     dh, db = low_rank.grad_ab(x, h, a.t(), 1.0, 0.0)
     torch.testing.assert_close(dh, x.float() @ a.t())
     torch.testing.assert_close(db, x.float().t() @ h)
-    y = low_rank.add(x.clone(), h, a, 0.0, None)
-    torch.testing.assert_close(y, (x.float() + h @ a).bfloat16(), rtol=0.02, atol=1e-3)
-    before = torch.zeros(71, 80).bfloat16()
-    low_rank.add(before[:, 5:69], h, a, 0.0, None)
-    assert not before[:, :5].any() and not before[:, 69:].any()
+    for dropout in (0.0, 0.3):
+        y = low_rank.add(x.clone(), h, a, dropout, SEED)
+        change = (h @ a) * reference.keep(SEED, 71, 64, dropout)
+        torch.testing.assert_close(y, (x.float() + change).to(dtype), rtol=0.02, atol=1e-3)
+        before = torch.zeros(71, 80, dtype=dtype)
+        low_rank.add(before[:, 5:69], h, a, dropout, SEED)
+        assert not before[:, :5].any() and not before[:, 69:].any()
+
+
+@pytest.mark.parametrize(("t", "most"), [(1, 16), (9, 5), (32, 16), (40, 24)])
+def test_each_row_with_factors_of_its_own(t: int, most: int) -> None:
+    i, o, ranks = 96, 160, torch.tensor([0, 3, most, 1], dtype=torch.int32)
+    arena = torch.randn(4, most * (i + o) + 2)
+    a = arena[:, : most * i].view(4, most, i)
+    b = arena[:, most * i : -2].view(4, most, o).mT
+    for k, rank in enumerate(ranks):
+        a[k, rank:], b[k, :, rank:] = 0, 0
+    rows = Rows.of([2, 0, 3, 2, 2, 0])
+    x, y = torch.randn(6, t, i), torch.randn(6, t, o)
+    true = y.double()
+    tables = a, b, arena[:, -1]
+    reference.rows_low_rank(true, x.double(), *(t.double() for t in tables), ranks, rows.slots)
+    found = mixed_low_rank(y, x, *tables, ranks, lambda: rows.known)
+    assert (found is y) == runs(low_rank.SINGLE)
+    if found is not None:
+        assert (found - true).norm() < 1e-6 * true.norm()
+    narrow = [table.bfloat16() for table in (y, x, a, b)]
+    assert mixed_low_rank(*narrow, tables[2], ranks, lambda: rows.known) is None
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from peftlite.kernels.rows import (
     each_linear,
     each_low_rank,
     groups_low_rank,
+    mixed_low_rank,
     rows_low_rank,
     runs_low_rank,
 )
@@ -103,12 +104,13 @@ class MixedLowRank(MixedLinear):
         x = self.dropped(x, tables, rows.slots)
         if rows.lies:
             return each_low_rank(y, x, tables["a"], tables["b"], tables["scale"])
+        every = tables["a"], tables["b"], tables["scale"], tables["rank"]
         if not self.by_runs(rows, tables, x, y):
-            a, b, scale, rank = (tables[name] for name in ("a", "b", "scale", "rank"))
-            return rows_low_rank(y, x, a, b, scale, rank, rows.slots)
+            return rows_low_rank(y, x, *every, rows.slots)
         if x.shape[1] <= FEW and len(rows.runs or ()) > 1:
             return groups_low_rank(y, x, *self._grouped(rows))
-        return runs_low_rank(y, x, self._factors_of(rows))
+        mixed = mixed_low_rank(y, x, *every, lambda: rows.known)
+        return runs_low_rank(y, x, self._factors_of(rows)) if mixed is None else mixed
 
     def dropped(self, x: Tensor, tables: Tables, slots: Tensor) -> Tensor:
         """x (n, …), without what training drops of it by the slot of each entry (n,)."""

@@ -15,12 +15,10 @@
    never turned. */
 
 #define _GNU_SOURCE
+#include "rows.h"
 #include "share.h"
 #include "tiles.h"
-#include <immintrin.h>
-#include <stdint.h>
 
-#define INLINE static inline __attribute__((always_inline))
 
 typedef uint16_t bf16;
 typedef uint32_t Tile[16][16]; /* pairs of bf16, or numbers in fp32 */
@@ -33,28 +31,9 @@ enum {
     GROUPS = 4,     /* of 16 ranks, at most */
 };
 
-/* Rows of numbers in bf16, of which dropout keeps what its mask has; see kernels/reference.py. */
-struct Rows {
-    bf16 *at;
-    const long *order; /* which rows they are, or NULL: all, from the first one on */
-    long tokens, columns, stride;
-    uint64_t seed;
-    long threshold; /* in steps of 2⁻¹⁶; 0 is no dropout */
-};
-
-/* A matrix in fp32. */
-struct Factor {
-    float *at;
-    long by_rank, by_other; /* how far apart its numbers are */
-};
-
 INLINE bf16 *row_of(const struct Rows *x, long row) {
-    return x->at + (x->order ? x->order[row] : row) * x->stride;
+    return (bf16 *)x->at + (x->order ? x->order[row] : row) * x->stride;
 }
-
-INLINE long at_most(long a, long b) { return a < b ? a : b; }
-INLINE long parts_of(long whole, long part) { return (whole + part - 1) / part; }
-INLINE __mmask16 first_of(long count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
 
 /* -- numbers */
 
@@ -73,57 +52,6 @@ INLINE __m512i paired(__m512i first, __m512i second) {
     return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
 }
 
-/* 16 numbers that are a stride apart, or as many as there are, and zeros. */
-INLINE __m512 picked(const float *from, long stride, long count) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 zero = _mm512_setzero_ps();
-    if (stride == 1) return _mm512_maskz_loadu_ps(first_of(count), from);
-    __m512i at = _mm512_mullo_epi32(each, _mm512_set1_epi32(stride));
-    return _mm512_mask_i32gather_ps(zero, first_of(count), at, from, 4);
-}
-
-INLINE void put(float *to, long stride, __m512 v) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    if (stride == 1)
-        _mm512_storeu_ps(to, v);
-    else
-        _mm512_i32scatter_ps(to, _mm512_mullo_epi32(each, _mm512_set1_epi32(stride)), v, 4);
-}
-
-/* -- dropout: a word is hashed of the seed, the row and the pair of columns, whose mask it is */
-
-static const uint32_t STEP = 0x9E3779B1, FIRST = 0x85EBCA6B, SECOND = 0xC2B2AE35;
-
-INLINE uint32_t mixed(uint32_t word) {
-    word *= FIRST;
-    word = (word ^ word >> 13) * SECOND;
-    return word ^ word >> 16;
-}
-
-INLINE __m512i mixed_16(__m512i word) {
-    word = _mm512_mullo_epi32(word, _mm512_set1_epi32(FIRST));
-    word = _mm512_xor_si512(word, _mm512_srli_epi32(word, 13));
-    word = _mm512_mullo_epi32(word, _mm512_set1_epi32(SECOND));
-    return _mm512_xor_si512(word, _mm512_srli_epi32(word, 16));
-}
-
-INLINE uint32_t of_row(const struct Rows *x, long row) {
-    return mixed((uint32_t)row * STEP ^ x->seed);
-}
-
-INLINE __m512i of_pairs(const struct Rows *x, long column) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i pair = _mm512_add_epi32(_mm512_set1_epi32(column / 2), each);
-    pair = _mm512_mullo_epi32(pair, _mm512_set1_epi32(STEP));
-    return mixed_16(_mm512_xor_si512(pair, _mm512_set1_epi32(x->seed >> 32)));
-}
-
-/* What is kept of 32 columns of a row. */
-INLINE __mmask32 kept(const struct Rows *x, uint32_t row, __m512i pairs) {
-    __m512i word = mixed_16(_mm512_xor_si512(_mm512_set1_epi32(row), pairs));
-    return _mm512_cmpge_epi16_mask(word, _mm512_set1_epi16(x->threshold - 0x8000));
-}
-
 /* -- down and across */
 
 struct Pass {
@@ -137,31 +65,6 @@ struct Pass {
     struct Factor g;
     long groups, columns, chunk; /* of ranks; of 32; tokens of a piece */
 };
-
-/* 16 x 16 words, turned over. */
-INLINE void turned(const Tile from, Tile to) {
-    __m512i a[SIDE], b[SIDE];
-    for (int i = 0; i < SIDE; i++) a[i] = _mm512_load_si512(from[i]);
-    for (int i = 0; i < SIDE; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < SIDE; i += 4)
-        for (int k = 0; k < 2; k++) {
-            a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + k + 2]);
-            a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + k + 2]);
-        }
-    for (int k = 0; k < 4; k++) {
-        __m512i even = _mm512_shuffle_i32x4(a[k], a[k + 4], 0x88);
-        __m512i odd = _mm512_shuffle_i32x4(a[k], a[k + 4], 0xdd);
-        __m512i high_even = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0x88);
-        __m512i high_odd = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0xdd);
-        _mm512_store_si512(to[k], _mm512_shuffle_i32x4(even, high_even, 0x88));
-        _mm512_store_si512(to[k + 4], _mm512_shuffle_i32x4(odd, high_odd, 0x88));
-        _mm512_store_si512(to[k + 8], _mm512_shuffle_i32x4(even, high_even, 0xdd));
-        _mm512_store_si512(to[k + 12], _mm512_shuffle_i32x4(odd, high_odd, 0xdd));
-    }
-}
 
 /* 32 columns of 16 ranks in parts, of an A whose ranks are far apart. */
 static void split_rows(const float *at, long by_rank, long ranks, Tile *to) {
@@ -259,7 +162,7 @@ static void block(const struct Pass *job, long first, long tokens, long group, f
         __m512i pairs = rows->threshold ? of_pairs(rows, c * COLUMNS) : _mm512_setzero_si512();
         for (long i = 0; i < tiles; i++) {
             long token = first + i * SIDE;
-            x[i] = direct ? (void *)(rows->at + token * rows->stride + c * COLUMNS) : staged[i];
+            x[i] = direct ? (void *)((bf16 *)rows->at + token * rows->stride + c * COLUMNS) : staged[i];
             if (!direct) stage(rows, token, tokens - i * SIDE, c * COLUMNS, pairs, staged[i]);
         }
         SETTLE();

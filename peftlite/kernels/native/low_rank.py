@@ -1,6 +1,6 @@
-"""The operations of `torch_ops` by low_rank.c: x and y in bf16, factors, h and dh in fp32.
+"""The operations of `torch_ops` in C, with factors, h and dh in fp32.
 
-What doesn't fit goes by plain torch.
+x and y are in bf16, by low_rank.c, or in fp32, by single.c. What doesn't fit goes by plain torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | No
     """h = s·drop(x) Aᵀ, (t, r)."""
     if not _fits(x, a.shape[0], a):
         return torch_ops.shrink(x, a, scale, dropout, seed)
-    return _reduce(KERNEL.lib, x, a, None, reference.scaled(scale, dropout), dropout, seed)[0]
+    return _reduce(_lib(x), x, a, None, reference.scaled(scale, dropout), dropout, seed)[0]
 
 
 def grad_ab(
@@ -52,7 +52,7 @@ def grad_ab(
     """dh (t, r) = s·dY B and dB (o, r) = dYᵀ h, for an h that is scaled."""
     if not _fits(dy, h.shape[1], b, h):
         return torch_ops.grad_ab(dy, h, b, scale, dropout)
-    dh, g = _reduce(KERNEL.lib, dy, b.t(), h.t(), reference.scaled(scale, dropout), 0.0, None)
+    dh, g = _reduce(_lib(dy), dy, b.t(), h.t(), reference.scaled(scale, dropout), 0.0, None)
     return dh, g.t()
 
 
@@ -60,14 +60,16 @@ def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor
     """dA = dhᵀ drop(x), for a dh that is scaled."""
     if not _fits(x, dh.shape[1], dh):
         return torch_ops.grad_a(dh, x, dropout, seed)
-    return _reduce(KERNEL.lib, x, None, dh.t(), 1.0, dropout, seed)[1]
+    return _reduce(_lib(x), x, None, dh.t(), 1.0, dropout, seed)[1]
 
 
 def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
-    if not _fits(y, up.shape[0], up, h):
+    # without a mask BLAS adds as fast in fp32
+    blas = y.dtype is torch.float32 and not dropout
+    if blas or not _fits(y, up.shape[0], up, h):
         return torch_ops.add(y, h, up, dropout, seed)
-    _expand(KERNEL.lib, y, h.t(), up, dropout, seed)
+    _expand(_lib(y), y, h.t(), up, dropout, seed)
     return y
 
 
@@ -76,17 +78,25 @@ expand = partial(torch_ops.expand, into=add)
 
 
 def _fits(rows: Tensor, rank: int, *factors: Tensor) -> bool:
-    """Whether rows are in bf16, of columns by the 32, and factors in fp32, of few ranks."""
+    """Whether rows, of columns by the 32, have a kernel, and factors are in fp32, of few ranks."""
     return (
-        rows.dtype is torch.bfloat16
+        runs(rows.dtype)
         and rows.shape[1] % COLUMNS == 0
         and rows.shape[0] * rows.shape[1] > 0
         and rows.stride(1) == 1
         and 0 < rank <= RANK
         and factors[0].dtype is factors[-1].dtype is torch.float32
         and is_memory(rows, *factors)
-        and KERNEL.ready()
     )
+
+
+def runs(dtype: torch.dtype) -> bool:
+    """Whether x in a dtype has a kernel that can be called."""
+    return dtype in KERNELS and KERNELS[dtype].ready()
+
+
+def _lib(x: Tensor) -> Any:
+    return KERNELS[x.dtype].lib
 
 
 def _reduce(
@@ -157,18 +167,18 @@ def _rows(x: Tensor, dropout: float, seed: Tensor | None) -> Any:
     return ctypes.byref(Rows(x.data_ptr(), None, *x.shape, x.stride(0), number, threshold))
 
 
-def _agrees(lib: Any) -> bool:
+def _agrees(dtype: torch.dtype, lib: Any) -> bool:
     """Whether each product of a few tokens is that of the reference in fp64, with its mask."""
     dropout, seed = 0.25, torch.tensor(2**61 + 2**31, device="cpu")
     x, a, d = (_waves(*shape) for shape in ((71, 96), (18, 96), (18, 71)))
-    rows, mask = x.bfloat16(), reference.keep(seed, len(x), x.shape[1], dropout)
+    rows, mask = x.to(dtype), reference.keep(seed, len(x), x.shape[1], dropout)
     low = rows.double() * mask
     h, g = _reduce(lib, rows, a, d, 1.5, dropout, seed)
     y = rows.clone()
     _expand(lib, y, d, a, dropout, seed)
     true = rows.double() + d.t().double() @ a.double() * mask
     pairs = (h, 1.5 * low @ a.t().double()), (g, d.double() @ low), (y, true)
-    bounds = (1e-6, 1e-6, 4e-3)
+    bounds = 1e-6, 1e-6, 4e-3 if dtype is torch.bfloat16 else 1e-6
     return all(
         bool((found - true).norm() < bound * true.norm())
         for (found, true), bound in zip(pairs, bounds, strict=True)
@@ -185,5 +195,17 @@ KERNEL = Kernel(
     flags=("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"),
     ran=("GenuineIntel",),
     does="fp32 factors are split into parts for AMX, where sides are multiples of 32",
-    agrees=_agrees,
+    agrees=partial(_agrees, torch.bfloat16),
 )
+
+SINGLE = Kernel(
+    name="single",
+    needs=("avx512f", "avx512bw", "avx512vl"),
+    flags=("-mavx512f", "-mavx512bw", "-mavx512vl"),
+    ran=("GenuineIntel",),
+    does="skinny products in fp32 by AVX-512, where sides are multiples of 32",
+    agrees=partial(_agrees, torch.float32),
+)
+
+KERNELS = {torch.bfloat16: KERNEL, torch.float32: SINGLE}
+"""By the dtype of x."""

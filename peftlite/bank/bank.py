@@ -234,6 +234,7 @@ class DeltaBank(Shown):
             made = any(entry.leaves is not None and entry.leaves.is_made for entry in entries)
             leaves = {e.slot or 0: e.leaves for e in entries if e.leaves is not None}
             rows = training_rows(numbers, leaves, repeat) if made else batches.rows(numbers, repeat)
+            self._router.leaves.update(leaves)
             with self._router.scope(rows):
                 yield
         finally:
@@ -276,6 +277,7 @@ class DeltaBank(Shown):
         """A `with` like `rows`, in which row j's loss has gradients for the delta `names[j]` alone.
 
         Sum the rows' losses: each delta learns as it would alone. Put the backward pass inside.
+        Compiled code adds gradients to `.grad` alone: `torch.autograd.grad` finds none there.
 
         Raises:
             PeftliteError: as `rows`; or a delta isn't all in the tables, as a DoRA's isn't, and
@@ -294,7 +296,7 @@ class DeltaBank(Shown):
         entries, numbers = batches.hold(names)
         try:
             leaves = {entry.slot or 0: self._room.leaves(entry) for entry in entries}
-            with self._router.scope(training_rows(numbers, leaves)):
+            with self._router.training(training_rows(numbers, leaves), leaves):
                 yield
         finally:
             batches.release(entries)

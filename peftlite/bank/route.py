@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakValueDictionary
@@ -27,7 +28,7 @@ from peftlite.kernels.ops import op
 _batch_size: ContextVar[int | None] = ContextVar("peftlite_batch_size", default=None)
 """Of the batch that the model was called with."""
 
-_routers: WeakValueDictionary[int, Router] = WeakValueDictionary()
+routers: WeakValueDictionary[int, Router] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -38,12 +39,33 @@ class Router:
         self._rows = Scoped[Rows | None](None)
         self.number: int = next(_numbers)
         self.traced: Tensor | None = None  # of the call that is being compiled
+        self.trains = False  # whether compiled code has gradients to give
+        self.leaves: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by slot
+        self._training, self._lock = 0, threading.Lock()
+        with torch.inference_mode(False):
+            self.anchor: Tensor = torch.zeros((), device="cpu", requires_grad=True)
         self.ran = False  # whether the model has run, or is about to
-        _routers[self.number] = self
+        routers[self.number] = self
 
     def scope(self, rows: Rows) -> AbstractContextManager[None]:
         """A `with` in which this context's batches have these rows."""
         return self._rows.scope(rows)
+
+    @contextmanager
+    def training(self, rows: Rows, leaves: Mapping[int, Any]) -> Iterator[None]:
+        """As `scope`, where slots have something to learn."""
+        self.leaves.update(leaves)
+        self._trains(1)
+        try:
+            with self.scope(rows):
+                yield
+        finally:
+            self._trains(-1)
+
+    def _trains(self, more: int) -> None:
+        with self._lock:
+            self._training += more
+            self.trains = self._training > 0
 
     def now(self) -> Rows | None:
         """The rows in force here; None where all are the base's."""
@@ -85,14 +107,27 @@ def _check(x: Tensor, batch: int, size: int | None) -> None:
 )
 def _rows(x: Tensor, router: int, batch: bool) -> Tensor:
     """The slot of each entry of x, the model's batch or a site's, as it is when the graph runs."""
-    rows, n = _routers[router].now(), len(x)
+    rows, n = routers[router].now(), len(x)
     if rows is None:
         return torch.zeros(n, dtype=torch.int64, device=x.device)
     if rows.tables is not None:
-        raise PeftliteError("bank.train is for eager code: train outside of torch.compile")
+        _fill(routers[router], rows)
     _check_batch(rows, n) if batch else _check(x, len(rows.slots), None)
     # a graph may write into what it was given, so never the rows' own
-    return rows.on(x.device).slots.repeat_interleave(n // len(rows.slots), output_size=n)
+    slots = rows.on(x.device).numbers
+    return slots.repeat_interleave(n // len(slots), output_size=n)
+
+
+def _fill(router: Router, rows: Rows) -> None:
+    """Has slots hold what is made of parameters. Raises PeftliteError if some would be dropped."""
+    for slot in set(rows.numbers.tolist()):
+        if (leaves := router.leaves.get(slot)) is not None:
+            leaves.fill()
+            if router.trains and leaves.drops:
+                raise PeftliteError(
+                    "dropout of a delta isn't drawn by compiled code that trains many: leave "
+                    "dropout= out, or torch.compile"
+                )
 
 
 def _check_batch(rows: Rows, n: int) -> None:

@@ -62,6 +62,7 @@ class Rows:
         tables: of a site, if not those of the arena: in training, they are made of parameters.
         repeat: how many rows of a batch, one after another, share each of these.
         lies: whether those tables have a row for each of these, in their order.
+        numbers: the slot in the arena of each row of a batch, where `slots` are of other tables.
     """
 
     slots: Tensor
@@ -69,6 +70,7 @@ class Rows:
     tables: Callable[[Any], Tables] | None
     repeat: int
     lies: bool
+    numbers: Tensor
 
     def __init__(
         self,
@@ -77,9 +79,10 @@ class Rows:
         tables: Callable[[Any], Tables] | None = None,
         repeat: int = 1,
         lies: bool = False,
+        numbers: Tensor | None = None,
     ):
         self.slots, self.runs, self.tables, self.repeat = slots, runs, tables, repeat
-        self.lies = lies
+        self.lies, self.numbers = lies, slots if numbers is None else numbers
         self._elsewhere: dict[torch.device, Rows] = {}
 
     @classmethod
@@ -114,6 +117,7 @@ class Rows:
             return self
         if device not in self._elsewhere:
             with torch.inference_mode(False):
-                moved = self.slots.to(device)
-            self._elsewhere[device] = Rows(moved, self.runs, self.tables, self.repeat, self.lies)
+                slots, numbers = self.slots.to(device), self.numbers.to(device)
+            own = self.runs, self.tables, self.repeat, self.lies, numbers
+            self._elsewhere[device] = Rows(slots, *own)
         return self._elsewhere[device]

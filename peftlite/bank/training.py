@@ -37,7 +37,11 @@ class Leaves:
         self.shapes: dict[tuple[Mixed, str], torch.Size] = {}
         self._leaves: dict[tuple[Mixed, str], nn.Parameter] = {}
         self._made: dict[Mixed, Sequence[Patch]] = {}
+        self._mixed: dict[int, Mixed] = {}
+        self._dropping: list[Mixed] = []
         for mixed, patches in groups:
+            self._mixed[mixed.number] = mixed
+            self._dropping += [mixed for p in patches if getattr(p, "dropout", 0.0)]
             if not mixed.trains(patches):
                 self._make(mixed, patches, own)
                 continue
@@ -79,6 +83,24 @@ class Leaves:
     def of(self, mixed: Mixed, name: str) -> nn.Parameter | None:
         """What is learned of a table's row; None if the table is fixed, or has no row of it."""
         return self._leaves.get((mixed, name))
+
+    def _value(self, mixed: Mixed, name: str) -> Any:
+        leaf = self.of(mixed, name)
+        return self.contents(mixed).get(name) if leaf is None else leaf
+
+    @property
+    def drops(self) -> bool:
+        """Whether inputs are dropped now."""
+        return any(mixed.training for mixed in self._dropping)
+
+    def learn(self, number: int, name: str, gradient: Tensor) -> None:
+        """Adds the gradient of what a slot holds at a site to that of what is learned of it."""
+        mixed = self._mixed.get(number)
+        with torch.enable_grad():
+            value = None if mixed is None else self._value(mixed, name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            cut = gradient[tuple(map(slice, value.shape))]
+            torch.autograd.backward(value, cut.to(value.device, value.dtype))
 
     def leave(self) -> None:
         """Leaves the slot: what an optimizer writes from now on changes no delta."""
@@ -153,11 +175,10 @@ def training_rows(numbers: Sequence[int], leaves: Mapping[int, Leaves], repeat: 
             return table[there]
         return Learned.apply(table, there, [*learned], *learned.values())
 
-    if lies:
-        back = torch.arange(len(distinct), device="cpu")
-        return Rows(back, tables=tables, repeat=runs[0][1], lies=True)
-    index = torch.tensor([distinct.index(n) for n in numbers], device="cpu")
-    return Rows(index, tables=tables, repeat=repeat)
+    index = range(len(distinct)) if lies else [distinct.index(n) for n in numbers]
+    repeat = runs[0][1] if lies else repeat
+    given, slots = (torch.tensor(each, device="cpu") for each in (numbers, index))
+    return Rows(slots, tables=tables, repeat=repeat, lies=lies, numbers=given)
 
 
 class Learned(torch.autograd.Function):

@@ -29,6 +29,8 @@ _is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled
 _HOOK = checkpoint._checkpoint_hook.__qualname__
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 _FILE = _REENTRANT.co_filename
+_COMPILED = "_aot_autograd"
+"""In the names of files that run what is compiled, as one Function: it is never run again."""
 
 
 def at_work() -> bool:
@@ -93,7 +95,7 @@ def _regions(known: Collection[Any]) -> list[tuple[Any, str]]:
     From the innermost out to the first known one, or to the rerun that this code is in.
     """
     found: list[tuple[Any, str]] = []
-    frame = sys._getframe(1)
+    frame, compiled = sys._getframe(1), False
     while frame is not None and frame.f_code is not _Again.__call__.__code__:
         if frame.f_code is _REENTRANT:
             found.append((frame.f_locals["ctx"], "run_function"))
@@ -102,9 +104,14 @@ def _regions(known: Collection[Any]) -> list[tuple[Any, str]]:
             found.append((inside["new_frame"], "recompute_fn"))
         if found and found[-1][0] in known:
             return found[:-1]
+        compiled = compiled or _COMPILED in frame.f_code.co_filename
         frame = frame.f_back
     hooks = _saved_tensors_hooks(True)
-    if not found and frame is None and (hooks is None or hooks[0].__qualname__.startswith(_HOOK)):
+    if (
+        not (found or compiled)
+        and frame is None
+        and (hooks is None or hooks[0].__qualname__.startswith(_HOOK))
+    ):
         raise PeftliteError(
             "this call may run again in the backward pass, where a choice made by pl.using can't "
             "be seen, and it isn't torch.utils.checkpoint.checkpoint that runs it: choose with "

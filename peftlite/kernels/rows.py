@@ -49,6 +49,7 @@ def each_linear(
     plain = dispatch.is_plain_weight(w) and not w.requires_grad and a.dtype is x.dtype is w.dtype
     if (
         not plain
+        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled(x.device.type)
         or (bias is not None and bias.requires_grad)
     ):

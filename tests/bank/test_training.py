@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 import peftlite as pl
 from peftlite.bank import DeltaBank
@@ -223,11 +224,22 @@ def test_half_precision_is_for_inference() -> None:
 
 
 @pytest.mark.heavy
-def test_compiled_code_refuses_to_train() -> None:
-    own = Models("a")
-    compiled = torch.compile(own.model, fullgraph=True, backend="eager")
-    with pytest.raises(pl.PeftliteError, match="eager code"), own.bank.train(["a"]):
-        compiled(torch.randn(1, WIDTH).double())
+def test_one_compiled_graph_trains_every_mix() -> None:
+    own, x = Models("abc"), torch.randn(4, WIDTH, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(own.model, fullgraph=True, backend="aot_eager")
+    counters.clear()
+    for names in (["a", "b", None, "a"], ["c", "c", "c", "c"], ["b", "c", "a", None]):
+        with own.bank.train(names):
+            step(compiled, x, torch.ones(4, 8).double())
+        for name, row in zip(names, x, strict=True):
+            if name is not None:
+                step(own.alone[name], row[None], torch.ones(1, 8).double())
+    for name in "abc":
+        theirs = [p.grad for p in own.delta(name).parameters()]
+        for mine, want in zip(own.bank.parameters(name), theirs, strict=True):
+            torch.testing.assert_close(mine.grad, want)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_model_in_training_is_not_moved() -> None:

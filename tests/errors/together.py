@@ -77,7 +77,6 @@ CASES = [
     Case(lambda model, _: fit_together([3], at_once=0),
          "at_once must be a whole number from 1 up, not 0"),
     Case(lambda model, _: fit_together([3]), "fit_together takes trainers, not 3"),
-    Case(sharing({"compile": True}), "compile=True is for a trainer that is alone: leave it out"),
     Case(sharing({"delta": ["sql", "chat"]}),
          "a trainer that shares a base trains one delta, not 'sql'; 'chat'"),
     Case(sharing({}, {}), ONE),

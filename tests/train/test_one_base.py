@@ -139,6 +139,18 @@ def test_what_a_slot_holds_may_be_made_of_parameters() -> None:
     jobs.same(fit_together(jobs.trainers, progress=False))
 
 
+@pytest.mark.heavy
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: compile(m, backend="aot_eager"))
+    methods = [pl.LoRA(rank=2, **WEIGHTS), pl.DoRA(rank=1, **WEIGHTS)]
+    given: dict[str, Any] = {"batch_size": 4, "epochs": 1, "compile": True}
+    jobs = Jobs(mlp(), methods, lambda i, count=8: rows(i, 8), **given)
+    histories = fit_together(jobs.trainers, progress=False)
+    jobs.options["compile"] = False
+    jobs.same(histories)
+
+
 def test_calls_of_one_step_are_one() -> None:
     jobs = Jobs(mlp(), [pl.LoRA(rank=2, targets="*.weight")] * 3, rows, batch_size=4, epochs=2)
     found = calls(jobs.model)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftlite.bank.arena import Arena, Field
+from peftlite.bank.compiled import learned
 from peftlite.bank.route import Router
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.patch import Patch
@@ -122,6 +123,8 @@ class Mixed(Patch):
         if rows is None:
             return inner(*args, **kwargs)
         tables = self.tables if rows.tables is None else rows.tables(self)
+        if torch.compiler.is_compiling() and self.router.trains and torch.is_grad_enabled():
+            rows, tables = learned(self.tables, rows, self.router, self.number)
         return self.mix(rows, tables, inner, *args, **kwargs)
 
     def by_runs(self, rows: Rows, tables: Tables, *tensors: Tensor) -> bool:

@@ -49,8 +49,6 @@ class Job(Callback):
         """Raises PeftliteError unless it can share a base."""
         if not isinstance(trainer, Trainer):
             raise PeftliteError(f"fit_together takes trainers, not {short(trainer)}")
-        if trainer.compile:
-            raise PeftliteError("compile=True is for a trainer that is alone: leave it out")
         with _chosen(trainer):
             deltas, settings = trainer.deltas, trainer._decided()
         if len(deltas) > 1:
@@ -186,7 +184,7 @@ def _check(jobs: Sequence[Job]) -> None:
     first, *others = jobs
     if any(job.trainer.model is not first.trainer.model for job in others):
         raise PeftliteError("the trainers are of several models: one base is to be shared")
-    for name in ("gradient_checkpointing", "parallel"):
+    for name in ("gradient_checkpointing", "parallel", "compile"):
         if len(values := {getattr(job.trainer, name) for job in jobs}) > 1:
             raise PeftliteError(f"{name} is the model's, so one for all trainers, not {values}")
     folders = [os.path.abspath(f) for job in jobs if (f := job.trainer.folder) is not None]

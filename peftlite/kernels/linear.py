@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.errors import PeftliteError
-from peftlite.kernels import dispatch, reference
+from peftlite.kernels import dispatch, reference, torch_ops
 
 
 def lora_linear(
@@ -147,6 +147,10 @@ class LoRALinear(torch.autograd.Function):
         for_x, for_w, for_bias, for_a, *_ = ctx.needs_input_grad
         a, b = a.to(h.dtype), b.to(h.dtype)
         dh, db = ops.grad_ab(dy, h, b, ctx.scale, ctx.dropout)
+        if for_a and for_x and w is not None and seed is not None and ops is torch_ops:
+            dx = dy @ w
+            da = torch_ops.grad_a_and_x(dh, flat, dx, a, ctx.dropout, seed)
+            dx, for_x, for_a = dx.view(x.shape), False, False
         if for_a:
             da = ops.grad_a(dh, flat, ctx.dropout, seed)
         if for_x and w is None:

@@ -22,6 +22,7 @@ from peftlite.kernels.workspace import workspace
 _ENTRIES = 2**19  # of x or y, that a thread converts and masks at once
 _PIECE = 128  # columns, that a thread sums over the tokens at once
 _ALONE = 2**14 - 1  # words, whose halves torch leaves to one thread
+_CACHED = 2**16  # words, that stay in a core's cache
 _FEW = 16  # rows of A, that are slow as columns of a result
 
 
@@ -52,6 +53,27 @@ def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor
     return da.to(dh.dtype)
 
 
+def grad_a_and_x(
+    dh: Tensor, x: Tensor, dx: Tensor, a: Tensor, dropout: float, seed: Tensor
+) -> Tensor:
+    """dA = dhᵀ drop(x) in c, for a dh that is scaled; and dx += drop(dh A), with the same mask."""
+    da = None
+    for rows, part, room, drop in _blocks(x, dh.dtype, dropout, seed):
+        assert drop is not None
+        da = _summed(da, _across(dh[rows], drop(room, part)))
+        _put(dx[rows], drop(torch.mm(dh[rows], a, out=room), room))
+    assert da is not None
+    return da.to(dh.dtype)
+
+
+def _put(y: Tensor, more: Tensor) -> None:
+    """y += what may be wider, and is of no more use then."""
+    if y.dtype is more.dtype:
+        y.add_(more)
+    else:
+        y.copy_(more.add_(y))
+
+
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
     """A sum with a part more, in fp32 at least."""
     if total is None:
@@ -71,11 +93,7 @@ def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -
         if drop is None:
             to.copy_(room.copy_(to).addmm_(h[rows], up))
             continue
-        drop(torch.mm(h[rows], up, out=room), room)
-        if to.dtype is room.dtype:
-            to.add_(room)
-        else:
-            to.copy_(room.add_(to))
+        _put(to, drop(torch.mm(h[rows], up, out=room), room))
     return y
 
 
@@ -147,7 +165,7 @@ def _blocks(
     They are all of x where that is left to a compiler or a GPU, or x is a fake.
     """
     tokens, columns = x.shape
-    if type(x) is not Tensor or not x.is_cpu or is_compiling():
+    if not _is_eager(x):
         every, room = [slice(None)], torch.empty_like(x, dtype=dtype)
     else:
         # a mask of torch's needs as much again, and what isn't converted is read but once
@@ -178,27 +196,42 @@ def _drops(
         for rows in every:
             yield partial(drop, first=rows.start)
         return
-    for ones in _masks(x, every, dropout, seed):
-        yield lambda to, of, ones=ones: torch.mul(of, ones, out=to)
+    for ones in _masks(x, room, every, dropout, seed):
+
+        def times(to: Tensor, of: Tensor, ones: Tensor = ones) -> Tensor:
+            # of several dtypes, torch converts into memory of its own
+            return torch.mul(of if of.dtype is to.dtype else to.copy_(of), ones, out=to)
+
+        yield times
 
 
-def _masks(x: Tensor, every: list[slice], dropout: float, seed: Tensor) -> Iterator[Tensor]:
+def _masks(
+    x: Tensor, room: Tensor, every: list[slice], dropout: float, seed: Tensor
+) -> Iterator[Tensor]:
     """For some rows of x at a time a 1 for what dropout keeps of them: as `reference.keep`."""
     tokens, columns = x.shape
     row = torch.arange(tokens, device=x.device)[:, None]
     pair = torch.arange((columns + 1) // 2, device=x.device)
     row = _mix((row * STEP ^ seed).to(torch.int32))
     pair = _mix((pair * STEP ^ seed >> 32).to(torch.int32))
-    # so few words at a time on a CPU that one thread does them: else each operation waits for all
-    at_once = max(1, _ALONE // max(1, len(pair))) if x.is_cpu and not is_compiling() else tokens
+    at_once = tokens
+    if eager := _is_eager(x):
+        # so few words at a time that one thread does them: else each operation waits for all
+        words = _CACHED if torch.get_num_threads() == 1 else _ALONE
+        at_once = max(1, words // max(1, len(pair)))
     for rows in every:
         own = row[rows]
-        word = own.new_empty(len(own), len(pair))
-        for some, to in zip(own.split(at_once), word.split(at_once), strict=True):
-            _mix(torch.bitwise_xor(some, pair, out=to)).view(torch.int16).ge_(
-                threshold(dropout) - 2**15
-            )
-        yield word.view(torch.int16)[:, :columns]
+        shape = len(own), columns
+        ones = workspace("ones", shape, room.dtype) if eager else room.new_empty(shape)
+        for some, to in zip(own.split(at_once), ones.split(at_once), strict=True):
+            halves = _mix(some ^ pair).view(torch.int16)
+            to.copy_(halves.ge_(threshold(dropout) - 2**15)[:, :columns])
+        yield ones
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether x is to be gone through some rows at a time, and not by a compiler or a GPU."""
+    return type(x) is Tensor and x.is_cpu and not is_compiling()
 
 
 def _mix(word: Tensor) -> Tensor:

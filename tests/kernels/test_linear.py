@@ -61,7 +61,8 @@ def test_masks_are_the_reference_s(tokens: int, i: int, dropout: float, seed: in
 @pytest.mark.parametrize("native", [False, True])
 def test_a_mask_made_in_parts_is_one_mask(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_ops, "_ENTRIES", 50)
-    monkeypatch.setattr(torch_ops, "_ALONE", 25)
+    for limit in ("_ALONE", "_CACHED"):
+        monkeypatch.setattr(torch_ops, limit, 25)
     if not native:
         monkeypatch.setattr(torch_ops.mask, "drops", lambda _: False)
     parts = torch_ops._parts(torch.ones(33, 21), torch.float32, 0.3, SEED)

@@ -1,14 +1,19 @@
-"""A training step of a Llama block, and of a small Llama with AdamW, over the frozen base's.
+"""Whole training steps of a small Llama with AdamW, over the frozen base's, beside peft.
 
-The base has a gradient for its input alone. In bf16 adapters are fp32, and bf16 where it says `half
-adapters`, in peft and here. `--device cuda` has a block of Llama 8B's shape.
-`--own-time` counts this one thread's time and not the clock's, for a machine that others use.
+Eager and compiled, with and without checkpointing and dropout, in fp32 and bf16; all weights train
+in `full`, and in the base nothing does: it has a gradient for its input alone, and no optimizer, so
+peft's time over the base's is the most that any adapter can be ahead. Then how many graphs dynamo
+makes of it. Compiled is each decoder layer, as `layer.compile()` does: eight of them are one graph.
+
+`--device cuda` has a block of Llama 8B's shape, too. In bf16 adapters are fp32, and bf16 where it
+says `half adapters`, in peft and here. `--own-time` counts this one thread's time and not the
+clock's, for a machine that others use.
 """
 
 import argparse
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter, thread_time
 
@@ -19,6 +24,7 @@ from common import Figure, interleave, ratios, report, timer, until_told
 from contenders import DTYPES, RANK
 from lora_linear import once
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -57,12 +63,11 @@ class Shape:
 
 BLOCK = {
     "quick": Shape(64, 224, 4, 1, 1, 512),
-    "cpu": Shape(1024, 3584, 16, 1, 1, 512),
     "cuda": Shape(4096, 14336, 32, 1, 4, 2048),
 }
 LLAMA = {
     "quick": Shape(64, 224, 4, 2, 1, 512),
-    "cpu": Shape(512, 1792, 8, 4, 2, 256),
+    "cpu": Shape(512, 1792, 8, 8, 2, 256),
     "cuda": Shape(2048, 7168, 32, 8, 4, 2048),
 }
 
@@ -86,11 +91,9 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """LlamaForCausalLM from its embeddings to its loss."""
 
-    def __init__(self, shape: Shape, checkpointing: bool):
+    def __init__(self, shape: Shape):
         super().__init__()
         self.model = LlamaForCausalLM(shape.config()).train()
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, x: Tensor) -> Tensor:
         labels = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
@@ -108,7 +111,8 @@ class Task:
 
     @classmethod
     def of(cls, kind: str, shape: Shape, device: str, dtype: torch.dtype) -> "Task":
-        made = Block(shape) if kind == "block" else Llama(shape, "checkpointed" in kind)
+        made = Block(shape) if kind == "block" else Llama(shape)
+        checkpoint(made, "checkpointed" in kind)
         base = made.to(device, dtype).requires_grad_(False)
         size = (shape.batch, shape.tokens, shape.hidden)
         x, dy = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
@@ -122,7 +126,8 @@ class Task:
     def stepper(self, model: nn.Module) -> Callable[[], None]:
         """What does one step of the model."""
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters) if parameters and self.dy is None else None
+        learns = bool(parameters) and self.dy is None
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if learns else None
 
         def step() -> None:
             torch.autograd.backward(model(self.x), self.dy)
@@ -134,9 +139,30 @@ class Task:
         return step
 
 
-def attached(base: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def checkpoint(model: nn.Module, on: bool) -> nn.Module:
+    """The model, whose layers are run again in the backward pass, or not."""
+    for module in model.modules():
+        if isinstance(module, LlamaForCausalLM):
+            if on:
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                module.gradient_checkpointing_disable()
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """A copy whose decoder layers are compiled."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.compile()
+    return twin
+
+
+def attached(base: nn.Module, dtype: torch.dtype | None = None, dropout: float = 0.0) -> nn.Module:
     model = copy.deepcopy(base)
-    delta = pl.attach(model, pl.LoRA(rank=RANK, targets=PROJECTIONS, dtype=dtype))
+    method = pl.LoRA(rank=RANK, targets=PROJECTIONS, dtype=dtype, dropout=dropout)
+    delta = pl.attach(model, method)
     for name, parameter in delta.named_parameters():
         if name.endswith("b"):
             nn.init.normal_(parameter, std=0.02)
@@ -155,9 +181,11 @@ def merged(model: nn.Module) -> nn.Module:
     return twin.requires_grad_(False)
 
 
-def with_peft(base: nn.Module, like: nn.Module, widen: bool) -> nn.Module:
+def with_peft(base: nn.Module, like: nn.Module, widen: bool, dropout: float = 0.0) -> nn.Module:
     """peft's LoRA with the same factors."""
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=dropout
+    )
     model = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=widen)
     patches = pl.deltas(like)["default"].placed
     for name, module in model.base_model.model.named_modules():
@@ -168,16 +196,15 @@ def with_peft(base: nn.Module, like: nn.Module, widen: bool) -> nn.Module:
     return model
 
 
-def contenders(task: Task, compiled: bool) -> dict[str, nn.Module]:
-    """All that is compared, by name; the base comes first."""
+def contenders(task: Task) -> dict[str, nn.Module]:
+    """All that is compared on a GPU, by name; the base comes first."""
     base, ours = task.base, attached(task.base)
     found = {"base": base, "merged": merged(ours), "peft": with_peft(base, ours, True)}
     if task.x.dtype is not torch.float32:
         found["peft, half adapters"] = with_peft(base, ours, False)
         found["peftlite, half adapters"] = attached(base, task.x.dtype)
-    if compiled:
-        found["peft compiled"] = torch.compile(with_peft(base, ours, True))
-        found["peftlite compiled"] = torch.compile(copy.deepcopy(ours))
+    found["peft compiled"] = torch.compile(with_peft(base, ours, True))
+    found["peftlite compiled"] = torch.compile(copy.deepcopy(ours))
     return found | {"peftlite": ours, "peftlite fused": fused(ours)}
 
 
@@ -258,14 +285,11 @@ def constant(name: str, value: float, unit: str, at_most: float | None = None) -
 # -- fast
 
 
-def measure(task: Task, compiled: bool, rounds: int, own_time: bool) -> Iterator[Figure]:
-    models = contenders(task, compiled)
+def on_cuda(task: Task, rounds: int) -> Iterator[Figure]:
+    models = contenders(task)
     yield from errors(task, models)
     steps = {name: task.stepper(model) for name, model in models.items()}
-    clock = thread_time if own_time else perf_counter
-    on_gpu = task.x.is_cuda
-    timers = {n: timer(step, 0.02) if on_gpu else once(step, clock) for n, step in steps.items()}
-    times = interleave(timers, rounds)
+    times = interleave({name: timer(step, 0.02) for name, step in steps.items()}, rounds)
     yield Figure(f"{task.name}, base", [seconds * 1e3 for seconds in times["base"]], "ms")
     for name in list(models)[1:]:
         yield Figure(f"{task.name}, {name}", ratios(times[name], times["base"]))
@@ -295,29 +319,90 @@ def sizes(
             yield constant(f"{task.name}, {name}, peak", peak(steps[name]), "B")
 
 
+# -- whole steps
+
+
+def whole(
+    dtype: torch.dtype, dropout: float, shape: Shape, rounds: int, clock: Callable[[], float]
+) -> Iterator[Figure]:
+    """Steps with and without checkpointing, eager and compiled, in one interleaved run each."""
+    task = Task.of("Llama", shape, "cpu", dtype)
+    ours, full = attached(task.base, dropout=dropout), copy.deepcopy(task.base).requires_grad_(True)
+    models = {"base": task.base, "full": full, "peft": with_peft(task.base, ours, True, dropout)}
+    models |= {"peftlite": ours, "peftlite fused": fused(ours)}
+    if not dropout:
+        yield from errors(task, models)
+        yield from sizes(task, models, {})
+    torch._dynamo.reset()
+    models |= {f"{name} compiled": compiled(models[name]) for name in ("base", "peft", "peftlite")}
+    steps = {name: task.stepper(model) for name, model in models.items()}
+    for again in (False, True):
+        for model in models.values():
+            checkpoint(model, again)
+        times = interleave({name: once(step, clock) for name, step in steps.items()}, rounds)
+        cell = f"{task.name}{', dropout' * bool(dropout)}{', checkpointed' * again}"
+        yield from compare(cell, times)
+
+
+def compare(cell: str, times: dict[str, list[float]]) -> Iterator[Figure]:
+    yield Figure(f"{cell}, base", [seconds * 1e3 for seconds in times["base"]], "ms")
+    for name in list(times)[1:]:
+        yield Figure(f"{cell}, {name}", ratios(times[name], times["base"]))
+    for how in ("", " compiled"):
+        theirs = times[f"peft{how}"]
+        ahead = ratios(theirs, times[f"peftlite{how}"])
+        yield Figure(f"{cell}, peft{how} over peftlite{how}", ahead, at_least=1.25)
+        yield Figure(f"{cell}, peft{how} over base{how}", ratios(theirs, times[f"base{how}"]))
+
+
+def graphs(dropout: float, again: bool, shape: Shape) -> Iterator[Figure]:
+    """What dynamo makes of five steps of a whole model with its loss, the optimizer's between."""
+    task = Task.of("Llama", replace(shape, layers=2), "cpu", torch.bfloat16)
+    ours = attached(task.base, dropout=dropout)
+    for name, model in (("peft", with_peft(task.base, ours, True, dropout)), ("peftlite", ours)):
+        torch._dynamo.reset()
+        counters.clear()
+        step = task.stepper(torch.compile(checkpoint(model, again), backend="eager"))
+        made = []
+        for _ in range(5):
+            step()
+            made.append(counters["stats"]["unique_graphs"])
+        cell = f"{name}{', dropout' * bool(dropout)}{', checkpointed' * again}"
+        breaks = sum(counters["graph_break"].values())
+        bound = 1 if name == "peftlite" else None
+        yield constant(f"graphs, {cell}", made[0] + breaks, "", bound)
+        yield constant(f"recompilations, {cell}", made[-1] - made[0], "", bound and 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, and no CSV file")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, help="4, or 11 on a GPU")
     parser.add_argument("--own-time", action="store_true", help="one thread, and its own time")
     args = parser.parse_args()
     torch.set_num_threads(1 if args.own_time else args.threads)
     torch.manual_seed(0)
-    shapes = "quick" if args.quick else args.device
+    shape = LLAMA["quick" if args.quick else args.device]
 
-    def cells() -> Iterator[Figure]:
-        for dtype, kind in product(DTYPES[args.device], ("block", "Llama", "Llama, checkpointed")):
-            shape = (BLOCK if kind == "block" else LLAMA)[shapes]
-            task = Task.of(kind, shape, args.device, dtype)
-            compiled = not args.quick and (kind == "block" or args.device == "cuda")
-            rounds = 3 if args.quick else args.rounds
-            yield from measure(task, compiled, rounds, args.own_time)
+    def on_cpu() -> Iterator[Figure]:
+        rounds = 2 if args.quick else args.rounds or 4
+        clock = thread_time if args.own_time else perf_counter
+        for dropout, again in product((0.0, 0.1), (False, True)):
+            yield from graphs(dropout, again, shape)
+        for dtype, dropout in product(DTYPES["cpu"], (0.0, 0.1)):
+            yield from whole(dtype, dropout, shape, rounds, clock)
+
+    def on_gpu() -> Iterator[Figure]:
+        for dtype, kind in product(DTYPES["cuda"], ("block", "Llama", "Llama, checkpointed")):
+            of = shape if kind != "block" else BLOCK["quick" if args.quick else "cuda"]
+            rounds = 3 if args.quick else args.rounds or 11
+            yield from on_cuda(Task.of(kind, of, "cuda", dtype), rounds)
 
     report(
         "block" if args.device == "cpu" else "block_cuda",
-        until_told(cells()),
+        until_told(on_cpu() if args.device == "cpu" else on_gpu()),
         quick=args.quick,
         peft=peft.__version__,
         transformers=transformers.__version__,

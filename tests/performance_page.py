@@ -68,8 +68,15 @@ TABLES = {
     ),
     "block": Table(
         "block",
-        ("peftlite", "peftlite fused", "peft", "peftlite compiled", "peft compiled"),
-        {"fp32": "float32 block, {}", "bf16": "bfloat16 block, {}"},
+        (
+            *("full", "peft", "peftlite", "peftlite fused"),
+            *("base compiled", "peft compiled", "peftlite compiled"),
+        ),
+        {
+            f"{short}{how}": f"{long} Llama{how}, {{}}"
+            for long, short in (("float32", "fp32"), ("bfloat16", "bf16"))
+            for how in ("", ", checkpointed", ", dropout", ", dropout, checkpointed")
+        },
     ),
     "experts": Table(
         "experts",

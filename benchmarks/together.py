@@ -11,6 +11,7 @@ import resource
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from time import perf_counter, process_time
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils.data import IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftlite as pl
+from peftlite.train.schedule import adamw
 
 RANK, RATE, WORDS = 8, 1e-3, 512
 CELLS = ((32, 1, 32), (8, 1, 32), (8, 2, 64), (8, 4, 128), (32, 1, 128), (2, 8, 128))
@@ -48,8 +50,9 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=RATE, fused=True)
+def ours(parameters: Any) -> torch.optim.Optimizer:
+    """As pl.Trainer has it."""
+    return adamw([{"params": [*parameters], "lr": RATE}])
 
 
 # -- a step of all
@@ -60,7 +63,7 @@ def together(ids: Tensor, count: int, size: str) -> Callable[[], None]:
     bank = pl.DeltaBank(model, count, RANK, METHOD)
     for name in names:
         bank.load(name, METHOD)
-    optimizers = [adamw(bank.parameters(name)) for name in names]
+    optimizers = [ours(bank.parameters(name)) for name in names]
     rows = [name for name in names for _ in range(len(ids) // count)]
 
     def step() -> None:
@@ -76,7 +79,7 @@ def together(ids: Tensor, count: int, size: str) -> Callable[[], None]:
 def one_by_one(ids: Tensor, count: int, size: str) -> Callable[[], None]:
     model = gpt(size)
     deltas = [pl.attach(model, METHOD, name=f"d{i}") for i in range(count)]
-    return _loop(ids, model, [adamw(d.parameters()) for d in deltas],
+    return _loop(ids, model, [ours(d.parameters()) for d in deltas],
                  lambda i: pl.use(model, f"d{i}"))  # fmt: skip
 
 
@@ -85,8 +88,9 @@ def with_peft(ids: Tensor, count: int, size: str) -> Callable[[], None]:
     model = peft.get_peft_model(gpt(size), config, adapter_name="d0")
     for i in range(1, count):
         model.add_adapter(f"d{i}", config)
+    theirs = partial(torch.optim.AdamW, lr=RATE, fused=True)
     own = [[p for n, p in model.named_parameters() if f".d{i}." in n] for i in range(count)]
-    return _loop(ids, model, [adamw(parameters) for parameters in own],
+    return _loop(ids, model, [theirs(parameters) for parameters in own],
                  lambda i: model.set_adapter(f"d{i}"))  # fmt: skip
 
 
@@ -235,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds, and no CSV file")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--own-time", action="store_true", help="of this process, not the wall's")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -253,7 +257,7 @@ def main() -> None:
         return run
 
     figures = [*steps(rounds, timed)]
-    few = min(rounds, 3)
+    few = min(rounds, 2)
     for size, length in (("small", 4 if args.quick else 24), ("tiny", 4 if args.quick else 24)):
         figures += trainers(few, clock, size, length)
     figures += [*search(clock, args.quick), *memory()]

@@ -102,6 +102,9 @@ class FixedRows:
             self.slots.zero_()
             raise
         self._entries = claim.entries
+        for entry in claim.entries:
+            if entry.leaves is not None:
+                entry.leaves.fill()
         numbers = torch.tensor(numbers_of(names, claim.entries), device="cpu")
         self.slots.copy_(numbers, non_blocking=True)
 

@@ -275,5 +275,9 @@ def test_what_is_made_of_parameters_is_as_they_are(method: pl.Method) -> None:
     with torch.no_grad():
         for parameter in delta.parameters():
             parameter.sub_(0.2)
+    with bank.static(2) as rows, torch.no_grad():
+        rows.set(["a", "b"])
+        torch.testing.assert_close(model(x[:2]), own.want(x[:2], ["a", "b"]))
+        rows.close()
     bank.evict("a")
     own.check(["b", "a"])

@@ -333,6 +333,22 @@ def test_clients_learn_as_they_would_alone(tmp_path: Path) -> None:
     assert pl.deltas(model) == {}
 
 
+def test_a_client_learns_what_its_method_adds_to_a_loss() -> None:
+    batch, method = (torch.randn(4, 6).double(), torch.arange(4) % 3), MADE[4]
+    base = mlp()
+    delta = pl.attach(copy.deepcopy(base), method, name="alone")
+    with pl.Service(base, slots=2, methods=method) as service:
+        client = service.client("one", delta)
+        client.forward_backward(batch, losses.classification).result()
+        got = [p.grad for p in client._tuned.delta.parameters()]
+    twin = copy.deepcopy(base)
+    own = pl.attach(twin, method, name="alone")
+    own.load_state_dict(delta.state_dict())
+    (losses.classification(twin, batch)["loss"] + own.regularizer()).backward()
+    for mine, p in zip(got, own.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad)
+
+
 def test_a_state_is_gone_on_from_to_the_bit(tmp_path: Path) -> None:
     batch = torch.randn(5, 6).double(), torch.arange(5) % 3
     method = pl.LoRA(rank=2, targets="*.weight")

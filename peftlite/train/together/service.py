@@ -262,15 +262,19 @@ class Client:
     def forward_backward(self, batch: Any, loss: Loss) -> Future[dict[str, float]]:
         """∇ loss(model, batch), added to the gradients; the future has what the loss gave.
 
+        What the delta's methods add to a loss, as AdaLoRA does, goes back with it.
+
         Args:
             batch: as the loss takes it, on the model's device.
             loss: `f(model, batch)`, a tensor or a dict, as `pl.Trainer` takes it.
         """
 
+        delta = self._tuned.delta
+
         def work(shared: Shared) -> dict[str, float]:
             with training(shared):
                 value, metrics = _measured(loss, shared, batch)
-                shared.back(value)
+                shared.back(value + delta.regularizer().to(value.device))
             return metrics
 
         return self._ask(work, on_model=True)

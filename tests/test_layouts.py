@@ -213,3 +213,10 @@ def test_codes_of_any_width_are_read(b: int) -> None:
     with seeded():
         q = torch.randint(2**b, (64, 3))
     assert torch.equal(bits(packed(q, b).t(), b, 61), q.t()[:, :61].to(torch.uint8))
+
+
+def test_one_scale_of_all_may_be_a_number_without_a_dimension() -> None:
+    q = torch.randn(8, 4).to(torch.float8_e4m3fn)
+    found = {"": q, "weight_scale": torch.tensor(0.5)}
+    how, parts = others.read(found, q.shape, torch.float32, {})
+    assert torch.equal(how.unpack(parts), q.float() / 2)

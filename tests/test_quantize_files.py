@@ -183,3 +183,16 @@ def test_what_is_outside_of_blocks_is_left(tmp_path: Path) -> None:
         tmp_path / "m.safetensors", tmp_path / "two.safetensors", targets=["lm_head", "layers.0"]
     )
     assert packs.config is not None and packs.config["llm_int8_skip_modules"] == []
+
+
+def test_what_transformers_would_read_the_other_way_round_has_no_config(tmp_path: Path) -> None:
+    """A `Conv1D` lies as (i, o), and bitsandbytes has no embeddings."""
+    conv = {"h.0.c_attn.weight": torch.randn(64, 192), "h.0.c_attn.bias": torch.zeros(192)}
+    linear = {"h.0.fc.weight": torch.randn(192, 64), "h.0.fc.bias": torch.zeros(192)}
+    table = {"embed_tokens.weight": torch.randn(64, 64), "h.0.fc.weight": torch.randn(64, 64)}
+    for i, (tensors, targets) in enumerate([(conv, None), (linear, None), (table, "*.weight")]):
+        safetensors.torch.save_file(tensors, tmp_path / f"{i}")
+        packs = pl.quantize_files(
+            tmp_path / f"{i}", tmp_path / f"{i}q", targets=targets, progress=False
+        )
+        assert (packs.config is None) is (tensors is not linear)

@@ -32,7 +32,7 @@ from peftlite.io.files import (
     write_json,
     writing_to,
 )  # fmt: skip
-from peftlite.io.standin import stand_in
+from peftlite.io.standin import embeds, stand_in
 from peftlite.io.tied import tied_embedding, with_ties
 from peftlite.progress import bar
 from peftlite.quant import keys, nf4
@@ -115,10 +115,18 @@ class _Job:
 
     def config(self, left: list[str]) -> Mapping[str, Any] | None:
         dtypes = [self.base.entry(key).dtype for key in self.chosen]
-        matrices = all(len(self.base.shape(key)) == 2 for key in self.chosen)
-        if not dtypes or not matrices or not all(key.endswith(".weight") for key in self.chosen):
+        if not dtypes or not all(map(self._is_linear, self.chosen)):
             return None
         return keys.config(self.how["kind"], dtypes[0], self.how["double"], left)
+
+    def _is_linear(self, key: str) -> bool:
+        """Whether it is the weight (o, i) of a linear map, as its bias (o) tells where it has one.
+
+        A `Conv1D` of transformers has (i, o), which bitsandbytes would read the other way round.
+        """
+        shape, bias = self.base.shape(key), f"{key.removesuffix('weight')}bias"
+        lies = bias not in self.base or self.base.shape(bias) == shape[:1]
+        return len(shape) == 2 and key.endswith(".weight") and lies and not embeds(key)
 
     def entries(self, tensors: Tensors) -> dict[str, Entry]:
         """What a shard holds once its tensors are packed."""

@@ -101,7 +101,8 @@ class Packing:
             self.unpack({name: part.to("meta") for name, part in parts.items()})
         except (RuntimeError, LookupError, ValueError) as failed:
             error = failed
-        if error is not None or not 0 <= order.min() <= order.max() < max(parts["scale"].shape):
+        groups = max((1, *parts["scale"].shape))
+        if error is not None or not 0 <= order.min() <= order.max() < groups:
             raise PeftliteError(
                 f"has parts of {given}, which don't make {tuple(self.shape)} by {self.kind}"
             ) from error

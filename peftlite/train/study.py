@@ -12,7 +12,7 @@ from typing import Any
 
 from peftlite.errors import FileError
 from peftlite.fields import as_typed
-from peftlite.io.files import replacing
+from peftlite.io.files import as_path, replacing
 from peftlite.table import listed
 
 FORMAT = 1
@@ -25,7 +25,7 @@ class Study:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, about: dict[str, Any]) -> None:
-        self.path: Path | None = None if path is None else Path(path)
+        self.path: Path | None = None if path is None else as_path(path)
         self.about: dict[str, Any] = {"format": FORMAT, **about}
         self._file: Any = None
 

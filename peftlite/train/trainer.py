@@ -160,7 +160,7 @@ class Trainer(Shown, Spelled):
         self.stopping: bool = False
         check_fields(self)
         for name, function in {"loss": self.loss, "collate": self.collate, **self.probes}.items():
-            if not callable(function):
+            if not callable(function) or (name == "loss" and isinstance(function, type)):
                 raise PeftliteError(f"{name} must be a function, not {short(function)}")
         check_loss(self.loss)
         if self.patience and self.val is None and self.metric.startswith("full_valid"):

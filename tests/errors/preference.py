@@ -13,7 +13,7 @@ from torch import nn
 import peftlite as pl
 from peftlite.train import data
 from peftlite.train.preference import sampling
-from tests.errors.case import Case, bare, linears, two
+from tests.errors.case import SMALL, Case, bare, linears, two
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 GOOD = {"prompt": "a", "response": "b", "rating": True}
@@ -101,6 +101,11 @@ def encoding() -> nn.Module:
     return model
 
 
+def scoring() -> nn.Module:
+    pl.attach(model := bare(), [SMALL, pl.ScalarHead()], "sql")
+    return model
+
+
 class Classifier(nn.Module):
     """One number for each text."""
 
@@ -154,6 +159,17 @@ CASES = [
          "learned of at 0.5: give both the same, above 0", model=two),
     Case(online(loss=pl.losses.dpo()), "loss= is a pl.losses.grpo or pl.losses.rloo, not a "
          "dpo", model=two),
+    Case(online(kl=0.1), "kl=0.1 is a part of the reward with pl.losses.rloo; pl.losses.grpo has "
+         "it in the loss: give loss=pl.losses.grpo(beta=0.1)", model=two),
+    Case(online(reward=3), "a reward is the name of a delta with a ScalarHead, or a function of "
+         "two lists, of prompts and of answers: not 3", model=two),
+    Case(online(prompts=None), "prompts are a list of texts or chats, not None", model=two),
+    Case(online(prompts="ab"), "prompts are a list of texts or chats, not 'ab'", model=two),
+    Case(lambda model, _: pl.PPO(model, "sql", ["a"], loss=pl.losses.ppo(value="chat")),
+         "'chat' gives the values, and is chosen as the policy, too: pl.use(model, name) of the "
+         "delta that is to answer", model=two),
+    Case(lambda model, _: pl.best_of(model, "sql", ["a"], 0), "n must be a whole number from 1 up, "
+         "not 0", model=two),
     Case(online(prompts=[]), "prompts are a list of texts or chats, not []", model=two),
     Case(online(batch_size=3), "there are 2 prompts, and a batch has 3: give a batch_size",
          model=two),
@@ -234,6 +250,9 @@ CASES = [
                          (pl.losses.ppo(), "'returns'"))),
     Case(measuring(pl.losses.dpo(reference="chat"), pairs), "the reference, 'chat', is the policy "
          "itself, so nothing can be learned: name a frozen delta, or None for the base", model=two),
+    Case(measuring(pl.losses.orpo(), pairs), "the policy, or its reference, has a scalar head, "
+         "which gives rewards in place of logits: pl.use(model, name) of another delta",
+         model=scoring),
     Case(measuring(pl.losses.orpo(), pairs), "a loss of preferences takes prompts and answers as "
          "one text, and this model reads the one by an encoder and writes the other by a decoder: "
          "take a causal language model", model=encoding),

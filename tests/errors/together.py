@@ -63,6 +63,12 @@ def again(client: Any, path: Path) -> Any:
     client._service.client("sql", METHOD)
 
 
+def closed(model: nn.Module, _: Path) -> None:
+    with pl.Service(model, slots=2, max_rank=1, methods=METHOD) as service:
+        pass
+    service.client("sql", METHOD)
+
+
 def fixed() -> nn.Module:
     model = bare()
     pl.attach(model, pl.LoRA(rank=1, init="olora"), "fixed")
@@ -96,6 +102,13 @@ CASES = [
     Case(serving(lambda client, _: client.forward_backward(BATCH, infinite),
                  lambda client, _: client.optim_step(lr=0.1)),
          "the gradients of 'sql' have norm …: no step is made", model=linears),
+    *(Case(serving(lambda client, _, given=given: client.optim_step(**given)), f"{name} must be a "
+           f"finite number from 0 up, not {given[name]!r}", model=linears)
+      for given in ({"lr": "x"}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": 0.1, "clip": -1})
+      for name in [[*given][-1]]),
+    Case(serving(lambda client, _: client.forward_backward(BATCH, 3)), "loss must be a function, "
+         "not 3", model=linears),
+    Case(closed, "the service is closed: make another one", model=linears),
     Case(serving(lambda client, _: client.close(), lambda client, _: client(BATCH[0])),
          "this client is closed: ask the service for another", model=linears),
     Case(adopting,

@@ -164,6 +164,7 @@ CASES = [
     Case(fitting(warmup=1.0), "warmup must be in [0, 1), not 1.0"),
     Case(fitting(schedule="step"), "schedule must be one of 'cosine', 'linear', 'constant', not "
          "'step'"),
+    Case(fitting(loss=pl.losses.dpo), "loss must be a function, not the class dpo"),
     Case(fitting(loss="mse"), "loss must be a function, not 'mse'"),
     Case(fitting(loss=nn.CrossEntropyLoss()), "CrossEntropyLoss compares an output with labels, "
          "and a loss here is a function of (model, batch): give pl.losses.classification, or "

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from peftlite.errors import PeftliteError
 from peftlite.fields import check_fields, integer, number, one_of, positive
 from peftlite.table import short
+from peftlite.train.data.checks import check_counts
 from peftlite.train.data.packing import IGNORED
 from peftlite.train.data.padding import collate
 from peftlite.train.data.tokens import Tokenizer, as_tokenizer
@@ -26,7 +27,7 @@ from peftlite.train.preference import clipped
 from peftlite.train.preference.losses import Scale, grpo, ppo, rloo
 from peftlite.train.preference.prompts import check_prompts, ids_of
 from peftlite.train.preference.sampling import Sampling, sample
-from peftlite.train.preference.told import last_scalars, scalars, tell
+from peftlite.train.preference.told import current, last_scalars, scalars, tell
 from peftlite.train.trainer import Trainer
 from peftlite.verbs.use import using
 
@@ -91,8 +92,13 @@ def GRPO(
         pl.GRPO(model, vowels, ["b", "c"], batch_size=2, epochs=1, lr=1e-3, **how).fit()
     """
     given = grpo(temperature=temperature) if loss is None else loss
+    if kl and isinstance(given, grpo):
+        raise PeftliteError(
+            f"kl={kl!r} is a part of the reward with pl.losses.rloo; pl.losses.grpo has it in the "
+            f"loss: give loss=pl.losses.grpo(beta={kl!r})"
+        )
     rollouts = Grouped(
-        reward, [*prompts, *(val or [])], as_tokenizer(tokenizer), given,
+        reward, _asked(prompts, val), as_tokenizer(tokenizer), given,
         Sampling(max_new_tokens, temperature), iterations, kl, group, scale,
     )  # fmt: skip
     return _trainer(model, rollouts, prompts, val, options)
@@ -148,8 +154,13 @@ def PPO(
         pl.PPO(model, vowels, ["b", "c"], batch_size=2, epochs=1, lr=1e-3, **how).fit()
     """
     given = ppo(temperature=temperature) if loss is None else loss
+    if isinstance(given, ppo) and given.value in current(model):
+        raise PeftliteError(
+            f"{given.value!r} gives the values, and is chosen as the policy, too: pl.use(model, "
+            "name) of the delta that is to answer"
+        )
     rollouts = Valued(
-        reward, [*prompts, *(val or [])], as_tokenizer(tokenizer), given,
+        reward, _asked(prompts, val), as_tokenizer(tokenizer), given,
         Sampling(max_new_tokens, temperature), iterations, kl, target=target,
         horizon=horizon, gamma=gamma, lam=lam,
     )  # fmt: skip
@@ -190,9 +201,10 @@ def best_of(
         vowels = lambda prompts, answers: [sum(a in "aeiou" for a in each) for each in answers]
         rows = pl.best_of(model, vowels, ["b", "c"], 3, tokenizer=code, max_new_tokens=4)
     """
+    check_counts(n=n)
     how = Sampling(max_new_tokens, temperature)
     coder = as_tokenizer(tokenizer)
-    rollouts = Grouped(reward, prompts, coder, grpo(temperature=temperature), how, 1, 0.0, n)
+    rollouts = Best(reward, _asked(prompts), coder, grpo(temperature=temperature), how, 1, 0.0, n)
     check_prompts(model, prompts, coder, max_new_tokens)
     rolled = rollouts.answer(model, list(range(len(prompts))))
     return [
@@ -200,6 +212,15 @@ def best_of(
         for i, (prompt, own) in enumerate(zip(prompts, rolled.rewards.view(-1, n), strict=True))
         for best in [int(own.argmax())]
     ]
+
+
+def _asked(*prompts: Any) -> list[Any]:
+    """The prompts of lists. Raises PeftliteError for what is no list."""
+    for i, own in enumerate(prompts):
+        listed = not isinstance(own, str) and hasattr(own, "__len__") and (i or len(own))
+        if not listed and (own is not None or not i):
+            raise PeftliteError(f"prompts are a list of texts or chats, not {short(own)}")
+    return [prompt for own in prompts if own is not None for prompt in own]
 
 
 def _trainer(
@@ -266,8 +287,11 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if isinstance(self.prompts, str) or not len(self.prompts):
-            raise PeftliteError(f"prompts are a list of texts or chats, not {short(self.prompts)}")
+        if not isinstance(self.reward, str) and not callable(self.reward):
+            raise PeftliteError(
+                "a reward is the name of a delta with a ScalarHead, or a function of two lists, of "
+                f"prompts and of answers: not {short(self.reward)}"
+            )
         if not isinstance(self.loss, self.losses):
             names = " or ".join(f"pl.losses.{kind.__name__}" for kind in self.losses)
             raise PeftliteError(f"loss= is a {names}, not {short(self.loss)}")
@@ -393,6 +417,13 @@ class Grouped(Rollouts):
         own = rewards.view(-1, self.group)
         over = clipped.leave_one_out(own) if alone else clipped.group_advantages(own, self.scale)
         return {**batch, "advantages": over.flatten()}
+
+
+@dataclass(eq=False)
+class Best(Grouped):
+    """Several answers to each prompt, or one."""
+
+    group: int = integer(8)
 
 
 @dataclass(eq=False)

@@ -181,6 +181,11 @@ def _by_role(
         )
     for role, h in zip(roles, given.split(b), strict=True):
         with _as_rows(model, [role], b):
+            if (h if head is None else head(h[:0])).shape[-1] == 1:
+                raise PeftliteError(
+                    "the policy, or its reference, has a scalar head, which gives rewards in place "
+                    "of logits: pl.use(model, name) of another delta"
+                )
             yield lambda labels, *options, h=h: _of(h[:, :-1], head or _as_it_is, labels, *options)
 
 

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,6 +34,7 @@ from peftlite.errors import FileError, PeftliteError
 from peftlite.io.files import as_path
 from peftlite.io.native import base_of, save
 from peftlite.methods.lora import LoRA
+from peftlite.table import short
 from peftlite.train import checkpoints, state
 from peftlite.train.measure import Loss, Metrics
 from peftlite.train.modes import evaluating, training
@@ -132,7 +134,8 @@ class Service:
             optimizer: makes one of parameter groups.
 
         Raises:
-            PeftliteError: the name is taken, there is no slot, or the delta has no room.
+            PeftliteError: the name is taken, there is no slot, the delta has no room, or the
+                service is closed.
             FileError: the file can't be read.
         """
         check_name(name)
@@ -140,6 +143,8 @@ class Service:
         delta.requires_grad_()
         tuned = Tuned(delta, optimizer)
         with self._turn:
+            if self._closing:
+                raise PeftliteError("the service is closed: make another one")
             self._free()
             if name in self._clients:
                 raise PeftliteError(f"the service has a client {name!r} already: give another name")
@@ -299,9 +304,14 @@ class Client:
             clip: the largest norm of the gradients.
 
         Raises:
-            PeftliteError: the client is closed; by the future: there are no gradients, or they
-                aren't finite. Nothing is changed, but that they are gone.
+            PeftliteError: the client is closed, or an argument is no such number; by the future:
+                there are no gradients, or they aren't finite. Nothing is changed, but that they are
+                gone.
         """
+        for what, given in {"lr": lr, "weight_decay": weight_decay, "clip": clip}.items():
+            finite = isinstance(given, Real) and (given < math.inf or what == "clip")
+            if not finite or not given >= 0:
+                raise PeftliteError(f"{what} must be a finite number from 0 up, not {short(given)}")
         return self._ask(lambda: self._step(lr, weight_decay, clip), on_model=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -400,6 +410,8 @@ class Client:
 
 def _measured(loss: Loss, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
     """A loss, and all that its function gave, as numbers."""
+    if not callable(loss) or isinstance(loss, type):
+        raise PeftliteError(f"loss must be a function, not {short(loss)}")
     metrics = Metrics()
     value, _ = metrics.add(loss(model, batch), 1)
     means = metrics.means("")

@@ -288,8 +288,9 @@ def pick(model: nn.Module, asked: Targets, skip: Targets, in_blocks: bool = Fals
     chosen = [site for site, _ in patterns.select(sites(model), asked, skip, how)]
     for site in chosen:
         w = site.whole
-        if isinstance(w, Packed):
-            raise PeftliteError(f"{site.address} is packed already, as {w.packing.kind}: skip it")
+        if w.is_floating_point() and is_quantized(w):
+            kind = w.packing.kind if isinstance(w, Packed) else type(w).__name__
+            raise PeftliteError(f"{site.address} is packed already, as {kind}: skip it")
         floats = w.is_floating_point() and w.dtype.itemsize > 1
         if not how.accepts(site) or not floats or not w.numel():
             raise TargetError(

@@ -51,6 +51,8 @@ NO_NUMBERS = (
 )
 
 CASES = [
+    Case(lambda model, _: pl.quantize(model, targets="0.weight"),
+         "0.weight is packed already, as Coded: skip it", model=coded),
     Case(quantising, "'weight' of a Linear was quantised as it is read, with the delta in it, "
          "which would apply twice: pl.detach, quantise the base, then attach", model=linears),
     *(Case(attaching(method), f"{address} is quantised, a Coded, and {type(method).__name__} works "

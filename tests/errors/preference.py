@@ -165,7 +165,8 @@ CASES = [
          "two lists, of prompts and of answers: not 3", model=two),
     Case(online(prompts=None), "prompts are a list of texts or chats, not None", model=two),
     Case(online(prompts="ab"), "prompts are a list of texts or chats, not 'ab'", model=two),
-    Case(lambda model, _: pl.PPO(model, "sql", ["a"], loss=pl.losses.ppo(value="chat")),
+    Case(lambda model, _: pl.PPO(model, "sql", ["a"], loss=pl.losses.ppo(value="chat"),
+                                 tokenizer=Lines(), max_new_tokens=2),
          "'chat' gives the values, and is chosen as the policy, too: pl.use(model, name) of the "
          "delta that is to answer", model=two),
     Case(lambda model, _: pl.best_of(model, "sql", ["a"], 0), "n must be a whole number from 1 up, "

@@ -92,11 +92,6 @@ def GRPO(
         pl.GRPO(model, vowels, ["b", "c"], batch_size=2, epochs=1, lr=1e-3, **how).fit()
     """
     given = grpo(temperature=temperature) if loss is None else loss
-    if kl and isinstance(given, grpo):
-        raise PeftliteError(
-            f"kl={kl!r} is a part of the reward with pl.losses.rloo; pl.losses.grpo has it in the "
-            f"loss: give loss=pl.losses.grpo(beta={kl!r})"
-        )
     rollouts = Grouped(
         reward, _asked(prompts, val), as_tokenizer(tokenizer), given,
         Sampling(max_new_tokens, temperature), iterations, kl, group, scale,
@@ -154,11 +149,6 @@ def PPO(
         pl.PPO(model, vowels, ["b", "c"], batch_size=2, epochs=1, lr=1e-3, **how).fit()
     """
     given = ppo(temperature=temperature) if loss is None else loss
-    if isinstance(given, ppo) and given.value in current(model):
-        raise PeftliteError(
-            f"{given.value!r} gives the values, and is chosen as the policy, too: pl.use(model, "
-            "name) of the delta that is to answer"
-        )
     rollouts = Valued(
         reward, _asked(prompts, val), as_tokenizer(tokenizer), given,
         Sampling(max_new_tokens, temperature), iterations, kl, target=target,
@@ -228,6 +218,11 @@ def _trainer(
 ) -> Trainer:
     for what, own in {"prompts": prompts, "prompts held out": val or []}.items():
         check_prompts(model, own, rollouts.coder, rollouts.how.max_new_tokens, what)
+    if {*rollouts.trains} & {*current(model)}:
+        raise PeftliteError(
+            f"{rollouts.trains[0]!r} gives the values, and is chosen as the policy, too: pl.use("
+            "model, name) of the delta that is to answer"
+        )
     whole = Trainer(model, rollouts, Prompts(0, len(prompts)), **options)
     size, n = whole.settings()["batch_size"], len(prompts)
     if n < size:
@@ -307,6 +302,11 @@ class Rollouts:
                 "tokenizer of transformers', or pl.data.ByteTokenizer or a class of yours like it"
             )
         self.decode: Callable[[list[int]], str] = given.decode
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """The deltas that learn beside those chosen."""
+        return ()
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a loss gives; `reward` and `length` are means over answers."""
@@ -400,6 +400,14 @@ class Grouped(Rollouts):
     group: int = integer(8, least=2)
     scale: Scale = one_of("group", Scale)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl and isinstance(self.loss, grpo):
+            raise PeftliteError(
+                f"kl={self.kl!r} is a part of the reward with pl.losses.rloo; pl.losses.grpo has "
+                f"it in the loss: give loss=pl.losses.grpo(beta={self.kl!r})"
+            )
+
     @torch.no_grad()
     def roll(self, model: nn.Module, numbers: Sequence[int], held_out: bool = False) -> Batch:
         rolled = self.answer(model, numbers)
@@ -438,7 +446,6 @@ class Valued(Rollouts):
 
     @property
     def trains(self) -> tuple[str, ...]:
-        """The deltas that learn beside those chosen."""
         return (self.loss.value,)
 
     @torch.no_grad()

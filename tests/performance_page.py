@@ -160,7 +160,7 @@ def render() -> str:
 
 def render_which() -> str:
     """The page on which method to take, its table as the results have it."""
-    return _filled(WHICH, {"quality": _quality()})
+    return _filled(WHICH, {"quality": _quality(), "elsewhere": _elsewhere()})
 
 
 def _filled(page: Path, tables: Mapping[str, str]) -> str:
@@ -207,6 +207,24 @@ def _quality() -> str:
         for method in methods
     ]  # fmt: skip
     return grid(["", *tasks, "beside LoRA r8", "forgets"], rows)
+
+
+def _elsewhere() -> str:
+    """The same of tasks that not every method ran on: the quality itself, and what of the gap it closes."""
+    lines = {(line["task"], line["method"]): line for line in records("quality")}
+    tasks = [task for task in dict.fromkeys(task for task, _ in lines) if not task.startswith("T")]
+    methods = list(dict.fromkeys(method for task, method in lines if task in tasks))
+    rows = [
+        [method, *(_reached(lines.get((task, method), {})) for task in tasks)] for method in methods
+    ]
+    return grid(["", *tasks], rows)
+
+
+def _reached(line: Record) -> str:
+    if not line.get("quality"):
+        return "–"
+    closed = _closed(line)
+    return f"{float(line['quality']):.3g}" + f" ({closed} %)" * (closed != "–")
 
 
 def _closed(line: Record) -> str:

@@ -119,7 +119,12 @@ def test_and_their_gradients(kind: str, tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("i", "block", "dtype"),
-    [(120, 64, torch.float32), (256, 32, torch.float32), (64, 64, torch.half)],
+    [
+        (120, 64, torch.float32),
+        (256, 32, torch.float32),
+        (64, 64, torch.half),
+        (2 * packed.WIDEST, 64, torch.float32),
+    ],
 )
 def test_what_does_not_fit_goes_by_plain_torch(i: int, block: int, dtype: torch.dtype) -> None:
     model = torch.nn.Linear(i, 8, dtype=dtype)

@@ -18,6 +18,8 @@ FEW = 16
 """Rows of x, up to which they are multiplied with the codes themselves."""
 TILED = 4, 512
 """Rows of x in bf16, at least and at most, for which AMX does that."""
+WIDEST = 1 << 16
+"""Columns of W, whose scales for 16 rows lie on a thread's stack."""
 BACK = 128
 """Rows of dy in bf16, up to which AMX does that for dy W."""
 
@@ -86,7 +88,7 @@ def back(dy: Tensor, codes: Codes, i: int) -> Tensor | None:
 def _kernel(x: Tensor, codes: Codes) -> Kernel | None:
     """That for the product with x (…, i), of its rows and sides."""
     i, block = x.shape[-1], codes.block
-    if not x.numel() or (codes.kind == "nf4" and (i % block or block < 64)):
+    if not x.numel() or i > WIDEST or (codes.kind == "nf4" and (i % block or block < 64)):
         return None
     rows, (least, most) = x.numel() // i, TILED
     if x.dtype is torch.bfloat16 and least <= rows <= most and i % 64 == 0 and TILES.ready():

@@ -210,7 +210,7 @@ def _quality() -> str:
 
 
 def _elsewhere() -> str:
-    """The same of tasks that not every method ran on: the quality itself, and what of the gap it closes."""
+    """Tasks that not every method ran on: the quality, and what of the gap it closes."""
     lines = {(line["task"], line["method"]): line for line in records("quality")}
     tasks = [task for task in dict.fromkeys(task for task, _ in lines) if not task.startswith("T")]
     methods = list(dict.fromkeys(method for task, method in lines if task in tasks))

@@ -47,6 +47,12 @@ def settled() -> None:
         kernel.ready()
 
 
+@pytest.fixture(autouse=True)
+def all_sizes(monkeypatch) -> None:
+    """Few rows in fp32, too, which plain torch would take."""
+    monkeypatch.setattr(low_rank, "_CACHED", 0)
+
+
 def fresh(kernel: Kernel) -> Kernel:
     return replace(kernel, lib=None, why="", _settled=False)
 

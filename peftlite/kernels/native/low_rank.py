@@ -19,6 +19,7 @@ from peftlite.kernels.workspace import address
 
 SIDE, COLUMNS, _PARTS, _BLOCK, RANK = 16, 32, 3, 64, 64  # as in C
 _TILE = 1024  # bytes
+_CACHED = 1 << 17  # numbers of a few rows
 
 
 class Rows(ctypes.Structure):
@@ -41,7 +42,7 @@ class Factor(ctypes.Structure):
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     """h = s·drop(x) Aᵀ, (t, r)."""
-    if not _fits(x, a.shape[0], a):
+    if not _fits(x, a.shape[0], dropout, a):
         return torch_ops.shrink(x, a, scale, dropout, seed)
     return _reduce(_lib(x), x, a, None, reference.scaled(scale, dropout), dropout, seed)[0]
 
@@ -50,7 +51,7 @@ def grad_ab(
     dy: Tensor, h: Tensor, b: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """dh (t, r) = s·dY B and dB (o, r) = dYᵀ h, for an h that is scaled."""
-    if not _fits(dy, h.shape[1], b, h):
+    if not _fits(dy, h.shape[1], 0.0, b, h):
         return torch_ops.grad_ab(dy, h, b, scale, dropout)
     dh, g = _reduce(_lib(dy), dy, b.t(), h.t(), reference.scaled(scale, dropout), 0.0, None)
     return dh, g.t()
@@ -58,7 +59,7 @@ def grad_ab(
 
 def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """dA = dhᵀ drop(x), for a dh that is scaled."""
-    if not _fits(x, dh.shape[1], dh):
+    if not _fits(x, dh.shape[1], dropout, dh):
         return torch_ops.grad_a(dh, x, dropout, seed)
     return _reduce(_lib(x), x, None, dh.t(), 1.0, dropout, seed)[1]
 
@@ -67,7 +68,7 @@ def add(y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None) -
     """y (t, o) += h U, or drop(h U) for an h (t, r) that is scaled, in place."""
     # without a mask BLAS adds as fast in fp32
     blas = y.dtype is torch.float32 and not dropout
-    if blas or not _fits(y, up.shape[0], up, h):
+    if blas or not _fits(y, up.shape[0], dropout, up, h):
         return torch_ops.add(y, h, up, dropout, seed)
     _expand(_lib(y), y, h.t(), up, dropout, seed)
     return y
@@ -77,10 +78,13 @@ product = partial(torch_ops.product, into=add)
 expand = partial(torch_ops.expand, into=add)
 
 
-def _fits(rows: Tensor, rank: int, *factors: Tensor) -> bool:
+def _fits(rows: Tensor, rank: int, dropout: float, *factors: Tensor) -> bool:
     """Whether rows, of columns by the 32, have a kernel, and factors are in fp32, of few ranks."""
+    # a few rows in fp32 are in a cache, where BLAS is as fast and less is to be called
+    few = rows.dtype is torch.float32 and not dropout and rows.numel() < _CACHED
     return (
         runs(rows.dtype)
+        and not few
         and rows.shape[1] % COLUMNS == 0
         and rows.shape[0] * rows.shape[1] > 0
         and rows.stride(1) == 1

@@ -44,7 +44,8 @@ CASES = [
     Case(twice, "log_probs is differentiated once: for second derivatives take the logits"),
     Case(lambda *_: pl.kernels.backend("cuda"),  # type: ignore
          "no backend 'cuda': there are reference, torch, native, triton, and None"),
-    Case(mock.patch.multiple(low_rank, KERNEL=OFF)(lambda *_: pl.kernels.backend("native")),
+    Case(mock.patch.multiple(low_rank, KERNEL=OFF, KERNELS={torch.bfloat16: OFF})(
+             lambda *_: pl.kernels.backend("native")),
          "backend 'native' can't run here: PEFTLITE_NATIVE is 0"),
     Case(mock.patch.object(dispatch, "_HAS_TRITON", False)(
              lambda *_: pl.kernels.backend("triton")),

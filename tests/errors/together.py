@@ -69,10 +69,10 @@ def closed(model: nn.Module, _: Path) -> None:
     service.client("sql", METHOD)
 
 
-def fixed() -> nn.Module:
-    model = bare()
-    pl.attach(model, pl.LoRA(rank=1, init="olora"), "fixed")
-    return model
+def learning(model: nn.Module, path: Path) -> None:
+    with pl.DeltaBank(model, 1, 2, pl.DoRA(rank=1)) as bank:
+        bank.load("sql", pl.DoRA(rank=1))
+        bank.parameters("sql")
 
 
 ONE = "two trainers have one delta, or one folder: name each one's own, as delta= and folder="
@@ -91,9 +91,9 @@ CASES = [
          "the trainers are of several models: one base is to be shared"),
     Case(sharing({}, {"delta": "chat", "gradient_checkpointing": True}),
          "gradient_checkpointing is the model's, so one for all trainers, not …"),
-    Case(sharing({"delta": "fixed"}),
-         "blocks.0.attn.q_proj.weight: a LoRAPatch can't be trained in a bank, where it isn't the "
-         "parameters alone", model=fixed),
+    Case(learning,
+         "blocks.0.attn.q_proj.weight: a DoRAPatch can't be trained in a bank, where it isn't the "
+         "parameters alone", model=bare),
     Case(searching(together=0), "together must be a whole number from 1 up, not 0", model=bare),
     Case(serving(again), "the service has a client 'sql' already: give another name",
          model=linears),

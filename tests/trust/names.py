@@ -49,7 +49,7 @@ ALLOWED = {
     ("kernels/native/build.py", "subprocess"): "the machine's compiler, on the package's own C",
     **{
         (f"kernels/native/{file}.py", "ctypes"): "what that built: no name of a file's goes there"
-        for file in ("kernel", "low_rank", "mask", "packed")
+        for file in ("kernel", "low_rank", "experts", "mixed", "mask", "packed")
     },
 }
 

@@ -272,8 +272,10 @@ class Client:
         Args:
             batch: as the loss takes it, on the model's device.
             loss: `f(model, batch)`, a tensor or a dict, as `pl.Trainer` takes it.
-        """
 
+        Raises:
+            PeftliteError: the client is closed; by the future, the loss isn't a function.
+        """
         delta = self._tuned.delta
 
         def work(shared: Shared) -> dict[str, float]:
@@ -285,7 +287,11 @@ class Client:
         return self._ask(work, on_model=True)
 
     def forward(self, batch: Any, loss: Loss) -> Future[dict[str, float]]:
-        """What loss(model, batch) gives, in eval mode and without gradients."""
+        """What loss(model, batch) gives, in eval mode and without gradients.
+
+        Raises:
+            PeftliteError: the client is closed; by the future, the loss isn't a function.
+        """
 
         def work(shared: Shared) -> dict[str, float]:
             with torch.no_grad(), evaluating(shared):

@@ -210,7 +210,7 @@ def _quality() -> str:
 
 
 def _elsewhere() -> str:
-    """Tasks that not every method ran on: the quality, and what of the gap it closes."""
+    """Tasks that not every method ran on: quality, ± a standard deviation."""
     lines = {(line["task"], line["method"]): line for line in records("quality")}
     tasks = [task for task in dict.fromkeys(task for task, _ in lines) if not task.startswith("T")]
     methods = list(dict.fromkeys(method for task, method in lines if task in tasks))
@@ -223,8 +223,8 @@ def _elsewhere() -> str:
 def _reached(line: Record) -> str:
     if not line.get("quality"):
         return "–"
-    closed = _closed(line)
-    return f"{float(line['quality']):.3g}" + f" ({closed} %)" * (closed != "–")
+    spread = float(line["quality_sd"] or "nan")
+    return f"{float(line['quality']):.3g}" + f" ± {spread:.2g}" * (spread > 0)
 
 
 def _closed(line: Record) -> str:

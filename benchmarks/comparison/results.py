@@ -106,14 +106,15 @@ def _ends(record: Record, task: type[Task], lines: Sequence[Line], method: str) 
 def _gaps(lines: Sequence[Line], frozen: Sequence[Line], full: Sequence[Line]) -> dict[str, float]:
     """How much of the way from the frozen base to full fine-tuning each seed goes in quality.
 
-    A seed draws the same batches for all, so what is left of the spread is the method's own.
+    A seed draws the same batches for all, so what is left of the spread is the method's own. One
+    on which full fine-tuning changes nothing has no way to go, and is left out.
     """
     ends = {line["seed"]: float(line["quality"]) for line in full if frozen}
     start = float(frozen[0]["quality"]) if frozen else math.nan
     return {
         line["seed"]: (float(line["quality"]) - start) / (ends[line["seed"]] - start)
         for line in lines
-        if line["seed"] in ends
+        if ends.get(line["seed"], start) != start
     }
 
 

@@ -60,13 +60,21 @@ class AdamW(torch.optim.AdamW):
 
     def _works(self) -> list[Any]:
         """Of each group; listed anew where the state is another, as `load_state_dict` leaves it."""
-        of, works = self._kept
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if of is not self.state or sizes != [len(work.params) if work else 0 for work in works]:
+        if not self._is_kept(*self._kept):
             groups = [group["params"] for group in self.param_groups]
             works = [Work.of(own, [self.state.get(p, {}) for p in own]) for own in groups]
             self._kept = self.state, works
-        return works
+        return self._kept[1]
+
+    def _is_kept(self, of: Any, works: list[Work | None]) -> bool:
+        """Whether the list is of this state; of its tensors the first of each group tells."""
+        groups = [group["params"] for group in self.param_groups]
+        if of is not self.state or [*map(len, groups)] != [
+            len(w.params) if w else 0 for w in works
+        ]:
+            return False
+        pairs = [(own[0], work) for own, work in zip(groups, works, strict=True) if work]
+        return all(self.state[first]["exp_avg"] is work.first[0] for first, work in pairs)
 
 
 def _is_plain(group: dict[str, Any], work: Work | None) -> bool:

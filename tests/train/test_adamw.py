@@ -29,6 +29,11 @@ def reload(optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
 
 
+def move(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        state.update({name: tensor.clone() for name, tensor in state.items()})
+
+
 def one_without(optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[0]["params"][1].grad = None
 
@@ -54,7 +59,7 @@ def gradients(optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("do", [reload, one_without, another_rate, another_kind, one_more])
+@pytest.mark.parametrize("do", [reload, move, one_without, another_rate, another_kind, one_more])
 def test_it_is_torchs_to_the_bit(do: Callable[[Any], None], dtype: torch.dtype) -> None:
     kinds = (AdamW, torch.optim.AdamW)
     mine, theirs = (kind(groups(parameters(dtype)), fused=True) for kind in kinds)

@@ -114,7 +114,7 @@ def _gaps(lines: Sequence[Line], frozen: Sequence[Line], full: Sequence[Line]) -
     return {
         line["seed"]: (float(line["quality"]) - start) / (ends[line["seed"]] - start)
         for line in lines
-        if ends.get(line["seed"], start) != start
+        if line["seed"] in ends and ends[line["seed"]] != start
     }
 
 

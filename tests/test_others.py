@@ -92,7 +92,8 @@ def test_inputs_are_of_any_dtype(name: str, method: str) -> None:
     delta = pl.attach(model, METHODS[method], "a")
     y = model(x)
     y.sum().backward()
-    torch.testing.assert_close(y, nn.functional.linear(x, w), rtol=2e-2, atol=0.2)
+    true = nn.functional.linear(x.double(), w.double())
+    assert (y - true).norm() < 4e-3 * true.norm()
     assert all(p.grad is not None for p in delta.parameters())
 
 

@@ -231,10 +231,12 @@ class DeltaBank(Shown):
         batches = self._settled()
         entries, numbers = batches.hold(names)
         try:
-            made = any(entry.leaves is not None and entry.leaves.is_made for entry in entries)
             leaves = {e.slot or 0: e.leaves for e in entries if e.leaves is not None}
-            rows = training_rows(numbers, leaves, repeat) if made else batches.rows(numbers, repeat)
-            self._router.leaves.update(leaves)
+            if any(own.is_made for own in leaves.values()):
+                self._router.leaves.update(leaves)
+                rows = training_rows(numbers, leaves, repeat)
+            else:
+                rows = batches.rows(numbers, repeat)
             with self._router.scope(rows):
                 yield
         finally:

@@ -19,9 +19,8 @@
 #include "share.h"
 #include "tiles.h"
 
-
 typedef uint16_t bf16;
-typedef uint32_t Tile[16][16]; /* pairs of bf16, or numbers in fp32 */
+typedef Words Tile; /* pairs of bf16, or numbers in fp32 */
 
 enum {
     COLUMNS = 32,   /* of x in a tile */
@@ -36,10 +35,6 @@ INLINE bf16 *row_of(const struct Rows *x, long row) {
 }
 
 /* -- numbers */
-
-INLINE __m512 widened(__m256i v) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-}
 
 /* The nearest in bf16 as the low halves of words, and what is left. */
 INLINE __m512i taken(__m512 *v) {

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from peftlite.kernels.native import low_rank
 from peftlite.kernels.native.kernel import is_memory, is_plain, threads
-from peftlite.kernels.native.low_rank import Factor, Rows
-from peftlite.kernels.workspace import address
+from peftlite.kernels.native.low_rank import COLUMNS, RANK, SIDE, Factor, Rows
 
 
 class _Mixed(ctypes.Structure):
@@ -36,10 +35,9 @@ def fits(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tenso
     return (
         all(t.dtype is torch.float32 for t in (y, x, a, b, scale))
         and ranks.dtype is torch.int32
-        and x.shape[-1] % 32 == 0
-        and y.shape[-1] % 32 == 0
+        and x.shape[-1] % COLUMNS == y.shape[-1] % COLUMNS == 0
         and x.numel() > 0
-        and 0 < a.shape[1] <= low_rank.RANK
+        and 0 < a.shape[1] <= RANK
         and a.stride(2) == 1
         and b.stride(1) == 1
         and is_plain(y, x)
@@ -59,13 +57,10 @@ def rows_low_rank(
     order: Tensor,
 ) -> Tensor:
     """The sum in y itself, for the slots that there are, and which of them a row has, or -1."""
-    groups = -(-a.shape[1] // 16)
-    room = address("tiles", len(slots) * groups * x.shape[-1] * 64)
+    groups = -(-a.shape[1] // SIDE)
+    room = low_rank.room_of(len(slots) * groups * x.shape[-1] // SIDE)
     job = _Mixed(
-        *(
-            Rows(t.data_ptr(), None, t.shape[0] * t.shape[1], t.shape[2], t.shape[2])
-            for t in (x, y)
-        ),
+        *(_rows(x), _rows(y)),
         *x.shape[:2],
         *(t.data_ptr() for t in (slots, order)),
         *(Factor(a.data_ptr(), a.stride(1), 1), Factor(b.data_ptr(), b.stride(2), 1)),

@@ -38,13 +38,13 @@ static __m512 fewer(enum Kind kind, const uint8_t *codes, long i, long count, __
 INLINE void form(enum Kind kind, const struct Form *job, long piece) {
     const struct Weights *w = job->w;
     const __m512 levels = kind == NF4 ? _mm512_loadu_ps(w->levels) : _mm512_setzero_ps();
-    const long first = piece * job->at_once, blocks = (w->numbers + w->block - 1) / w->block;
-    const long stop = first + job->at_once < blocks ? first + job->at_once : blocks;
+    const long first = piece * job->at_once, blocks = parts_of(w->numbers, w->block);
+    const long stop = at_most(first + job->at_once, blocks);
     float scales[MOST];
     read_scales(&w->scales, first, stop - first, scales);
     for (long b = first; b < stop; b++) {
         const __m512 s = _mm512_set1_ps(scales[b - first]);
-        long i = b * w->block, end = i + w->block < w->numbers ? i + w->block : w->numbers;
+        long i = b * w->block, end = at_most(i + w->block, w->numbers);
         if (kind == NF4 && !job->wide) {
             look_up(job, i, end, _mm512_mul_ps(levels, s));
             continue;
@@ -67,10 +67,9 @@ static void form_piece(const void *arg, long piece) {
 
 /* W in fp32 where `wide`, else in bf16. */
 void unpack(const struct Weights *w, long wide, void *out, int threads) {
-    long at_once = w->block < PIECE ? PIECE / w->block : 1;
-    if (at_once > MOST) at_once = MOST;
+    long at_once = w->block < PIECE ? at_most(PIECE / w->block, MOST) : 1;
     struct Form job = {w, wide, at_once, out};
-    share(form_piece, &job, (w->numbers + w->block * at_once - 1) / (w->block * at_once), threads);
+    share(form_piece, &job, parts_of(w->numbers, w->block * at_once), threads);
 }
 
 /* The product with a few rows of x, before which W isn't formed: four rows of W with four of x, or
@@ -171,7 +170,7 @@ INLINE void multiply_rows(enum Kind kind, const struct Few *job, long row, int n
 }
 
 INLINE void multiply_all(enum Kind kind, const struct Few *job, long piece) {
-    long row = piece * job->at_once, end = row + job->at_once < job->o ? row + job->at_once : job->o;
+    long row = piece * job->at_once, end = at_most(row + job->at_once, job->o);
     for (; row + TILE <= end; row += TILE) multiply_rows(kind, job, row, TILE);
     for (; row < end; row++) multiply_rows(kind, job, row, 1);
 }
@@ -199,12 +198,12 @@ static void lay_out(const struct Few *job, const void *x, float *to) {
    multiple of 16, for NF4 of 128 and of the block, which is 64 at least. */
 int few(const struct Weights *w, const void *x, const void *bias, void *y, long tokens, long i, long o,
         long wide, int threads) {
-    float *laid = calloc((tokens + TILE - 1) / TILE * TILE * i, sizeof *laid);
+    float *laid = calloc(parts_of(tokens, TILE) * TILE * i, sizeof *laid);
     if (!laid) return 1;
     long at_once = i < PIECE / TILE ? PIECE / i / TILE * TILE : TILE;
     struct Few job = {w, laid, tokens, i, o, wide, at_once, bias, y};
     lay_out(&job, x, laid);
-    share(multiply_piece, &job, (o + at_once - 1) / at_once, threads);
+    share(multiply_piece, &job, parts_of(o, at_once), threads);
     free(laid);
     return 0;
 }

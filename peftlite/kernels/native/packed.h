@@ -1,10 +1,7 @@
 /* packed.h: codes of four and eight bits, their scales, and the numbers that they are. */
 
-#include <immintrin.h>
-#include <stdint.h>
+#include "vectors.h"
 #include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
 
 enum Kind { NF4, INT8, FP8 };
 
@@ -25,19 +22,16 @@ struct Weights {
     long numbers, block;
 };
 
-INLINE __mmask16 first_of(long count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
-
 static void read_scales(const struct Scales *from, long first, long count, float *restrict to) {
     if (from->absmax) {
         memcpy(to, from->absmax + first, count * sizeof *to);
         return;
     }
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512 offset = _mm512_set1_ps(*from->offset);
     for (long i = first; i < first + count; i += 16) {
         const __mmask16 which = first_of(first + count - i);
         __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from->codes + i));
-        __m512i of = _mm512_srli_epi32(_mm512_add_epi32(_mm512_set1_epi32(i % 256), lane), 8);
+        __m512i of = _mm512_srli_epi32(_mm512_add_epi32(_mm512_set1_epi32(i % 256), lanes()), 8);
         __m512 nested = _mm512_mask_i32gather_ps(offset, which, of, from->nested + i / 256, 4);
         __m512 scale = _mm512_mul_ps(_mm512_i32gather_ps(codes, from->map, 4), nested);
         _mm512_mask_storeu_ps(to + i - first, which, _mm512_add_ps(scale, offset));
@@ -50,8 +44,8 @@ INLINE __m512 sixteen(enum Kind kind, const uint8_t *codes, long i, __m512 level
         const __m128i low = _mm_set1_epi8(15);
         __m128i pairs = _mm_loadl_epi64((const __m128i *)(codes + i / 2));
         __m128i first = _mm_and_si128(_mm_srli_epi16(pairs, 4), low); /* the high one */
-        __m128i each = _mm_unpacklo_epi8(first, _mm_and_si128(pairs, low));
-        return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(each), levels);
+        __m128i index = _mm_unpacklo_epi8(first, _mm_and_si128(pairs, low));
+        return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(index), levels);
     }
     __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + i));
     if (kind == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
@@ -66,8 +60,8 @@ INLINE __m512 sixteen(enum Kind kind, const uint8_t *codes, long i, __m512 level
 INLINE __m512i of_pairs(__m128i bytes, __m512i twice) {
     __m512i byte = _mm512_cvtepu8_epi32(bytes);
     /* the high code, then the low one; of the 16 bits of an index, all but five are for nothing */
-    __m512i each = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-    return _mm512_permutexvar_epi16(each, twice);
+    __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+    return _mm512_permutexvar_epi16(index, twice);
 }
 
 /* To bf16, a tie to the even one. The instruction for it takes the smallest numbers for 0. */

@@ -27,8 +27,6 @@ struct Few {
     long tokens, i, o;
 };
 
-INLINE long at_most(long a, long b) { return a < b ? a : b; }
-
 /* Columns i to i + 64 of a row that is wanted soon. */
 INLINE void fetch(enum Kind kind, const struct Weights *w, long row, long i, long columns) {
     _mm_prefetch(w->codes + (row * columns + i) / (kind == NF4 ? 2 : 1), _MM_HINT_T0);
@@ -71,15 +69,11 @@ INLINE void form_rows(enum Kind kind, const struct Few *job, const float *scales
 /* y of 16 rows of W, and of 16 tokens for each of `groups`, from the sums of both. */
 INLINE void finish(enum Kind kind, const struct Few *job, const float *scales, long row,
                    float sums[][SIDE][SIDE]) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i column = _mm512_slli_epi32(each, 4);
+    const __m512i column = _mm512_slli_epi32(lanes(), 4);
     const __mmask16 which = first_of(job->o - row);
     __m512 scale = _mm512_set1_ps(1), bias = _mm512_setzero_ps();
     if (kind != NF4) scale = _mm512_maskz_loadu_ps(which, scales);
-    if (job->bias) {
-        __m256i bits = _mm256_maskz_loadu_epi16(which, job->bias + row);
-        bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
+    if (job->bias) bias = widened(_mm256_maskz_loadu_epi16(which, job->bias + row));
     for (long t = 0; t < job->tokens; t++) {
         __m512 y = _mm512_i32gather_ps(column, &sums[t / SIDE][0][t % SIDE], 4);
         put(_mm512_fmadd_ps(y, scale, bias), 0, job->y + t * job->o + row, 0, which);
@@ -150,14 +144,14 @@ static void lay_out(const struct Few *job, const bf16 *x, bf16 *to) {
    which is one too. */
 int few(const struct Weights *w, const bf16 *x, const bf16 *bias, bf16 *y, long tokens, long i, long o,
         long wide, int threads) {
-    const size_t size = at_most(AT_ONCE, (tokens + SIDE - 1) / SIDE * SIDE) * i * sizeof *x;
+    const size_t size = at_most(AT_ONCE, parts_of(tokens, SIDE) * SIDE) * i * sizeof *x;
     bf16 *laid = wide ? NULL : aligned_alloc(64, size);
     if (!laid) return 1;
     memset(laid, 0, size);
     for (long t = 0; t < tokens; t += AT_ONCE) {
         struct Few job = {w, laid, bias, y + t * o, at_most(AT_ONCE, tokens - t), i, o};
         lay_out(&job, x + t * i, laid);
-        share(multiply_piece, &job, (o + PART - 1) / PART, threads);
+        share(multiply_piece, &job, parts_of(o, PART), threads);
     }
     free(laid);
     return 0;
@@ -259,12 +253,12 @@ static void back_piece(const void *arg, long piece) {
 int back(const struct Weights *w, const bf16 *dy, bf16 *dx, long tokens, long i, long o, int threads) {
     bf16 *whole = aligned_alloc(64, AT_ONCE * o * sizeof *dy);
     if (!whole) return 1;
-    const long width = at_most(WIDTH, (i / PART + threads - 1) / threads * PART);
+    const long width = at_most(WIDTH, parts_of(i / PART, threads) * PART);
     for (long t = 0; t < tokens; t += AT_ONCE) {
         struct Back job = {w, whole, dx + t * i, at_most(AT_ONCE, tokens - t), i, o, width};
         memcpy(whole, dy + t * o, job.tokens * o * sizeof *dy);
         memset(whole + job.tokens * o, 0, (AT_ONCE - job.tokens) * o * sizeof *dy);
-        share(back_piece, &job, (i + width - 1) / width, threads);
+        share(back_piece, &job, parts_of(i, width), threads);
     }
     free(whole);
     return 0;

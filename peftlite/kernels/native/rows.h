@@ -1,9 +1,6 @@
 /* rows.h: rows of numbers with the mask of a dropout, factors in fp32, and vectors of AVX-512. */
 
-#include <immintrin.h>
-#include <stdint.h>
-
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
 
 typedef uint32_t Words[16][16];
 
@@ -22,25 +19,19 @@ struct Factor {
     long by_rank, by_other; /* how far apart its numbers are */
 };
 
-INLINE long at_most(long a, long b) { return a < b ? a : b; }
-INLINE long parts_of(long whole, long part) { return (whole + part - 1) / part; }
-INLINE __mmask16 first_of(long count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
-
 /* 16 numbers that are a stride apart, or as many as there are, and zeros. */
 INLINE __m512 picked(const float *from, long stride, long count) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 zero = _mm512_setzero_ps();
     if (stride == 1) return _mm512_maskz_loadu_ps(first_of(count), from);
-    __m512i at = _mm512_mullo_epi32(each, _mm512_set1_epi32(stride));
+    __m512i at = _mm512_mullo_epi32(lanes(), _mm512_set1_epi32(stride));
     return _mm512_mask_i32gather_ps(zero, first_of(count), at, from, 4);
 }
 
 INLINE void put(float *to, long stride, __m512 v) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     if (stride == 1)
         _mm512_storeu_ps(to, v);
     else
-        _mm512_i32scatter_ps(to, _mm512_mullo_epi32(each, _mm512_set1_epi32(stride)), v, 4);
+        _mm512_i32scatter_ps(to, _mm512_mullo_epi32(lanes(), _mm512_set1_epi32(stride)), v, 4);
 }
 
 /* 16 x 16 words, turned over. */
@@ -90,8 +81,7 @@ INLINE uint32_t of_row(const struct Rows *x, long row) {
 }
 
 INLINE __m512i of_pairs(const struct Rows *x, long column) {
-    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i pair = _mm512_add_epi32(_mm512_set1_epi32(column / 2), each);
+    __m512i pair = _mm512_add_epi32(_mm512_set1_epi32(column / 2), lanes());
     pair = _mm512_mullo_epi32(pair, _mm512_set1_epi32(STEP));
     return mixed_16(_mm512_xor_si512(pair, _mm512_set1_epi32(x->seed >> 32)));
 }

@@ -14,6 +14,7 @@ from peftlite.bank.entry import Entry
 from peftlite.bank.families.mixed import Mixed, put
 from peftlite.bank.families.registry import family_of
 from peftlite.bank.route import Entrance, Router
+from peftlite.bank.split import Split, split_at
 from peftlite.bank.training import Leaves
 from peftlite.core.assign import Placed, assign, place
 from peftlite.core.delta import Delta
@@ -82,10 +83,15 @@ class Room:
         # of those at one call the first is innermost, where what changes a tensor belongs
         inside = sorted(self._mixed.items(), key=lambda item: not item[1].at_call)
         placed = [(_site_of(mixed, self._sites[key]), mixed) for key, mixed in inside]
-        root = next(s for s in sites(self.model) if s.address == CALL)
+        # the last at a call is the outermost
+        calls = {site.module: site for site in sites(self.model) if site.is_call}
+        split = {m for site in self._sites.values() for m in split_at(self.model, site)}
+        for module in (module for module in calls if module in split):
+            patch = Split(calls[module], self.router)
+            placed.append((_site_of(patch, calls[module]), patch))
         entrance = Entrance(self.router, self.move)
         entrance.slot = CALL
-        placed.append((root, entrance))  # the last at the model's call is the outermost
+        placed.append((calls[self.model], entrance))
         for _, patch in placed:
             patch.train(self.model.training)
         method = Method()  # any, for a delta that no file has
@@ -164,7 +170,7 @@ def placed_by(model: nn.Module, methods: Sequence[Method]) -> list[Placed]:
 
 
 def wherever_mixed(model: nn.Module, method: Method) -> list[Placed]:
-    """What a method would place at its own targets, wherever rows can be told apart."""
+    """What a method would place at its own targets, wherever one pass does for all rows."""
     taken = [replace(site, on="meta") for site in sites(model) if method.default(site)]
     placed = Placed.all(taken, method)
     return [item for item in placed if _is_mixed(model, item)]
@@ -172,7 +178,8 @@ def wherever_mixed(model: nn.Module, method: Method) -> list[Placed]:
 
 def _is_mixed(model: nn.Module, item: Placed) -> bool:
     try:
-        return bool(_made_by(model, [item], 1))
+        found, _ = _made_by(model, [item], 1)
+        return not any(split_at(model, site) for site in found.values())
     except TargetError:
         return False
 
@@ -211,6 +218,8 @@ def _made_by(
         address, family = _key(item)
         whole = wholes[address]
         key, new = (whole.address, family), family(whole, item.patch, max_rank)
+        if key not in mixed:
+            split_at(model, whole)  # or it's refused
         if key not in mixed or new.size > mixed[key].size:
             found[key], mixed[key] = whole, new
     return found, mixed
@@ -234,8 +243,8 @@ def _described(placed: Iterable[Placed]) -> str:
     )
 
 
-def _site_of(mixed: Mixed, site: Site) -> Site:
+def _site_of(patch: Patch, site: Site) -> Site:
     """Where a patch is planted, by an address that nothing else has."""
-    owners = tuple((module, mixed.slot) for module, _ in site.owners)
-    part = f"[{site.slot} {type(mixed).__name__}]"
+    owners = tuple((module, patch.slot) for module, _ in site.owners)
+    part = f"[{site.slot} {type(patch).__name__}]"
     return replace(site, address=site.address + part, owners=owners)

@@ -111,6 +111,13 @@ class Rows:
         with torch.inference_mode(False):
             return torch.tensor(slots, device="cpu"), torch.tensor(order, device="cpu")
 
+    def by_slot(self) -> dict[int, list[int]]:
+        """The rows that take each slot, as it is now."""
+        found: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.numbers.tolist()):
+            found.setdefault(slot, []).append(row)
+        return found
+
     def on(self, device: torch.device) -> Rows:
         """The same where a site's tensors are."""
         if self.slots.device == device:

@@ -10,7 +10,6 @@ the choice that it began with to its end, whatever another thread chooses meanwh
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 import threading
@@ -23,8 +22,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from peftlite.core import recompute
 from peftlite.errors import PeftliteError
@@ -254,13 +252,14 @@ def _calls(frame: Any, modules: set[int]) -> bool:
 _CALL = nn.Module._call_impl.__code__
 
 
-def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, for a hidden choice: run eagerly by compiled code, an error under fullgraph."""
-    why = (
-        "a choice made by pl.using is scoped to a context, which fullgraph code can't see; open "
-        "it inside the compiled function, or choose with pl.use or pl.view"
-    )
+SCOPED = (
+    "a choice made by pl.using is scoped to a context, which fullgraph code can't see; open it "
+    "inside the compiled function, or choose with pl.use or pl.view"
+)
 
+
+def uncompiled(fn: Callable[..., Any], why: str = SCOPED) -> Callable[..., Any]:
+    """`fn`, for what compiled code can't do: run eagerly by it, an error under fullgraph."""
     disabled: Callable[..., Any] | None = None
 
     def eager(*args: Any) -> Any:
@@ -272,87 +271,3 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     # the marks that torch.compiler.disable leaves; calling it here would import the compiler, 1 s
     vars(eager).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=why)
     return eager
-
-
-_COMMON = ("cache_position",)  # what all rows have in common, however long it is
-
-
-def by_rows(
-    run: Callable[..., Any],
-    choice: Choice,
-    rows: NamesByRow,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Runs the rows that share a choice together, and puts the results back in order.
-
-    An argument is split if it is a tensor with one row per entry of `rows`; every tensor that comes
-    back must again have one row per row that went in. A cache has no rows of its own: none is
-    taken, and none is made unless it is asked for.
-    """
-    b = len(rows.rows)
-    kwargs = _uncached(run, args, kwargs)
-    common = {name: x for name, x in kwargs.items() if name in _COMMON}
-    own_kwargs = {name: x for name, x in kwargs.items() if name not in common}
-    leaves, spec = pytree.tree_flatten((args, own_kwargs))
-    split = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == b for leaf in leaves]
-    if not any(split):
-        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-        raise PeftliteError(
-            f"rows= names {b} rows, but no tensor of this call has {b} rows in its first "
-            f"dimension; the shapes are {shapes}"
-        )
-    results, order = [], []
-    for names in dict.fromkeys(rows.rows):
-        picked = [i for i, own in enumerate(rows.rows) if own == names]
-        part = [
-            leaf[torch.tensor(picked, device=leaf.device)] if own else leaf
-            for leaf, own in zip(leaves, split, strict=True)
-        ]
-        some_args, some_kwargs = pytree.tree_unflatten(part, spec)
-        with choice.scope(names):
-            results.append((len(picked), run(*some_args, **some_kwargs, **common)))
-        order += picked
-    back = torch.tensor(order).argsort()
-    flat = [pytree.tree_flatten(result) for _, result in results]
-    if any(other != flat[0][1] for _, other in flat):
-        raise _cannot_put_back("of another structure for each group of rows")
-    counts = [count for count, _ in results]
-    together = [
-        _together(parts, counts, back)
-        for parts in zip(*(leaves for leaves, _ in flat), strict=True)
-    ]
-    return pytree.tree_unflatten(together, flat[0][1])
-
-
-def _uncached(
-    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call that is to make no cache. Raises PeftliteError if it is given one."""
-    if any(hasattr(x, "get_seq_length") for x in (*args, *kwargs.values())):
-        raise PeftliteError(
-            "rows= can't split the cache that this call is given, which is of all rows: call the "
-            "model without one, in generate by use_cache=False, or by a pl.DeltaBank, with one"
-        )
-    names = [*inspect.signature(run).parameters]
-    makes = "use_cache" in names[len(args) :] and kwargs.get("use_cache") is None
-    return {**kwargs, "use_cache": False} if makes else kwargs
-
-
-def _together(parts: tuple, counts: list[int], back: Tensor) -> Any:
-    """One output of several groups, as one output in the order of the batch."""
-    if all(isinstance(p, Tensor) and p.dim() > 0 for p in parts):
-        alike = len({p.shape[1:] for p in parts}) == 1
-        if alike and [p.shape[0] for p in parts] == counts:
-            return torch.cat(parts)[back.to(parts[0].device)]
-    elif all(p is parts[0] or (not isinstance(p, Tensor) and p == parts[0]) for p in parts):
-        return parts[0]
-    shown = f"a tensor of shape {tuple(parts[0].shape)}" if isinstance(parts[0], Tensor) else ""
-    raise _cannot_put_back(shown or f"a {type(parts[0]).__name__}")
-
-
-def _cannot_put_back(what: str) -> PeftliteError:
-    return PeftliteError(
-        f"rows= can't put back an output that has no row per input row ({what}): ask the model "
-        "for outputs per row (no loss, no cache: use_cache=False), or call it once per delta"
-    )

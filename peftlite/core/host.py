@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core import read, recompute
-from peftlite.core.choice import HIDDEN, Choice, Names, NamesByRow, by_rows, uncompiled
+from peftlite.core.choice import HIDDEN, Choice, Names, NamesByRow, uncompiled
+from peftlite.core.groups import by_rows
 from peftlite.core.maps import Map, PatchedMap, is_theirs, kind_of
 from peftlite.core.patch import Patch, apply
 from peftlite.core.site import CALL, keeps_statistics

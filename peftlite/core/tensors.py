@@ -44,10 +44,13 @@ def narrow(tensor: Tensor, index: Index) -> Tensor:
 
 
 def widen(left: Tensor, right: Tensor, index: Index, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The factors (n, r) and (r, m) of a change to a part, as those of one to all of it."""
+    """The factors (*stack, n, r) and (*stack, r, m) of a change to a part, as of one to all."""
     if index is None:
         return left, right
     dim, start, stop = index
+    if left.dim() > 2:  # some matrices of a stack
+        pad = (*(0, 0) * (left.dim() - 1), start, shape[0] - stop)
+        return F.pad(left, pad), F.pad(right, pad)
     if dim == 0:
         return F.pad(left, (0, 0, start, shape[0] - stop)), right
     return left, F.pad(right, (start, shape[1] - stop))

@@ -104,6 +104,22 @@ FAMILIES = [
         *adapters("houlsby")[:2]], "gpt hf_bert"),
 ]  # fmt: skip
 
+READERS = "mha_encoder mha_decoder lstm gru bilinear experts"
+MATRICES = lambda site: not site.is_call and site.whole.dim() > 1 and not site.head  # noqa: E731
+
+# where weights are read, and rows go through by their deltas
+READ = [
+    Family("read_low_rank", pl.LoRA(targets=MATRICES), [
+        *(pl.LoRA(rank=r, alpha=3, targets=MATRICES) for r in (1, 8)),
+        pl.AdaLoRA(total_steps=5, init_rank=5, target_rank=2, targets=MATRICES)],
+        READERS, exact=False),
+    Family("read_dense", [pl.FullTuning(), pl.DoRA(targets=MATRICES)], [
+        pl.FullTuning(), pl.BitFit(), pl.DoRA(rank=2, targets=MATRICES)], READERS, exact=False),
+    Family("experts_and_more", [pl.LoRA(targets=["w_in", "router"]), pl.BitFit()], [
+        pl.LoRA(rank=2, targets="w_in"), [pl.LoRA(rank=3, targets="router"), pl.BitFit()],
+        pl.LoRA(rank=2, targets="w_in[1:3]")], "experts", exact=False),
+]  # fmt: skip
+
 FIRST = {family.name: family for family in FAMILIES if "gpt" in family.kinds.split()}
 EVERYTHING = Family(
     "everything",
@@ -113,7 +129,9 @@ EVERYTHING = Family(
     exact=False,
 )
 
-CELLS = [(family, kind) for family in (*FAMILIES, EVERYTHING) for kind in family.kinds.split()]
+CELLS = [
+    (family, kind) for family in (*FAMILIES, *READ, EVERYTHING) for kind in family.kinds.split()
+]
 COMPILED = [(EVERYTHING, "gpt"), *((f, "hf_llama") for f in FAMILIES if f.name == "prompt")]
 ONE_OF_EACH = [(family, family.kinds.split()[0]) for family in FAMILIES]
 
@@ -238,6 +256,8 @@ TRAINED = [
     Family("prompt", pl.PromptTuning(prompt_length=4),
            [pl.PromptTuning(prompt_length=n) for n in (4, 2)], "hf_llama"),
     Family("mam", [*MAM, pl.LoRA()], [MAM, pl.LoRA(rank=2)], "gpt"),
+    replace(READ[0], deltas=READ[0].deltas[:2]),
+    Family("read_dense", pl.FullTuning(), [pl.FullTuning(), pl.BitFit()], "mha_encoder lstm"),
 ]  # fmt: skip
 
 

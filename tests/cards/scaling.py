@@ -18,7 +18,7 @@ CARDS = (
             Row("ia3_rows", pl.IA3(targets=["qkv[q]", "qkv[v]"]), only=("gpt_fused",), way="parts"),
         ),
         golden=pl.IA3(),
-        bank="vectors",
+        bank="vectors reading",
         peft="IA3",
         rate=10,
     ),

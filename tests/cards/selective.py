@@ -24,7 +24,7 @@ CARDS = (
             ),
         ),
         golden=pl.BitFit(),
-        bank="vectors",
+        bank="vectors reading",
         peft="LN_TUNING",  # whole tensors, as any change of them
         rate=3,
     ),
@@ -63,7 +63,7 @@ CARDS = (
             ),
         ),
         golden=pl.SparseMask(fraction=0.05),
-        bank="sparse",
+        bank="sparse reading",
         peft="none: peft's entries are as many at each module, and drawn",
         rate=2,
         variants="magnitude, random, FISH, given",
@@ -73,7 +73,7 @@ CARDS = (
         "entries",
         (Row("shira", pl.SHiRA(rank=1)),),
         golden=pl.SHiRA(rank=1),
-        bank="sparse",
+        bank="sparse reading",
         peft="SHIRA",
         rate="as LoRA's: 1 to 4 times it was best on three small models "
         "(benchmarks/results/quality.csv)",
@@ -86,7 +86,7 @@ CARDS = (
             Row("ltsft_rows", pl.LTSFT(steps=10, targets=FUSED), only=("gpt_fused",), way="parts"),
         ),
         golden=pl.LTSFT(steps=9, targets="v_proj"),
-        bank="sparse vectors",
+        bank="sparse vectors reading",
         peft="none: peft has none",
         rate="as LoRA's: its first half tunes all entries, for which 0.1 is known, its second a "
         "few, which want more",
@@ -109,7 +109,7 @@ CARDS = (
             ),
         ),
         golden=pl.DiffPruning(steps=9, targets="v_proj"),
-        bank="sparse vectors",
+        bank="sparse vectors reading",
         peft="none: peft has none",
         rate="as LoRA's: its gates want more than its entries, and neither was measured",
     ),
@@ -128,7 +128,7 @@ CARDS = (
             ),
         ),
         golden=pl.FullTuning(targets="q_proj"),
-        bank="linear vectors",
+        bank="linear vectors reading",
         peft="LN_TUNING",  # whole tensors
         rate=0.1,
     ),

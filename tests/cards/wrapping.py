@@ -35,7 +35,7 @@ CARDS = (
             ),
         ),
         golden=pl.Gated(pl.LoRA(rank=2)),
-        bank="linear",  # and none at calls: a gate there goes by what is called with
+        bank="linear reading",  # and none at calls: a gate there goes by what is called with
         peft="none: no peer has gates",
         rate="as LoRA's: if it gates LoRA, and otherwise as what it gates",
     ),

@@ -195,8 +195,8 @@ CASES = [
     Case(making(2, 2, memory_budget=1.5), "memory_budget is a positive whole number, not 1.5",
          model=plain),
     Case(making(2, 2), "this model has a bank already: close it first, or use it", model=banked()),
-    Case(lambda model, _: DeltaBank(nn.MultiheadAttention(4, 2), 2, 2, pl.LoRA(rank=2)),
-         "in_proj_weight isn't the weight of a linear map that is called, so its rows can't be "
+    Case(lambda model, _: DeltaBank(nn.Conv1d(4, 2, 1), 2, 2, pl.IA3(targets="weight")),
+         "weight isn't the weight of a linear map that is called, so its rows can't be "
          "told apart: leave it out of the bank's methods with exclude=",
          pl.TargetError, model=plain),
     Case(loading(lambda *_: 3), "a bank loads a file, a delta, or a method to begin with: not 3",

@@ -66,10 +66,23 @@ def twins(one: nn.Module, other: nn.Module) -> nn.Module:
     return nn.Sequential(one, other)
 
 
+def recurrent() -> nn.Module:
+    return nn.Sequential(nn.LSTM(4, 4))
+
+
+def read_between_calls(model: Any, _: Path) -> None:
+    with DeltaBank(model, 2, 4, RECURRENT) as bank:
+        bank.load("new", RECURRENT)
+        with bank.rows(["new", None]):
+            model[0].weight_ih_l0.sum()
+
+
 def ids(**more: Tensor) -> Callable[[], dict[str, Any]]:
     return lambda: {"input_ids": torch.zeros(2, 4, dtype=torch.long), **more}
 
 
+RECURRENT = pl.LoRA(rank=1, targets="0.weight_ih_l0")
+PACKED = nn.utils.rnn.pack_sequence([torch.zeros(3, 4), torch.zeros(2, 4)])
 MLP = pl.PrefixTuning(targets="blocks.0.mlp()", num_heads=2, head_dim=6)
 LEAVE_OUT = ": leave it out of the bank's methods with exclude="
 NO_VECTOR = (
@@ -89,8 +102,16 @@ CASES = [
     Case(room(SCALE), NO_VECTOR, pl.TargetError, lambda: nn.Sequential(Two())),
     Case(room(SCALE), NO_VECTOR, pl.TargetError,
          lambda: twins(nn.LayerNorm(4), nn.LayerNorm(4))),
-    Case(room(pl.BitFit()), NO_VECTOR, pl.TargetError, Routed),
-    Case(room(pl.BitFit(targets="out_proj")), NO_VECTOR, pl.TargetError, on("mha_decoder")),
+    Case(room(pl.FullTuning(targets="shift")), NO_VECTOR, pl.TargetError, on("raw")),
+    # what reads its weights, and experts
+    Case(room(pl.BitFit()), "experts.0.bias is inside of no module that is called with a batch, so "
+         "its rows can't be told apart" + LEAVE_OUT, pl.TargetError, Routed),
+    *(Case(called(RECURRENT, lambda x=x: {"input": x}), f"0() is called with {shown}, in which "
+           "rows can't be told apart: leave what is inside out of the bank's methods with exclude=",
+           model=recurrent)
+      for x, shown in ((torch.zeros(2, 4), "(2, 4)"), (PACKED, "PackedSequence"))),
+    Case(read_between_calls, "0.weight_ih_l0 is read in no call whose rows can be told apart"
+         + LEAVE_OUT, model=recurrent),
     # maps
     Case(room(pl.LoRA(targets="embed.weight")),
          "embed.weight isn't of an embedding alone, so its rows can't be told apart" + LEAVE_OUT,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.bank.arena import Field
 from peftlite.bank.families.gather import fold, per_row
-from peftlite.bank.families.mixed import Contents, Mixed, is_expert
+from peftlite.bank.families.mixed import Contents, Mixed
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core.host import ATTRIBUTE
 from peftlite.core.layout import Layout
@@ -26,9 +26,8 @@ from peftlite.methods.full import AddPatch
 def called_as_map(site: Site) -> None:
     """Raises TargetError unless the weight at a site is that of a linear map that is called."""
     module: Any = site.module
-    read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     own = "forward" in vars(module) or getattr(vars(module).get(ATTRIBUTE), "own_forward", None)
-    if not site.rides or read or own or is_expert(site):
+    if not site.rides or own:
         raise TargetError(
             f"{site.address} isn't the weight of a linear map that is called, so its rows can't be "
             "told apart: leave it out of the bank's methods with exclude="
@@ -73,8 +72,8 @@ class MixedLinear(Mixed):
         return d.mT if self.layout.transposed else d
 
 
-class MixedDense(MixedLinear):
-    """y = Wx + D_k x, with all of D = W' − W as `d`: each slot costs what the weight does.
+class Dense(Mixed):
+    """All of D = W' − W in each slot, as `d`: it costs what the weight does.
 
     For a head that is trained in full, LoHa, LoKr, OFT, and whatever a user's own method makes of a
     weight.
@@ -93,6 +92,10 @@ class MixedDense(MixedLinear):
 
     def parameter(self, patch: Any, name: str) -> Tensor:
         return patch.difference
+
+
+class MixedDense(Dense, MixedLinear):
+    """y = Wx + D_k x."""
 
     def add(self, rows: Rows, tables: Tables, x: Tensor, y: Tensor) -> Tensor:
         d = self.matrices(tables["d"]).mT  # (S, i, o)

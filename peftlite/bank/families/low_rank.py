@@ -37,7 +37,10 @@ FEW = 8
 
 
 class MixedLowRank(MixedLinear):
-    """`a` (R, i) and `b` (o, R) in each slot, with the rank r ≤ R that is used of them, and s."""
+    """`a` (R, i) and `b` (o, R) in each slot, with the rank r ≤ R that is used of them, and s.
+
+    Where the weight is a stack of matrices, so are they.
+    """
 
     learned: ClassVar[tuple[str, ...]] = ("a", "b")
     narrows: ClassVar[bool] = True
@@ -48,9 +51,10 @@ class MixedLowRank(MixedLinear):
         self._widest: tuple[Rows | None, int, int] = (None, 0, 0)
 
     def fields(self) -> dict[str, Field]:
+        stack = self.layout.stack
         return {
-            "a": Field((self.max_rank, self.i), self.dtype),
-            "b": Field((self.o, self.max_rank), self.dtype, used=1),
+            "a": Field((*stack, self.max_rank, self.i), self.dtype, used=len(stack)),
+            "b": Field((*stack, self.o, self.max_rank), self.dtype, used=len(stack) + 1),
             "scale": Field((), wide(torch.empty(0, dtype=self.dtype))),
             "rank": Field((), torch.int32),
         }
@@ -58,14 +62,15 @@ class MixedLowRank(MixedLinear):
     def encode(self, patches: Sequence[Patch]) -> Contents:
         pairs = [self._factors(patch) for patch in patches]
         scale = pairs[0][2]
-        a = torch.cat([a for a, _, _ in pairs])
+        a = torch.cat([a for a, _, _ in pairs], -2)
         # one s for all: what another patch has more of it is in its B
-        b = torch.cat([b if s == scale else b * (s / scale) for _, b, s in pairs], 1)
-        if len(a) > self.max_rank:
+        b = torch.cat([b if s == scale else b * (s / scale) for _, b, s in pairs], -1)
+        r = a.shape[-2]
+        if r > self.max_rank:
             raise PeftliteError(
-                f"{self.address}: rank {len(a)} is above the bank's max_rank {self.max_rank}"
+                f"{self.address}: rank {r} is above the bank's max_rank {self.max_rank}"
             )
-        return {"a": a, "b": b, "scale": scale, "rank": len(a)}
+        return {"a": a, "b": b, "scale": scale, "rank": r}
 
     def _factors(self, patch: Any) -> tuple[Tensor, Tensor, float]:
         """A (r, i), B (o, r) and s of a patch, as of all of the tensor."""
@@ -87,7 +92,7 @@ class MixedLowRank(MixedLinear):
 
     def used(self, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r = int(contents["rank"])
-        return {"a": contents["a"][:r], "b": contents["b"][:, :r]}
+        return {"a": contents["a"][..., :r, :], "b": contents["b"][..., :r]}
 
     def mix(
         self, rows: Rows, tables: Tables, inner: Map, input: Tensor, *args: Any, **kwargs: Any

@@ -195,8 +195,3 @@ def put(fields: Mapping[str, Tensor], slot: Any, contents: Contents) -> None:
 def is_whole(patches: Sequence[Any]) -> bool:
     """Whether patches are one, on all of a tensor."""
     return len(patches) == 1 and patches[0].index is None
-
-
-def is_expert(site: Site) -> bool:
-    """Whether it is called with the tokens that were sent to it, out of their rows."""
-    return "experts" in site.address.split(".")

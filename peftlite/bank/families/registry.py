@@ -13,6 +13,7 @@ from peftlite.bank.families.low_rank import MixedDoRA, MixedEmbedding, MixedLowR
 from peftlite.bank.families.mixed import Mixed
 from peftlite.bank.families.prefix import MixedPrefix
 from peftlite.bank.families.prompt import MixedAround, MixedLayers, MixedPrompt, MixedStack
+from peftlite.bank.families.reading import ReadDense, ReadLowRank, is_read
 from peftlite.bank.families.sparse import MixedSparse
 from peftlite.bank.families.vectors import MixedInputs, MixedOutputs, MixedVector
 from peftlite.core import maps
@@ -84,10 +85,14 @@ def _at_call(kind: type[Patch]) -> Family:
 
 
 def _at_tensor(kind: type[Patch], site: Site) -> Family:
+    if is_read(site):
+        return ReadLowRank if _is_as(kind, LowRankPatch) else ReadDense
     if site.whole.dim() == 1:
         return MixedVector
-    for base, family in AT_MATRICES.items():
-        # a subclass with a value or call of its own does something else
-        if issubclass(kind, base) and kind.value is base.value and kind.call is base.call:
-            return family
-    return MixedDense
+    known = (family for base, family in AT_MATRICES.items() if _is_as(kind, base))
+    return next(known, MixedDense)
+
+
+def _is_as(kind: type[Patch], base: type[Patch]) -> bool:
+    """Whether it does what a class does, with no value or call of its own."""
+    return issubclass(kind, base) and kind.value is base.value and kind.call is base.call

@@ -12,7 +12,7 @@ from peftlite.bank.arena import Field
 from peftlite.bank.families.affine import one_of
 from peftlite.bank.families.gather import along, rescaled
 from peftlite.bank.families.linear import called_as_map, difference
-from peftlite.bank.families.mixed import Contents, Mixed, is_expert, is_whole
+from peftlite.bank.families.mixed import Contents, Mixed, is_whole
 from peftlite.bank.rows import Rows, Tables
 from peftlite.core import maps
 from peftlite.core.maps import Map
@@ -93,11 +93,6 @@ class MixedVector(Mixed):
         else:
             self.width, self.dim, self.unit = len(site.whole), *_affine(site)
         self.dtype: torch.dtype = next((p.dtype for p in patch.parameters()), site.parameter_dtype)
-
-    @staticmethod
-    def suits(site: Site) -> None:
-        if is_expert(site):
-            raise _unlike(site)
 
     def fields(self) -> dict[str, Field]:
         return {"d": Field((self.width,), self.dtype)}

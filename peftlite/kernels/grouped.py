@@ -201,14 +201,11 @@ def _back(
     factor = reference.scaled(ctx.group.scale, dropout)
     if factor != 1:
         dh.mul_(factor)
-    da = None if x is None else ops.grad_a(dh, matrix(x), dropout, seed)
-    if not ctx.needs_input_grad[1]:
-        return None, da
-    if dx is None:
-        flat = ops.expand(dh, a, None, dropout, seed, ctx.dtype)
-    else:
-        flat = ops.add(matrix(dx), dh, a, dropout, seed)
-    return flat.view(ctx.shape), da
+    flat = None
+    if ctx.needs_input_grad[1]:
+        flat = a.new_zeros(len(dh), a.shape[1], dtype=ctx.dtype) if dx is None else matrix(dx)
+    da = ops.back(dh, None if x is None else matrix(x), flat, a, dropout, seed)
+    return None if flat is None else flat.view(ctx.shape), da
 
 
 def _back_again(

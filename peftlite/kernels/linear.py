@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.errors import PeftliteError
-from peftlite.kernels import dispatch, reference, torch_ops
+from peftlite.kernels import dispatch, reference
 
 
 def lora_linear(
@@ -105,12 +105,7 @@ def _forward(
     """y, and the scaled h."""
     wide, flat = torch.promote_types(x.dtype, a.dtype), matrix(x)
     ops = dispatch.ops(x, wide)
-    h = ops.shrink(flat, a.to(wide), scale, dropout, seed)
-    up = b.to(wide).t()
-    if w is None:
-        y = ops.expand(h, up, bias, 0.0, None, x.dtype)
-    else:
-        y = ops.product(flat, w.t(), h, up, bias, 0.0, None)
+    y, h = ops.forward(flat, w, bias, a.to(wide), b.to(wide), scale, dropout, seed)
     # no view, for who changes y in place
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(b))), h
 
@@ -143,24 +138,13 @@ class LoRALinear(torch.autograd.Function):
             return differentiable(again, tensors, ctx.needs_input_grad, grad)
         x, w, _, a, b, seed, h = ctx.saved_tensors
         ops, flat, dy = dispatch.ops(x, h.dtype), matrix(x), matrix(grad)
-        dx = dw = dbias = da = None
         for_x, for_w, for_bias, for_a, *_ = ctx.needs_input_grad
-        a, b = a.to(h.dtype), b.to(h.dtype)
-        dh, db = ops.grad_ab(dy, h, b, ctx.scale, ctx.dropout)
-        if for_a and for_x and w is not None and seed is not None and ops is torch_ops:
-            dx = dy @ w
-            da = torch_ops.grad_a_and_x(dh, flat, dx, a, ctx.dropout, seed)
-            dx, for_x, for_a = dx.view(x.shape), False, False
-        if for_a:
-            da = ops.grad_a(dh, flat, ctx.dropout, seed)
-        if for_x and w is None:
-            dx = ops.expand(dh, a, None, ctx.dropout, seed, x.dtype).view(x.shape)
-        elif for_x:
-            dx = ops.product(dy, w, dh, a, None, ctx.dropout, seed).view(x.shape)
-        if for_w:
-            dw = dy.t() @ flat
-        if for_bias:
-            dbias = dy.sum(0)
+        given = dy, flat, w, h, a.to(h.dtype), b.to(h.dtype), ctx.scale, ctx.dropout, seed
+        dx, da, db = ops.backward(*given, for_x, for_a)
+        if dx is not None:
+            dx = dx.view(x.shape)
+        dw = dy.t() @ flat if for_w else None
+        dbias = dy.sum(0) if for_bias else None
         # autograd rounds a gradient to the dtype of what it is for
         return dx, dw, dbias, da, db, None, None, None
 

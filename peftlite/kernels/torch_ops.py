@@ -7,6 +7,7 @@ for the next ones, so that nothing of the size of x is formed in the wider dtype
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from peftlite.kernels import passes
 from peftlite.kernels.native import mask
 from peftlite.kernels.reference import FIRST, HALF, SECOND, STEP, scaled, threshold
 from peftlite.kernels.workspace import workspace
@@ -24,6 +26,10 @@ _PIECE = 128  # columns, that a thread sums over the tokens at once
 _ALONE = 2**14 - 1  # words, whose halves torch leaves to one thread
 _CACHED = 2**16  # words, that stay in a core's cache
 _FEW = 16  # rows of A, that are slow as columns of a result
+_HERE = sys.modules[__name__]
+
+forward = partial(passes.forward, _HERE)
+backward = partial(passes.backward, _HERE)
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
@@ -53,10 +59,17 @@ def grad_a(dh: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor
     return da.to(dh.dtype)
 
 
-def grad_a_and_x(
-    dh: Tensor, x: Tensor, dx: Tensor, a: Tensor, dropout: float, seed: Tensor
-) -> Tensor:
-    """dA = dhᵀ drop(x) in c, for a dh that is scaled; and dx += drop(dh A), with the same mask."""
+def back(
+    dh: Tensor,
+    x: Tensor | None,
+    dx: Tensor | None,
+    a: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor | None:
+    """`passes.back`, with one mask for dA and dx."""
+    if x is None or dx is None or not dropout:
+        return passes.back(_HERE, dh, x, dx, a, dropout, seed)
     da = None
     for rows, part, room, drop in _blocks(x, dh.dtype, dropout, seed):
         assert drop is not None

@@ -264,6 +264,22 @@ def test_every_expert_of_a_product_in_one_call(kind: str, threads: int, monkeypa
         assert (ours - theirs).norm() < bound * theirs.norm()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_delta_of_nothing_moves_no_bit(bias: bool) -> None:
+    """Of y and of dx, whichever of the two products is written first."""
+    layer = torch.nn.Linear(1024, 96, bias, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(70, 1024).bfloat16().requires_grad_()
+    a, b = torch.randn(5, 1024), torch.zeros(96, 5).requires_grad_()
+    found, true = lora_linear(x, layer.weight, layer.bias, a, b), layer(x)
+    dy = torch.randn_like(true)
+    assert torch.equal(found, true)
+    (dx, db), (true_dx,) = (
+        torch.autograd.grad(y, of, dy) for y, of in ((found, (x, b)), (true, x))
+    )
+    assert torch.equal(dx, true_dx)
+    assert db.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_of_tensors_that_lie_otherwise(dtype: torch.dtype) -> None:
     """A row's end that isn't read, an address between two numbers, factors that are views."""

@@ -24,7 +24,7 @@ typedef Words Tile; /* pairs of bf16, or numbers in fp32 */
 
 enum {
     COLUMNS = 32,   /* of x in a tile */
-    BLOCK = 64,     /* tokens at a time down and across */
+    BLOCK = 32,
     ROWS = 32,      /* tokens at a time up */
     PARTS = 3,      /* of what is split */
     GROUPS = 4,     /* of 16 ranks, at most */
@@ -165,7 +165,7 @@ static void block(const struct Pass *job, long first, long tokens, long group, f
             const Tile *a = job->a + (group * job->columns + c) * PARTS;
             for (int p = 0; p < PARTS; p++) {
                 _tile_loadd(7, a[p], STRIDE);
-                DOWN(0) DOWN(1) DOWN(2) DOWN(3)
+                DOWN(0) DOWN(1)
             }
         }
         if (job->d.at) {
@@ -176,14 +176,14 @@ static void block(const struct Pass *job, long first, long tokens, long group, f
                 _tile_loadd(4, even, STRIDE);
                 _tile_loadd(5, odd, STRIDE);
             }
-            ACROSS(0) ACROSS(1) ACROSS(2) ACROSS(3)
+            ACROSS(0) ACROSS(1)
             _tile_stored(4, even, STRIDE);
             _tile_stored(5, odd, STRIDE);
         }
     }
     if (!job->a) return;
     _tile_stored(0, h[0], STRIDE); _tile_stored(1, h[1], STRIDE);
-    _tile_stored(2, h[2], STRIDE); _tile_stored(3, h[3], STRIDE);
+    
     SETTLE();
     for (long i = 0; i < tokens; i++) {
         __m512 v = _mm512_mul_ps(_mm512_load_ps(h[i / SIDE][i % SIDE]), _mm512_set1_ps(job->scale));
@@ -247,6 +247,7 @@ void reduce(const struct Rows *x, long rank, const struct Factor *a, float *h, f
 
 struct Up {
     struct Rows y;
+    const bf16 *bias; /* what each row of y is before; or NULL: what it is */
     struct Factor h;
     long rank, groups;
     const Tile *u; /* U's two parts, the first above the second: [16 columns][group] */
@@ -279,17 +280,15 @@ static void split_h(const struct Up *job, long first, long count, long group, Ti
     }
 }
 
-/* 32 columns of a row of y. */
-INLINE void add_row(const struct Rows *y, long row, long column, __m512i pairs, const float *low,
-                    const float *high) {
-    bf16 *to = row_of(y, row) + column;
-    const __m512i was = _mm512_loadu_si512(to);
+/* 32 columns of a row of y, of what it is before. */
+INLINE void add_row(const struct Rows *y, long row, long column, __m512i pairs, __m512i before,
+                    const float *low, const float *high) {
     const __mmask32 keep = y->threshold ? kept(y, of_row(y, row), pairs) : ~0u;
-    __m512 first = widened(_mm512_castsi512_si256(was));
-    __m512 second = widened(_mm512_extracti64x4_epi64(was, 1));
+    __m512 first = widened(_mm512_castsi512_si256(before));
+    __m512 second = widened(_mm512_extracti64x4_epi64(before, 1));
     first = _mm512_mask_add_ps(first, keep, first, _mm512_load_ps(low));
     second = _mm512_mask_add_ps(second, keep >> 16, second, _mm512_load_ps(high));
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    _mm512_storeu_si512(row_of(y, row) + column, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
 #define UP(to, i, part) \
@@ -320,19 +319,45 @@ static void up_piece(const void *arg, long piece) {
         __m512i pairs = job->y.threshold ? of_pairs(&job->y, column) : _mm512_setzero_si512();
         for (long i = 0; i < count; i++) {
             const float *low = (float *)sums[i / SIDE][i % SIDE], *high = low + 2 * SIDE * SIDE;
-            add_row(&job->y, first + i, column, pairs, low, high);
+            const bf16 *from = job->bias ? job->bias : row_of(&job->y, first + i);
+            add_row(&job->y, first + i, column, pairs, _mm512_loadu_si512(from + column), low, high);
         }
     }
     put_back(&before);
 }
 
-/* y += drop(h U). In the room are U's parts. */
-void expand(const struct Rows *y, long rank, const struct Factor *h, const struct Factor *u, Tile *room,
-            int threads) {
+/* y += drop(h U), or y = bias + drop(h U). In the room are U's parts. */
+static void up(const struct Rows *y, const bf16 *bias, long rank, const struct Factor *h,
+               const struct Factor *u, Tile *room, int threads) {
     const long groups = parts_of(rank, SIDE);
     split_up(u, rank, groups, y->columns, room);
-    struct Up job = {*y, *h, rank, groups, room};
+    struct Up job = {*y, bias, *h, rank, groups, room};
     share(up_piece, &job, parts_of(y->tokens, ROWS), threads);
+}
+
+void expand(const struct Rows *y, long rank, const struct Factor *h, const struct Factor *u, Tile *room,
+            int threads) {
+    up(y, NULL, rank, h, u, room, threads);
+}
+
+/* -- all that a layer adds, in one call */
+
+/* h = s·drop(x) Aᵀ, contiguous, and y += h U, or y = bias + h U. */
+void forward(const struct Rows *x, const struct Rows *y, const bf16 *bias, long rank, const struct Factor *a,
+             const struct Factor *u, float *h, float scale, Tile *room, int threads) {
+    const struct Factor found = {h, 1, rank};
+    reduce(x, rank, a, h, scale, NULL, NULL, 2 * BLOCK, room, threads);
+    up(y, bias, rank, &found, u, room, threads);
+}
+
+/* dh = s·dY B, contiguous, and dBᵀ = hᵀ dY; dA = dhᵀ drop(x) and dx += drop(dh A), where x and dx aren't NULL. */
+void backward(const struct Rows *dy, const struct Rows *x, const struct Rows *dx, long rank,
+              const struct Factor *a, const struct Factor *b, const struct Factor *h, float *dh, float scale,
+              const struct Factor *da, const struct Factor *db, long chunk, Tile *room, int threads) {
+    const struct Factor found = {dh, 1, rank};
+    reduce(dy, rank, b, dh, scale, h, db, chunk, room, threads);
+    if (x) reduce(x, rank, NULL, NULL, 1, &found, da, chunk, room, threads);
+    if (dx) up(dx, NULL, rank, &found, a, room, threads);
 }
 
 /* -- of many experts at once, whose rows follow one another in h */

@@ -6,6 +6,7 @@ x and y are in bf16, by low_rank.c, or in fp32, by single.c. What doesn't fit go
 from __future__ import annotations
 
 import ctypes
+import sys
 from ctypes import c_float, c_int, c_long, c_uint64, c_void_p
 from functools import partial
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlite.kernels import reference, torch_ops
-from peftlite.kernels.native.kernel import Kernel, is_memory, pointer, threads
+from peftlite.kernels import passes, reference, torch_ops
+from peftlite.kernels.native.kernel import Kernel, is_memory, is_plain, pointer, threads
 from peftlite.kernels.workspace import address
 
 SIDE, COLUMNS, _PARTS, _BLOCK, RANK = 16, 32, 3, 64, 64  # as in C
 _TILE = 1024  # bytes
 _CACHED = 1 << 17  # numbers of a few rows
+_HERE = sys.modules[__name__]
 
 
 class Rows(ctypes.Structure):
@@ -78,6 +80,90 @@ product = partial(torch_ops.product, into=add)
 expand = partial(torch_ops.expand, into=add)
 
 
+def forward(
+    x: Tensor,
+    w: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`passes.forward`: beside the large product, one call, for Python is cold after that."""
+    known = w is not None and _is_whole(x, b.shape[0], dropout, a, b)
+    if w is None or not known or not (bias is None or is_plain(bias)):
+        return passes.forward(_HERE, x, w, bias, a, b, scale, dropout, seed)
+    tokens, rank, columns = x.shape[0], a.shape[0], b.shape[0]
+    h = torch.empty(tokens, rank, dtype=torch.float32, device="cpu")
+    y = x @ w.t() if bias is None else torch.empty(tokens, columns, dtype=x.dtype, device="cpu")
+    KERNEL.lib.forward(
+        _rows(x, dropout, seed),
+        _rows(y, 0.0, None),
+        pointer(bias),
+        c_long(rank),
+        _factor(a),
+        _factor(b.t()),
+        pointer(h),
+        c_float(reference.scaled(scale, dropout)),
+        room_of(max(tiles(rank, x.shape[1], 0, True), _tiles_of_u(rank, columns))),
+        c_int(threads()),
+    )
+    # torch copies a bias before it adds the product: so that comes last, to what stands there then
+    return y if bias is None else y.addmm_(x, w.t()), h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor | None,
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    for_x: bool,
+    for_a: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """`passes.backward`, so too."""
+    known = _is_whole(x, b.shape[0], dropout, a, b) and _fits(dy, b.shape[1], 0.0, b, h)
+    if w is None or not known:
+        passed = dy, x, w, h, a, b, scale, dropout, seed, for_x, for_a
+        return passes.backward(_HERE, *passed)
+    (tokens, columns), rank, dx = x.shape, a.shape[0], dy @ w if for_x else None
+    dh = torch.empty(tokens, rank, dtype=torch.float32, device="cpu")
+    da, db = torch.empty_like(a) if for_a else None, torch.empty_like(b)
+    chunk, pieces = _chunks(tokens)
+    room = tiles(rank, dy.shape[1], pieces, True), tiles(rank, columns, pieces, False)
+    KERNEL.lib.backward(
+        _rows(dy, 0.0, None),
+        _rows(x, dropout, seed) if for_a else None,
+        None if dx is None else _rows(dx, dropout, seed),
+        c_long(rank),
+        _factor(a),
+        _factor(b.t()),
+        _factor(h.t()),
+        pointer(dh),
+        c_float(reference.scaled(scale, dropout)),
+        _factor(da),
+        _factor(db.t()),
+        c_long(chunk),
+        room_of(max(*room, _tiles_of_u(rank, columns))),
+        c_int(threads()),
+    )
+    return dx, da, db
+
+
+back = partial(passes.back, _HERE)
+
+
+def _is_whole(x: Tensor, columns: int, dropout: float, a: Tensor, b: Tensor) -> bool:
+    """Whether all that a layer adds for x, and for a y of some columns, is one call's."""
+    whole = x.dtype is torch.bfloat16 and columns % COLUMNS == 0
+    return whole and _fits(x, len(a), dropout, a, b)
+
+
 def _fits(rows: Tensor, rank: int, dropout: float, *factors: Tensor) -> bool:
     """Whether rows, of columns by the 32, have a kernel, and factors are in fp32, of few ranks."""
     # a few rows in fp32 are in a cache, where BLAS is as fast and less is to be called
@@ -120,9 +206,7 @@ def _reduce(
         g = torch.empty(rank, columns, dtype=float32, device="cpu")
     elif d is not None:  # turned, as B is
         g = torch.empty(columns, rank, dtype=float32, device="cpu").t()
-    # the sums of g are kept for each chunk of tokens: so chunks are few, for any number of threads
-    chunk = _BLOCK if d is None else max(4, -(-tokens // (16 * _BLOCK))) * _BLOCK
-    pieces = 0 if d is None else -(-tokens // chunk)
+    chunk, pieces = (_BLOCK, 0) if d is None else _chunks(tokens)
     room = room_of(tiles(rank, columns, pieces, a is not None))
     lib.reduce(
         _rows(x, dropout, seed),
@@ -143,8 +227,7 @@ def _expand(
     lib: Any, y: Tensor, h: Tensor, up: Tensor, dropout: float, seed: Tensor | None
 ) -> None:
     """y (t, o) += drop(h U), for hᵀ (r, t) and U (r, o)."""
-    rank = up.shape[0]
-    room = room_of(-(-rank // SIDE) * y.shape[1] // SIDE)
+    rank, room = up.shape[0], room_of(_tiles_of_u(*up.shape))
     factors = c_long(rank), _factor(h), _factor(up)
     lib.expand(_rows(y, dropout, seed), *factors, room, c_int(threads()))
 
@@ -152,6 +235,16 @@ def _expand(
 def tiles(rank: int, columns: int, pieces: int, down: bool) -> int:
     """Those of A's parts, and of g's sums of some chunks of tokens."""
     return -(-rank // SIDE) * (columns // COLUMNS) * (2 * pieces + (_PARTS if down else 0))
+
+
+def _tiles_of_u(rank: int, columns: int) -> int:
+    return -(-rank // SIDE) * columns // SIDE
+
+
+def _chunks(tokens: int) -> tuple[int, int]:
+    """The tokens of a chunk, and how many there are: each has sums, so few for any threads."""
+    chunk = max(4, -(-tokens // (16 * _BLOCK))) * _BLOCK
+    return chunk, -(-tokens // chunk)
 
 
 def room_of(tiles: int) -> c_void_p:

@@ -7,9 +7,13 @@ so a CUDA graph can hold the calls, and a run doesn't differ from the one before
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from peftlite.kernels import passes
 from peftlite.kernels.reference import scaled
 from peftlite.kernels.triton import kernels as triton_kernels
 from peftlite.kernels.triton.launch import PROGRAMS, cdiv, launch, mask, padded
@@ -17,6 +21,10 @@ from peftlite.kernels.triton.launch import PROGRAMS, cdiv, launch, mask, padded
 NUMBERS = 1024  # that a program of `total` adds up
 ONCE = 16
 """The most ranks for which reading dY once moves less, with planes of dh, than reading it twice."""
+
+forward, backward, back = (
+    partial(each, sys.modules[__name__]) for each in (passes.forward, passes.backward, passes.back)
+)
 
 
 def tiles(rank: int, dtype: torch.dtype, factors: torch.dtype) -> dict[str, int]:

@@ -106,8 +106,10 @@ def _forward(
     wide, flat = torch.promote_types(x.dtype, a.dtype), matrix(x)
     ops = dispatch.ops(x, wide)
     y, h = ops.forward(flat, w, bias, a.to(wide), b.to(wide), scale, dropout, seed)
+    if y.dim() == x.dim():
+        return y, h
     # no view, for who changes y in place
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(b))), h
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], b.shape[0])), h
 
 
 def matrix(x: Tensor) -> Tensor:

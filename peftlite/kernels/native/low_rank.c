@@ -342,22 +342,37 @@ void expand(const struct Rows *y, long rank, const struct Factor *h, const struc
 
 /* -- all that a layer adds, in one call */
 
+struct Forward {
+    struct Rows x, y;
+    const bf16 *bias;
+    long rank;
+    struct Factor a, u;
+    float *h;
+    Tile *room;
+};
+
 /* h = s·drop(x) Aᵀ, contiguous, and y += h U, or y = bias + h U. */
-void forward(const struct Rows *x, const struct Rows *y, const bf16 *bias, long rank, const struct Factor *a,
-             const struct Factor *u, float *h, float scale, Tile *room, int threads) {
-    const struct Factor found = {h, 1, rank};
-    reduce(x, rank, a, h, scale, NULL, NULL, 2 * BLOCK, room, threads);
-    up(y, bias, rank, &found, u, room, threads);
+void forward(const struct Forward *job, float scale, int threads) {
+    const struct Factor h = {job->h, 1, job->rank};
+    reduce(&job->x, job->rank, &job->a, job->h, scale, NULL, NULL, 2 * BLOCK, job->room, threads);
+    up(&job->y, job->bias, job->rank, &h, &job->u, job->room, threads);
 }
 
-/* dh = s·dY B, contiguous, and dBᵀ = hᵀ dY; dA = dhᵀ drop(x) and dx += drop(dh A), where x and dx aren't NULL. */
-void backward(const struct Rows *dy, const struct Rows *x, const struct Rows *dx, long rank,
-              const struct Factor *a, const struct Factor *b, const struct Factor *h, float *dh, float scale,
-              const struct Factor *da, const struct Factor *db, long chunk, Tile *room, int threads) {
-    const struct Factor found = {dh, 1, rank};
-    reduce(dy, rank, b, dh, scale, h, db, chunk, room, threads);
-    if (x) reduce(x, rank, NULL, NULL, 1, &found, da, chunk, room, threads);
-    if (dx) up(dx, NULL, rank, &found, a, room, threads);
+struct Backward {
+    struct Rows dy, x, dx; /* of the last two, what isn't at all is NULL */
+    long rank;
+    struct Factor a, b, h, da, db;
+    float *dh;
+    long chunk; /* as in a pass */
+    Tile *room;
+};
+
+/* dh = s·dY B, contiguous, and dBᵀ = hᵀ dY; dA = dhᵀ drop(x) and dx += drop(dh A). */
+void backward(const struct Backward *job, float scale, int threads) {
+    const struct Factor dh = {job->dh, 1, job->rank};
+    reduce(&job->dy, job->rank, &job->b, job->dh, scale, &job->h, &job->db, job->chunk, job->room, threads);
+    if (job->x.at) reduce(&job->x, job->rank, NULL, NULL, 1, &dh, &job->da, job->chunk, job->room, threads);
+    if (job->dx.at) up(&job->dx, NULL, job->rank, &dh, &job->a, job->room, threads);
 }
 
 /* -- of many experts at once, whose rows follow one another in h */

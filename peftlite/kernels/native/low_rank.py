@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftlite.kernels import passes, reference, torch_ops
-from peftlite.kernels.native.kernel import Kernel, is_memory, is_plain, pointer, threads
+from peftlite.kernels.native.kernel import Kernel, is_memory, pointer, threads
 from peftlite.kernels.workspace import address
 
 SIDE, COLUMNS, _PARTS, _BLOCK, RANK = 16, 32, 3, 64, 64  # as in C
@@ -40,6 +40,10 @@ class Factor(ctypes.Structure):
     """`struct Factor`."""
 
     _fields_ = [("at", c_void_p), ("by_rank", c_long), ("by_other", c_long)]
+
+
+# `struct Forward` and `struct Backward`: many objects of ctypes would take longer than their call
+_Forward, _Backward, _NOTHING = c_long * 24, c_long * 40, (0,) * 7
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
@@ -91,24 +95,22 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`passes.forward`: beside the large product, one call, for Python is cold after that."""
-    known = w is not None and _is_whole(x, b.shape[0], dropout, a, b)
-    if w is None or not known or not (bias is None or is_plain(bias)):
+    if w is None or not _is_whole(x, b.shape[0], dropout, a, b, bias):
         return passes.forward(_HERE, x, w, bias, a, b, scale, dropout, seed)
     tokens, rank, columns = x.shape[0], a.shape[0], b.shape[0]
     h = torch.empty(tokens, rank, dtype=torch.float32, device="cpu")
     y = x @ w.t() if bias is None else torch.empty(tokens, columns, dtype=x.dtype, device="cpu")
-    KERNEL.lib.forward(
-        _rows(x, dropout, seed),
-        _rows(y, 0.0, None),
-        pointer(bias),
-        c_long(rank),
-        _factor(a),
-        _factor(b.t()),
-        pointer(h),
-        c_float(reference.scaled(scale, dropout)),
-        room_of(max(tiles(rank, x.shape[1], 0, True), _tiles_of_u(rank, columns))),
-        c_int(threads()),
+    job = _Forward(
+        *_about(x, dropout, seed),
+        *_about(y),
+        0 if bias is None else bias.data_ptr(),
+        rank,
+        *_lies(a, 0),
+        *_lies(b, 1),
+        h.data_ptr(),
+        _room(max(tiles(rank, x.shape[1], 0, True), _tiles_of_u(rank, columns))),
     )
+    KERNEL.lib.forward(job, c_float(reference.scaled(scale, dropout)), c_int(threads()))
     # torch copies a bias before it adds the product: so that comes last, to what stands there then
     return y if bias is None else y.addmm_(x, w.t()), h
 
@@ -127,41 +129,44 @@ def backward(
     for_a: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """`passes.backward`, so too."""
-    known = _is_whole(x, b.shape[0], dropout, a, b) and _fits(dy, b.shape[1], 0.0, b, h)
-    if w is None or not known:
-        passed = dy, x, w, h, a, b, scale, dropout, seed, for_x, for_a
-        return passes.backward(_HERE, *passed)
+    if w is None or not _is_whole(x, b.shape[0], dropout, a, b, dy):
+        return passes.backward(_HERE, dy, x, w, h, a, b, scale, dropout, seed, for_x, for_a)
     (tokens, columns), rank, dx = x.shape, a.shape[0], dy @ w if for_x else None
     dh = torch.empty(tokens, rank, dtype=torch.float32, device="cpu")
     da, db = torch.empty_like(a) if for_a else None, torch.empty_like(b)
     chunk, pieces = _chunks(tokens)
     room = tiles(rank, dy.shape[1], pieces, True), tiles(rank, columns, pieces, False)
-    KERNEL.lib.backward(
-        _rows(dy, 0.0, None),
-        _rows(x, dropout, seed) if for_a else None,
-        None if dx is None else _rows(dx, dropout, seed),
-        c_long(rank),
-        _factor(a),
-        _factor(b.t()),
-        _factor(h.t()),
-        pointer(dh),
-        c_float(reference.scaled(scale, dropout)),
-        _factor(da),
-        _factor(db.t()),
-        c_long(chunk),
-        room_of(max(*room, _tiles_of_u(rank, columns))),
-        c_int(threads()),
+    job = _Backward(
+        *_about(dy),
+        *(_about(x, dropout, seed) if for_a else _NOTHING),
+        *(_NOTHING if dx is None else _about(dx, dropout, seed)),
+        rank,
+        *_lies(a, 0),
+        *_lies(b, 1),
+        *_lies(h, 1),
+        *(_NOTHING[:3] if da is None else _lies(da, 0)),
+        *_lies(db, 1),
+        dh.data_ptr(),
+        chunk,
+        _room(max(*room, _tiles_of_u(rank, columns))),
     )
+    KERNEL.lib.backward(job, c_float(reference.scaled(scale, dropout)), c_int(threads()))
     return dx, da, db
 
 
 back = partial(passes.back, _HERE)
 
 
-def _is_whole(x: Tensor, columns: int, dropout: float, a: Tensor, b: Tensor) -> bool:
+def _is_whole(
+    x: Tensor, columns: int, dropout: float, a: Tensor, b: Tensor, more: Tensor | None
+) -> bool:
     """Whether all that a layer adds for x, and for a y of some columns, is one call's."""
-    whole = x.dtype is torch.bfloat16 and columns % COLUMNS == 0
-    return whole and _fits(x, len(a), dropout, a, b)
+    return (
+        x.dtype is torch.bfloat16
+        and columns % COLUMNS == 0
+        and _fits(x, a.shape[0], dropout, a, b)
+        and (more is None or (more.dtype is x.dtype and more.stride(-1) == 1 and is_memory(more)))
+    )
 
 
 def _fits(rows: Tensor, rank: int, dropout: float, *factors: Tensor) -> bool:
@@ -248,20 +253,35 @@ def _chunks(tokens: int) -> tuple[int, int]:
 
 
 def room_of(tiles: int) -> c_void_p:
-    return c_void_p(address("tiles", tiles * _TILE))
+    return c_void_p(_room(tiles))
+
+
+def _room(tiles: int) -> int:
+    return address("tiles", tiles * _TILE)
 
 
 def _factor(factor: Tensor | None) -> Any:
     if factor is None:
         return None
-    return ctypes.byref(Factor(factor.data_ptr(), *factor.stride()))
+    return ctypes.byref(Factor(*_lies(factor, 0)))
 
 
 def _rows(x: Tensor, dropout: float, seed: Tensor | None) -> Any:
-    number, threshold = 0, 0
-    if dropout and seed is not None:
-        number, threshold = int(seed.item()), reference.threshold(dropout)
-    return ctypes.byref(Rows(x.data_ptr(), None, *x.shape, x.stride(0), number, threshold))
+    return ctypes.byref(Rows(*_about(x, dropout, seed)))
+
+
+def _about(x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> tuple[int, ...]:
+    """`struct Rows`, as numbers."""
+    tokens, columns = x.shape
+    if not dropout or seed is None:
+        return x.data_ptr(), 0, tokens, columns, x.stride(0), 0, 0
+    how = int(seed.item()), reference.threshold(dropout)
+    return x.data_ptr(), 0, tokens, columns, x.stride(0), *how
+
+
+def _lies(factor: Tensor, ranks: int) -> tuple[int, int, int]:
+    """`struct Factor`, as numbers, for a matrix whose ranks are its rows, 0, or columns, 1."""
+    return factor.data_ptr(), factor.stride(ranks), factor.stride(1 - ranks)
 
 
 def _agrees(dtype: torch.dtype, lib: Any) -> bool:

@@ -50,7 +50,7 @@ class Split(Patch):
             return inner(*args, **kwargs)
         groups, only = rows.by_slot(), partial(self._only, rows)
         if len(groups) > 1:
-            lies = self._lies((*args, *kwargs.values()), len(rows.slots))
+            lies = self._lies((*args, *kwargs.values()), len(rows.numbers))
             return in_groups(inner, groups, only, lies, args, kwargs, self._names)
         with only(*groups):
             return inner(*args, **kwargs)

@@ -100,13 +100,15 @@ def each_alone(twin: nn.Module, x: Tensor, names: Sequence[str | None] = NAMES) 
     return torch.cat(rows)
 
 
-def check(bank: DeltaBank, twin: nn.Module, x: Tensor, bound: float = 1e-10) -> None:
+def check(
+    bank: DeltaBank, twin: nn.Module, x: Tensor, bound: float = 1e-10, names: Any = NAMES
+) -> None:
     """Rows have their own deltas' outputs, and train them."""
-    with torch.no_grad(), bank.rows(NAMES):
+    with torch.no_grad(), bank.rows(names):
         y = logits(bank.model, x)
-    with bank.train(NAMES):
+    with bank.train(names):
         logits(bank.model, x).square().sum().backward()
-    wanted = each_alone(twin, x)
+    wanted = each_alone(twin, x, names)
     wanted.square().sum().backward()
     assert (y - wanted).norm() < bound * wanted.norm()
     for name, delta in pl.deltas(twin).items():
@@ -125,6 +127,11 @@ def test_experts_of_transformers(kind: str) -> None:
     names = [n for n, p in model.named_parameters() if p.dim() == 3 or ".experts.2." in n]
     bank, twin = banked(model, names)
     check(bank, twin, torch.randint(0, 32, (4, 5)))
+
+
+def test_each_delta_may_have_its_rows_side_by_side() -> None:
+    bank, twin = banked(Mixture(looped).double(), "experts")
+    check(bank, twin, torch.randn(4, 5, WIDTH).double(), names=["d0", "d0", "d1", "d1"])
 
 
 @pytest.mark.parametrize("way", [looped, batched, grouped])

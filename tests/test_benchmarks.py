@@ -1,5 +1,6 @@
 """The benchmarks: every script imports, and the comparison of quality runs, resumes and reports."""
 
+import copy
 import csv
 import importlib
 import math
@@ -11,10 +12,12 @@ import quality
 import torch
 from comparison import results
 from comparison.digits import Digits
+from comparison.few import first_of_each
 from comparison.methods import ALL, FROZEN, LOW, METHODS, Row
-from comparison.reviews import CLASSES, Reviews, Texts, by_length
-from comparison.run import Outcome
+from comparison.reviews import Texts, by_length
+from comparison.run import Outcome, Trainer
 from comparison.sweep import MOST, SEEDS, TRIES, Record, seek, sweep
+from comparison.task import Judgement
 
 import peftlite as pl
 
@@ -163,15 +166,30 @@ def test_seek_passes_over_rates_that_diverge() -> None:
 
 
 def test_few_reviews_are_so_many_of_each_class() -> None:
-    task = object.__new__(Reviews)
-    of = torch.tensor([0, 1, 2, 2, 2, 0, 0, 2, 1])
-    task.train = Texts(torch.arange(9)[:, None], torch.ones(9, 1), of)
-    draws = [task.few(2, seed).train for seed in (0, 0, 1)]
-    assert all(len(few.of) == 2 * len(CLASSES) == len(few.tokens.unique()) for few in draws)
-    assert all(torch.equal(of[few.tokens[:, 0]], few.of) for few in draws)
-    assert torch.equal(draws[0].tokens, draws[1].tokens)
-    assert not torch.equal(draws[0].tokens, draws[2].tokens)
-    assert len(task.few(4, 0).train.of) == 2 + 3 + 4
+    of = torch.tensor([0, 1, 1, 1, 0, 0, 1])
+    order = torch.tensor([6, 5, 4, 3, 2, 1, 0])
+    assert first_of_each(of, 2, order).tolist() == [5, 4, 6, 3]
+    assert len(first_of_each(of, 4, order)) == 3 + 4
+
+
+def test_training_ends_when_validation_gets_no_better(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "steps", 50)
+    monkeypatch.setattr(Digits, "look", 3)
+    losses, states = iter([3.0, 1.0, 2.0, 1.5]), []
+    model = copy.deepcopy(digits.base)
+    delta = pl.attach(model, pl.LoRA(rank=2))
+    trainer = Trainer(digits, model, delta, 1.0, 1e-2, seed=0)
+
+    def judge(*_: object) -> Judgement:
+        states.append(trainer._state())
+        return Judgement(next(losses), 0.0)
+
+    monkeypatch.setattr(digits, "judge", judge)
+    assert len(trainer.train_until_no_better()) == 4 * 3
+    assert all(torch.equal(x, states[1][name]) for name, x in delta.state_dict().items())
+    assert any(not torch.equal(x, states[3][name]) for name, x in delta.state_dict().items())
 
 
 def test_texts_of_like_length_go_together_and_keep_their_order() -> None:

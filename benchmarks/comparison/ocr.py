@@ -61,19 +61,26 @@ class OCR(Task):
         return self.ocr.collate([self.train[i] for i in chosen])
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """CTC, for each character of a line."""
-        chances = model(batch["pictures"]).log_softmax(-1).transpose(0, 1)
-        lengths = batch["lengths"]
-        steps = torch.full_like(lengths, len(chances))
-        characters = batch["characters"]
-        return F.ctc_loss(chances, characters, steps, lengths, reduction="none") / lengths
+        return _ctc(model(batch["pictures"]), batch)
 
     @torch.no_grad()
     def judge(self, model: nn.Module, split: Split) -> Judgement:
         examples: Any = self.held[split]
         parts = [self.ocr.collate(examples[i : i + 20]) for i in range(0, len(examples), 20)]
-        losses = torch.cat([self.losses(model, part) for part in parts])
-        return Judgement(losses.mean().item(), 100 * self.ocr.error(model, examples))
+        scores = [model(part["pictures"]) for part in parts]
+        losses = torch.cat([*map(_ctc, scores, parts)])
+        read = [text for part in scores for text in self.ocr.decode(part)]
+        texts = [text for _, text in examples]
+        wrong = sum(map(self.ocr.distance, read, texts)) / sum(map(len, texts))
+        return Judgement(losses.mean().item(), 100 * wrong)
 
     def own_loss(self, model: nn.Module) -> float:
         return 100 * self.ocr.error(model, self.kept)
+
+
+def _ctc(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """CTC, for each character of a line."""
+    chances = scores.log_softmax(-1).transpose(0, 1)
+    lengths = batch["lengths"]
+    steps = torch.full_like(lengths, len(chances))
+    return F.ctc_loss(chances, batch["characters"], steps, lengths, reduction="none") / lengths

@@ -23,6 +23,8 @@ from peftlite.demo.training import Recipe
 from .methods import Row
 from .task import Task
 
+PATIENCE = 2  # looks at the validation split that find nothing better
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -48,9 +50,7 @@ def run(task: Task, row: Row, rate: float, seed: int, final: bool) -> Outcome:
         return Outcome(*_judged(task, model, final))
     delta = pl.attach(model, methods)
     trainer = Trainer(task, model, delta, row.b_ratio, rate, seed)
-    model.train()
-    times = [trainer.step() for _ in range(task.steps)]
-    model.eval()
+    times = trainer.train_until_no_better() if task.look else trainer.train(task.steps)
     judged = _judged(task, model, final)
     if not final:
         return Outcome(*judged)
@@ -69,7 +69,8 @@ def run(task: Task, row: Row, rate: float, seed: int, final: bool) -> Outcome:
 class Trainer:
     """The same for every method: AdamW without weight decay, a cosine to zero, gradients clipped.
 
-    The batches of a seed are the same too.
+    Where training ends when validation gets no better, the rate is constant instead. The batches of
+    a seed are the same too.
     """
 
     def __init__(
@@ -78,8 +79,31 @@ class Trainer:
         self.task, self.model, self.delta = task, model, delta
         self.draw = torch.Generator().manual_seed(seed)
         self.adamw = torch.optim.AdamW(delta.parameter_groups(rate, b_ratio), weight_decay=0.0)
-        pace = Recipe(task.steps, rate).pace
+        pace = (lambda step: 1.0) if task.look else Recipe(task.steps, rate).pace
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, pace)
+
+    def train(self, steps: int) -> list[float]:
+        """Trains; returns the seconds of each step."""
+        self.model.train()
+        times = [self.step() for _ in range(steps)]
+        self.model.eval()
+        return times
+
+    def train_until_no_better(self) -> list[float]:
+        """Trains until looks at the validation split find nothing better; keeps what was best."""
+        times: list[float] = []
+        least, since, best = math.inf, 0, self._state()
+        while len(times) < self.task.steps and since < PATIENCE:
+            times += self.train(self.task.look)
+            loss = self.task.judge(self.model, "validation").loss
+            since += 1
+            if loss < least:
+                least, since, best = loss, 0, self._state()
+        self.delta.load_state_dict(best)
+        return times
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: x.clone() for name, x in self.delta.state_dict().items()}
 
     def step(self) -> float:
         """Trains on one batch; returns the seconds that it took."""

@@ -29,7 +29,9 @@ class Task(ABC):
         quality: what the figure of quality is, as the plot names it.
         version: to be raised by a change after which older runs are no match for new ones.
         batch: the examples of a step.
-        steps: of training, the same for every method.
+        steps: of training, the same for every method; the most of them if there is `look`.
+        look: steps from one look at the validation split to the next. Training ends when looks find
+            nothing better there, and what was best is what counts. Without it, after `steps`.
         rate: the learning rate at which the search for a method's own begins.
         head: the output head. If `new_head`, it knows nothing of the data, so that every method
             trains it as well.
@@ -45,6 +47,7 @@ class Task(ABC):
     version: ClassVar[int]
     batch: ClassVar[int]
     steps: int
+    look: ClassVar[int] = 0
     rate: ClassVar[float]
     head: ClassVar[str]
     new_head: ClassVar[bool] = False

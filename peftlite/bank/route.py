@@ -19,9 +19,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from peftlite.bank.rows import Rows
+from peftlite.bank.rows import ByToken, Rows
 from peftlite.core.choice import Scoped
 from peftlite.core.patch import Patch
+from peftlite.core.tokens import Lost
 from peftlite.errors import PeftliteError
 from peftlite.kernels.ops import op
 
@@ -83,6 +84,8 @@ class Router:
             rows, size = self.now(), _batch_size.get()
             if rows is None:
                 return None
+            if isinstance(rows, ByToken):
+                raise Lost
             rows = rows.on(x.device)
         b = len(rows.slots)
         if b > 1:  # else it's the same wherever the rows are

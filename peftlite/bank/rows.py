@@ -111,6 +111,12 @@ class Rows:
         with torch.inference_mode(False):
             return torch.tensor(slots, device="cpu"), torch.tensor(order, device="cpu")
 
+    @property
+    def places(self) -> Tensor:
+        """Where the tables have what each row of a batch takes; -1 for the base."""
+        times = len(self.numbers) // len(self.slots)
+        return torch.where(self.numbers > 0, self.slots.repeat_interleave(times), -1)
+
     def by_slot(self) -> dict[int, list[int]]:
         """The rows that take each slot, as it is now."""
         found: dict[int, list[int]] = {}
@@ -128,3 +134,12 @@ class Rows:
             own = self.runs, self.tables, self.repeat, self.lies, numbers
             self._elsewhere[device] = Rows(slots, *own)
         return self._elsewhere[device]
+
+
+class ByToken(Rows):
+    """Rows whose tokens are on their way to experts, and are told one by one."""
+
+    @classmethod
+    def like(cls, rows: Rows) -> ByToken:
+        own = rows.tables, rows.repeat, rows.lies, rows.numbers
+        return cls(rows.slots, rows.runs, *own)

@@ -2,28 +2,31 @@
 
 On their way to experts tokens leave their rows, and what reads its weights, as recurrent layers and
 nn.MultiheadAttention do, has one value of each for all rows. There the rows of each delta go
-through by themselves, and what is inside finds one delta for all of its batch.
+through by themselves, and what is inside finds one delta for all of its batch. Where tokens can be
+told apart on their way, one pass does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map_only
 
 from peftlite.bank.families.reading import in_order, is_read
 from peftlite.bank.route import Router
-from peftlite.bank.rows import Rows
+from peftlite.bank.rows import ByToken, Rows
 from peftlite.bank.training import training_rows
 from peftlite.core.choice import uncompiled
 from peftlite.core.groups import COMMON, Lies, in_groups
 from peftlite.core.patch import Patch
 from peftlite.core.site import CALL, Site, walk
+from peftlite.core.tokens import Lost, Tokens
 from peftlite.errors import PeftliteError, TargetError
 from peftlite.methods.features import arguments, is_called
 
@@ -41,6 +44,7 @@ class Split(Patch):
         super().__init__()
         self.site, self.router, self.slot = site, router, CALL
         self._names: Sequence[str] = arguments(site.module)
+        self._routes: bool = routes(site.module)
 
     def call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -49,11 +53,24 @@ class Split(Patch):
         if rows is None or len(rows.slots) == 1:
             return inner(*args, **kwargs)
         groups, only = rows.by_slot(), partial(self._only, rows)
+        if len(groups) > 1 and self._routes and args:
+            with suppress(Lost):
+                return self._at_once(inner, rows, *args, **kwargs)
         if len(groups) > 1:
             lies = self._lies((*args, *kwargs.values()), len(rows.numbers))
             return in_groups(inner, groups, only, lies, args, kwargs, self._names)
         with only(*groups):
             return inner(*args, **kwargs)
+
+    def _at_once(
+        self, inner: Callable[..., Any], rows: Rows, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """One pass for all, where tokens are told apart on their way. Raises Lost."""
+        self.router.rows(x)  # which checks that it's a batch
+        with self.router.scope(ByToken.like(rows)):
+            own = rows.places.to(x.device).repeat_interleave(len(x) // len(rows.numbers))
+            found = inner(Tokens.of(x, own), *args, **kwargs)
+        return tree_map_only(Tokens, lambda tokens: tokens.plain, found)
 
     def _only(self, rows: Rows, slot: int) -> AbstractContextManager[None]:
         """A `with` in which all rows have the delta of one slot."""
@@ -136,9 +153,9 @@ def _around(modules: Mapping[str, nn.Module], name: str, site: Site) -> nn.Modul
     parts = path.split(".") if path else []
     if EXPERTS in parts:
         parts = parts[: parts.index(EXPERTS) + 1]
-        outwards = not _routes(modules[".".join(parts)])
+        outwards = not routes(modules[".".join(parts)])
     else:
-        outwards = not (in_order(site) or _routes(modules[path]))
+        outwards = not (in_order(site) or routes(modules[path]))
     parts = parts[: len(parts) - outwards]
     while parts and not is_called(modules[".".join(parts)]):
         parts.pop()
@@ -151,6 +168,6 @@ def _around(modules: Mapping[str, nn.Module], name: str, site: Site) -> nn.Modul
     )
 
 
-def _routes(module: nn.Module) -> bool:
+def routes(module: nn.Module) -> bool:
     """Whether a module itself sends tokens to experts, by indices that it is given."""
     return is_called(module) and any(n.endswith(("index", "indices")) for n in arguments(module))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from peftlite.core.patch import Patch
 from peftlite.core.tensors import wide
+from peftlite.core.tokens import Lost, Tokens, told
 from peftlite.kernels import dispatch
-from peftlite.kernels.experts import Product, experts_linear
+from peftlite.kernels.experts import Product, by_tokens, experts_linear
 from peftlite.kernels.linear import lora_linear
 from peftlite.lazy import Lazy
 
@@ -41,7 +42,7 @@ class Sum(Patched):
     raw: Tensor
     left: Tensor
     right: Tensor
-    scale: float
+    scale: Any
     ids: Tensor | None
 
     @staticmethod
@@ -49,7 +50,7 @@ class Sum(Patched):
         return Tensor._make_wrapper_subclass(cls, raw.shape, dtype=raw.dtype, device=raw.device)
 
     def __init__(
-        self, raw: Tensor, left: Tensor, right: Tensor, scale: float, ids: Tensor | None = None
+        self, raw: Tensor, left: Tensor, right: Tensor, scale: Any, ids: Tensor | None = None
     ):
         self.raw, self.left, self.right, self.scale, self.ids = raw, left, right, scale, ids
 
@@ -61,7 +62,7 @@ class Sum(Patched):
 
     def parts(self, view: Callable[[Tensor], Tensor]) -> Sum:
         """The same view of all three."""
-        return Sum(view(self.raw), view(self.left), view(self.right), self.scale)
+        return type(self)(view(self.raw), view(self.left), view(self.right), self.scale)
 
     @cached_property
     def each(self) -> list[Sum]:
@@ -71,16 +72,24 @@ class Sum(Patched):
     def apart(self, take: Callable[[Tensor], Sequence[Tensor]]) -> list[Sum]:
         """The sums of what all three are taken apart into."""
         parts = zip(take(self.raw), take(self.left), take(self.right), strict=True)
-        return [Sum(raw, left, right, self.scale) for raw, left, right in parts]
+        return [type(self)(raw, left, right, self.scale) for raw, left, right in parts]
 
     @cached_property
     def turned(self) -> Sum:
-        return Sum(self.raw.mT, self.right.mT, self.left.mT, self.scale, self.ids)
+        return type(self)(self.raw.mT, self.right.mT, self.left.mT, self.scale, self.ids)
 
     @property
     def stacked(self) -> bool:
         """Whether its first dimension is one of experts."""
         return self.raw.dim() > 2 and self.ids is None
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'ᵀ + bias, for a W (m, n)."""
+        return lora_linear(x, self.raw, bias, self.right, self.left, self.scale)
+
+    def experts(self, product: Product, x: Tensor) -> Tensor:
+        """x W' by experts, for a W (e, m, n)."""
+        return experts_linear(product, x, self.raw, self.left, self.right, self.scale)
 
     @classmethod
     def compute(
@@ -90,6 +99,29 @@ class Sum(Patched):
         return super().compute(func, args, kwargs) if found is NotImplemented else found
 
 
+class SumByToken(Sum):
+    """W + s_k·UV, with the k of each token: U (…, k, m, r), V (…, k, r, n) and s (k,)."""
+
+    def form(self) -> Tensor:
+        raise Lost
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = told(x)
+        y = F.linear(x.plain, self.raw, bias)
+        factors = self.right.mT[None], self.left.mT[None]
+        return Tokens.of(by_tokens(y, x.plain, x.own, None, *factors, self.scale), x.own)
+
+    def experts(self, product: Product, x: Tensor) -> Tensor:
+        x, experts = told(x), product.ids
+        y = product.times(x.plain, self.raw)
+        if experts is None:
+            experts = torch.zeros_like(x.own)
+            for expert, tokens in product.groups():
+                experts[tokens] = expert
+        factors = self.left, self.right
+        return Tokens.of(by_tokens(y, x.plain, x.own, experts, *factors, self.scale), x.own)
+
+
 def summed(raw: Tensor, patches: Sequence[Patch]) -> Sum | None:
     """W' as a sum, where all that patches it is a product of low rank; or None."""
     found = [patch.product() if patch.index is None else None for patch in patches]
@@ -97,7 +129,9 @@ def summed(raw: Tensor, patches: Sequence[Patch]) -> Sum | None:
     if len(products) < len(found) or not dispatch.is_plain_weight(raw):
         return None
     if len(products) == 1:
-        return Sum(raw, *products[0])
+        left, right, scale = products[0]
+        kind = SumByToken if left.dim() > raw.dim() else Sum
+        return kind(raw, left, right, scale)
     left = torch.cat([scale * left for left, _, scale in products], -1)
     return Sum(raw, left, torch.cat([right for _, right, _ in products], -2), 1.0)
 
@@ -138,7 +172,7 @@ def _at(w: Sum, index: Any) -> Any:
         return NotImplemented
     if len(index) == 1:
         return w.each[int(index)].parts(lambda t: t[None])
-    return Sum(w.raw[index], w.left, w.right, w.scale, index)
+    return type(w)(w.raw[index], w.left, w.right, w.scale, index)
 
 
 def _transpose(w: Sum, one: int, other: int) -> Any:
@@ -168,7 +202,7 @@ def _squeeze(w: Sum, dim: int) -> Any:
 def _view(w: Sum, *shape: Any) -> Any:
     """As a stack of matrices, of one whose rows are those of all."""
     raw = w.raw.view(*shape)
-    if w.raw.dim() != 2 or raw.dim() != 3 or raw.shape[-1] != w.raw.shape[-1]:
+    if type(w) is not Sum or w.raw.dim() != 2 or raw.dim() != 3 or raw.shape[-1] != w.raw.shape[-1]:
         return NotImplemented
     left = w.left.view(*raw.shape[:-1], -1)
     return Sum(raw, left, w.right.expand(len(raw), -1, -1), w.scale)
@@ -180,12 +214,12 @@ def _view(w: Sum, *shape: Any) -> Any:
 def _times(x: Tensor, w: Sum, bias: Tensor | None = None) -> Any:
     """x W' + bias, as torch.matmul multiplies."""
     if w.raw.dim() == 2:
-        return lora_linear(x, w.raw.mT, bias, w.left.mT, w.right.mT, w.scale)
+        return w.turned.linear(x, bias)
     if w.raw.dim() != 3 or bias is not None or x.dim() not in (2, 3):
         return NotImplemented
     if x.dim() == 2 or len(x) != len(w.raw):
         x = x.expand(len(w.raw), *x.shape[-2:])
-    return experts_linear(_batched(w), x, w.raw, w.left, w.right, w.scale)
+    return w.experts(_batched(w), x)
 
 
 def _batched(w: Sum) -> Product:
@@ -211,7 +245,7 @@ def _matmul(a: Tensor, b: Tensor) -> Any:
 def _linear(x: Tensor, w: Sum, bias: Tensor | None = None) -> Any:
     if not isinstance(w, Sum) or w.raw.dim() != 2 or isinstance(x, Sum):
         return NotImplemented
-    return lora_linear(x, w.raw, bias, w.right, w.left, w.scale)
+    return w.linear(x, bias)
 
 
 def _grouped(x: Tensor, w: Sum, offs: Tensor, **other: Any) -> Any:
@@ -225,7 +259,7 @@ def _grouped(x: Tensor, w: Sum, offs: Tensor, **other: Any) -> Any:
         return [(e, slice(start, end)) for e, (start, end) in spans if end > start]
 
     times = partial(F.grouped_mm, offs=offs)
-    return experts_linear(Product(times, groups), x, w.raw, w.left, w.right, w.scale)
+    return w.experts(Product(times, groups), x)
 
 
 def _einsum(equation: str, *operands: Any) -> Any:
@@ -233,6 +267,8 @@ def _einsum(equation: str, *operands: Any) -> Any:
     terms, arrow, out = equation.replace(" ", "").partition("->")
     sums = [k for k, operand in enumerate(operands) if isinstance(operand, Sum)]
     if not arrow or "." in terms or len(sums) != 1 or operands[sums[0]].ids is not None:
+        return NotImplemented
+    if type(operands[sums[0]]) is not Sum:
         return NotImplemented
     terms, (k,) = terms.split(","), sums
     w, rest = operands[k], [*range(len(terms))]

@@ -16,50 +16,76 @@ from torch.utils._pytree import tree_leaves
 import peftlite as pl
 from peftlite.bank import DeltaBank
 from peftlite.bank.families.reading import ReadLowRank
+from peftlite.bank.split import Split
 
 WIDTH, HIDDEN, EXPERTS, TOP = 32, 24, 4, 2
 NAMES = ["d0", None, "d1", "d0"]
 
 
-def looped(w: Callable[[], Tensor], x: Tensor, ids: Tensor) -> Tensor:
-    """What each token (n, i) gives with the matrix of its expert (n,), an expert at a time."""
-    y = x.new_zeros(len(x), w().shape[1])
+def looped(self: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """As transformers' experts run: an expert at a time, each for its tokens."""
+    y = torch.zeros_like(x)
     for e in ids.unique():
-        rows = torch.where(ids == e)[0]
-        y = y.index_add(0, rows, F.linear(x[rows], w()[e]))
+        tokens, place = torch.where(ids == e)
+        gate, up = F.linear(x[tokens], self.gate_up_proj[e]).chunk(2, dim=-1)
+        own = F.linear(self.act(gate, up), self.down_proj[e])
+        y.index_add_(0, tokens, own * weights[tokens, place, None])
     return y
 
 
-def batched(w: Callable[[], Tensor], x: Tensor, ids: Tensor) -> Tensor:
-    return torch.bmm(w()[ids], x[..., None])[..., 0]
+def batched(self: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """A matrix for each token and expert."""
+    x, ids = x.repeat_interleave(TOP, dim=0), ids.reshape(-1)
+    gate, up = torch.bmm(self.gate_up_proj[ids], x.unsqueeze(-1)).squeeze(-1).chunk(2, dim=-1)
+    y = torch.bmm(self.down_proj[ids], (self.act(gate, up))[..., None])[..., 0]
+    return (y * weights.reshape(-1, 1)).view(-1, TOP, WIDTH).sum(1)
 
 
-def grouped(w: Callable[[], Tensor], x: Tensor, ids: Tensor) -> Tensor:
-    order = torch.argsort(ids)
+def grouped(self: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """All experts in one product, for tokens that are sorted by them."""
+    ids, order = ids.reshape(-1).sort()
     offs = torch.bincount(ids, minlength=EXPERTS).cumsum(0).int()
-    return F.grouped_mm(x[order], w().transpose(-2, -1), offs=offs)[torch.argsort(order)]
+    x = x[order // TOP]
+    gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(-2, -1), offs=offs).chunk(2, dim=-1)
+    y = F.grouped_mm(self.act(gate, up), self.down_proj.transpose(-2, -1), offs=offs)
+    y = (y * weights.reshape(-1, 1)[order])[order.argsort()]
+    return y.view(-1, TOP, WIDTH).sum(1)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def turned_round(gate: Tensor, up: Tensor) -> Tensor:
+    return gated(gate, up).flip(0).flip(0)
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gated(self.map(gate), up)
 
 
 class Experts(nn.Module):
     """As transformers 5 has them, with a matrix for all that comes in and one for all that goes."""
 
-    def __init__(self, way: Callable[..., Tensor]):
+    def __init__(self, way: Callable[..., Tensor], act: Callable[..., Tensor] = gated):
         super().__init__()
-        self.way = way
+        self.way, self.act = way, act
         self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * HIDDEN, WIDTH) / 4)
         self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, HIDDEN) / 4)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        x, ids = hidden_states.repeat_interleave(TOP, 0), top_k_index.flatten()
-        gate, up = self.way(lambda: self.gate_up_proj, x, ids).chunk(2, -1)
-        y = self.way(lambda: self.down_proj, F.silu(gate) * up, ids)
-        return (y * top_k_weights.reshape(-1, 1)).view(-1, TOP, WIDTH).sum(1)
+        return self.way(self, hidden_states, top_k_index, top_k_weights)
 
 
 class Mixture(nn.Module):
-    def __init__(self, way: Callable[..., Tensor]):
+    def __init__(self, *how: Any):
         super().__init__()
-        self.gate, self.experts = nn.Linear(WIDTH, EXPERTS), Experts(way)
+        self.gate, self.experts = nn.Linear(WIDTH, EXPERTS), Experts(*how)
 
     def forward(self, x: Tensor) -> Tensor:  # (b, t, i)
         flat = x.flatten(0, 1)
@@ -76,12 +102,16 @@ def model_of(kind: str) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config).double()
 
 
-def banked(model: nn.Module, targets: Any) -> tuple[DeltaBank, nn.Module]:
-    """A bank on a model with LoRA of two ranks, and a twin that has them attached."""
-    twin = copy.deepcopy(model)
-    bank = DeltaBank(model, 2, 4, pl.LoRA(rank=4, targets=targets))
-    for i, rank in enumerate((1, 3)):
-        delta = pl.attach(twin, pl.LoRA(rank=rank, alpha=3, targets=targets), name=f"d{i}")
+def loras(targets: Any, **options: Any) -> list[pl.Method]:
+    return [pl.LoRA(rank=rank, alpha=3, targets=targets, **options) for rank in (4, 1, 3)]
+
+
+def banked(model: nn.Module, methods: Sequence[pl.Method]) -> tuple[DeltaBank, nn.Module]:
+    """A bank with room for the first of some methods and deltas of the rest; and a twin."""
+    twin, (room, *made) = copy.deepcopy(model), methods
+    bank = DeltaBank(model, 2, 4, room)
+    for i, method in enumerate(made):
+        delta = pl.attach(twin, method, name=f"d{i}")
         for parameter in delta.parameters():
             nn.init.normal_(parameter, std=0.5)
         bank.load(delta.name, delta)
@@ -114,7 +144,7 @@ def check(
     for name, delta in pl.deltas(twin).items():
         found = dict(bank.named_parameters(name))
         for key, parameter in delta.named_parameters():
-            own, true = found[key].grad, parameter.grad
+            own, true = found[key.replace("difference", "d")].grad, parameter.grad
             if true is None:  # of an expert to which no token went
                 assert own is None or not own.any()
             else:
@@ -125,33 +155,55 @@ def check(
 def test_experts_of_transformers(kind: str) -> None:
     model = model_of(kind)
     names = [n for n, p in model.named_parameters() if p.dim() == 3 or ".experts.2." in n]
-    bank, twin = banked(model, names)
+    bank, twin = banked(model, loras(names))
     check(bank, twin, torch.randint(0, 32, (4, 5)))
 
 
 def test_each_delta_may_have_its_rows_side_by_side() -> None:
-    bank, twin = banked(Mixture(looped).double(), "experts")
+    bank, twin = banked(Mixture(looped).double(), loras("experts"))
     check(bank, twin, torch.randn(4, 5, WIDTH).double(), names=["d0", "d0", "d1", "d1"])
 
 
 @pytest.mark.parametrize("way", [looped, batched, grouped])
-def test_experts_are_multiplied_with_by_parts(way: Callable[..., Tensor]) -> None:
+def test_experts_take_one_pass_and_multiply_by_parts(way: Callable[..., Tensor]) -> None:
     dtype = torch.float32 if way is grouped else torch.float64  # as torch has it
     model = Mixture(way).to(dtype)
-    bank, twin = banked(model, "experts")
-
-    def never(self: ReadLowRank, w: Tensor) -> Tensor:
-        assert self.now() is None  # the base's
-        return w
-
-    with mock.patch.object(ReadLowRank, "value", never):
+    bank, twin = banked(model, loras("experts"))
+    with (
+        mock.patch.object(ReadLowRank, "value", side_effect=AssertionError),
+        mock.patch.object(Split, "_only", side_effect=AssertionError),
+    ):
         check(bank, twin, torch.randn(4, 5, WIDTH, dtype=dtype), 1e-5 if way is grouped else 1e-10)
+
+
+def test_what_loses_its_tokens_takes_a_pass_for_each_delta() -> None:
+    """They are turned round, come to a map that has a delta for each row, or W' is dense."""
+    full = [pl.FullTuning(targets="experts")] * 3
+    for act, methods in (
+        (turned_round, loras("experts")),
+        (Mapped(), loras("experts")),
+        (gated, full),
+    ):
+        bank, twin = banked(Mixture(looped, act).double(), methods)
+        only = mock.patch.object(Split, "_only", autospec=True, side_effect=Split._only)
+        with only as passes:
+            check(bank, twin, torch.randn(4, 5, WIDTH).double())
+        assert passes.call_count == 6
+
+
+def test_dropout_of_experts_is_drawn_for_each_delta() -> None:
+    bank, _ = banked(Mixture(looped), loras("experts", dropout=0.5))
+    x = torch.ones(4, 1, WIDTH)
+    with bank.train(NAMES):
+        y, other = bank.model(x), bank.model(x)
+    assert torch.equal(y[0], y[3]) and torch.equal(y[1], other[1])
+    assert not torch.equal(y[0], other[0]) and not torch.equal(y[2], other[2])
 
 
 @pytest.mark.parametrize("way", [looped, grouped])
 def test_nothing_of_the_weights_size_is_made(way: Callable[..., Tensor]) -> None:
     model, made = Mixture(way), list[int]()
-    bank, _ = banked(model, "experts")
+    bank, _ = banked(model, loras("experts"))
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
@@ -168,7 +220,7 @@ def test_nothing_of_the_weights_size_is_made(way: Callable[..., Tensor]) -> None
 
 def test_rows_keep_their_experts_through_a_decode() -> None:
     model = model_of("gpt_oss")
-    bank, twin = banked(model, "experts")
+    bank, twin = banked(model, loras("experts"))
     ids = torch.randint(1, 32, (4, 5))
     how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with bank.rows(NAMES):
@@ -197,7 +249,7 @@ class Turned(nn.Module):
 
 def test_tokens_first_states_and_masks() -> None:
     model = Turned().double()
-    bank, twin = banked(model, lambda s: s.whole.dim() == 2)
+    bank, twin = banked(model, loras(lambda s: s.whole.dim() == 2))
     x, h = torch.randn(4, 4, 8).double(), torch.randn(6, 4).double()
     padding = torch.zeros(4, 4, dtype=torch.bool)
     padding[1, 2:] = padding[2, 3:] = True
@@ -214,7 +266,7 @@ def test_tokens_first_states_and_masks() -> None:
 def test_compiled_code_steps_aside() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.Linear(8, 8), layer).double()
-    bank, _ = banked(model, None)
+    bank, _ = banked(model, loras(None))
     x = torch.randn(4, 3, 8).double()
     torch.compiler.reset()
     with torch.no_grad(), bank.rows(NAMES):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from peftlite.bank.families.linear import Dense
 from peftlite.bank.families.low_rank import MixedLowRank
 from peftlite.bank.families.mixed import Mixed
-from peftlite.bank.rows import Tables
+from peftlite.bank.rows import ByToken, Rows, Tables
 from peftlite.core import maps
 from peftlite.core.site import Site
 from peftlite.core.tensors import wide
+from peftlite.core.tokens import Lost
 from peftlite.errors import PeftliteError
 from peftlite.methods.low_rank import dropped
 
@@ -55,6 +56,8 @@ class Reading(Mixed):
     def now(self) -> tuple[Tables, int] | None:
         """The tables in force, and the place in them; None for the base. Raises PeftliteError."""
         rows = self.router.now()
+        if isinstance(rows, ByToken):
+            raise Lost
         slot, *others = (0,) if rows is None else rows.by_slot()
         if others:
             raise PeftliteError(
@@ -107,6 +110,19 @@ class ReadLowRank(Reading, MixedLowRank):
         change = self.layout.product(a.to(dtype), b.to(dtype))
         return torch.add(w, change, alpha=scale).to(w.dtype)
 
-    def product(self) -> tuple[Tensor, Tensor, float] | None:
-        found = None if self.layout.joined else self.factors()
+    def product(self) -> tuple[Tensor, Tensor, Any] | None:
+        if self.layout.joined:
+            return None
+        rows = self.router.now()
+        found = self._every(rows) if isinstance(rows, ByToken) else self.factors()
         return found and (*self.layout.factors(*found[:2]), found[2])
+
+    def _every(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """A (*stack, k, r, i), B (*stack, k, o, r) and s (k,) of every slot. Raises Lost."""
+        tables = self.tables if rows.tables is None else rows.tables(self)
+        if self.training and "dropout" in tables:
+            raise Lost
+        r = int(tables["rank"].max())
+        at = len(self.layout.stack)
+        a, b = (tables[name].movedim(0, at) for name in ("a", "b"))
+        return a[..., :r, :], b[..., :r], tables["scale"]

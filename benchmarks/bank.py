@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-import resource
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from common import Figure, Timer, differences, interleave, ratios, report, timer, until_told
+from held import resident
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -211,7 +211,7 @@ def stream(deltas: int, requests: int) -> Iterator[Figure]:
         hits, late, before = 0, [], 0
         for i, name in enumerate(asked):
             if i == requests // 5:
-                before = _resident_bytes()
+                before = resident()
             hit = bank._slots.known[name].slot is not None
             start = perf_counter()
             with bank.use(name):
@@ -219,7 +219,7 @@ def stream(deltas: int, requests: int) -> Iterator[Figure]:
             hits += hit
             if not hit:
                 late.append(elapsed * 1e3)
-        grown = _resident_bytes() - before
+        grown = resident() - before
         bank.close()
     late.sort()
     what = f"{deltas} deltas, 8 slots, {requests} requests"
@@ -227,13 +227,6 @@ def stream(deltas: int, requests: int) -> Iterator[Figure]:
     yield _count(f"{what}: swap, p50", late[len(late) // 2], unit="ms")
     yield _count(f"{what}: swap, p99", late[len(late) * 99 // 100], unit="ms")
     yield _count(f"{what}: memory grown", grown / 2**20, 64, "MiB")
-
-
-def _resident_bytes() -> int:
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -- threads

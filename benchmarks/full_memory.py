@@ -7,8 +7,6 @@ is the peak of the resident memory over what the process held before the model w
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +14,7 @@ from multiprocessing import get_context
 import torch
 import torch.nn.functional as F
 from common import Figure, arguments, report
+from held import forget, most, resident
 from torch import Tensor, nn
 
 import peftlite as pl
@@ -75,11 +74,12 @@ def peak(contender: str, dtype: str, shape: tuple[int, int]) -> float:
     """The most bytes that training holds, over the bytes of the model's weights."""
     torch.set_num_threads(1)
     steps(CONTENDERS[contender], _model(SMALL, DTYPES[dtype]))
-    before = held()
+    before = resident()
+    forget()
     model = _model(shape, DTYPES[dtype])
     weights = sum(p.nbytes for p in model.parameters())
     steps(CONTENDERS[contender], model)
-    return (held() - before) / weights
+    return (most() - before) / weights
 
 
 def _by_itself(contender: str, dtype: str, shape: tuple[int, int]) -> float:
@@ -109,12 +109,6 @@ def steps(start: Start, model: nn.Module) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-
-
-def held() -> int:
-    """The most memory that this process has held so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main() -> None:

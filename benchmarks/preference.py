@@ -5,8 +5,6 @@ of every way to learn is chosen on prompts of their own, five seeds are seen on 
 """
 
 import gc
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Figure, arguments, differences, interleave, ratios, report
+from held import forget, most, resident
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -220,14 +219,10 @@ def _held(name: str, dim: int, layers: int) -> int:
     """The most memory that a process holds beyond what it held for a small model."""
     torch.set_num_threads(1)
     _steps(name, 64, 2)
-    before = _peak_so_far()
+    before = resident()
+    forget()
     _steps(name, dim, layers)
-    return _peak_so_far() - before
-
-
-def _peak_so_far() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return most() - before
 
 
 def copies(quick: bool) -> list[Figure]:

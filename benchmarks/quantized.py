@@ -11,15 +11,12 @@ thread and not the clock's, for a machine that others use.
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from multiprocessing import get_context
-from pathlib import Path
-from resource import getpagesize
 from time import perf_counter, thread_time
 from typing import Any
 
@@ -27,7 +24,8 @@ import peft
 import torch
 from common import Figure, interleave, ratios, report
 from contenders import step
-from full_memory import Block, held, steps
+from full_memory import Block, steps
+from held import forget, most, resident
 from lora_linear import once
 from torch import Tensor, nn
 
@@ -214,11 +212,13 @@ def stepping(what: str, clock: Clock, w: Tensor) -> Iterator[Figure]:
     for tokens in TOKENS:
         x = torch.randn(tokens, SIZE, dtype=w.dtype, requires_grad=True)
         dy = torch.randn(tokens, SIZE, dtype=w.dtype)
-        for more, found, most in (("", alone, STEP), (" with LoRA", with_lora, ADAPTED)):
+        for more, found, allowed in (("", alone, STEP), (" with LoRA", with_lora, ADAPTED)):
             named = f"{what}, step of {tokens}{more}"
             calls = {name: partial(step, layer, x, dy) for name, layer in found.items()}
             figures, times = clock(named, both(calls))
-            bounds = {"nf4": most[tokens], "nf4, plain": most[tokens]} if tokens in most else {}
+            bounds = (
+                {"nf4": allowed[tokens], "nf4, plain": allowed[tokens]} if tokens in allowed else {}
+            )
             yield from over(named, times, bounds)
             yield from ahead(named, times, {"nf4": 1, "nf4, plain": 1})
             yield figures[0]
@@ -286,21 +286,7 @@ def peak(contender: str, shape: tuple[int, int]) -> int:
     model = grow(contender, *shape)
     forget()
     steps(partial(tune, contender), model)
-    return held() - before
-
-
-def resident() -> int:
-    """The bytes that this process holds now: less than it did as it imported others' libraries."""
-    gc.collect()
-    told = Path("/proc/self/statm")
-    return int(told.read_text().split()[1]) * getpagesize() if told.exists() else held()
-
-
-def forget() -> None:
-    """The most that was held so far is what is held now: packing took more for a moment."""
-    peak = Path("/proc/self/clear_refs")
-    if peak.exists():
-        peak.write_text("5")
+    return most() - before
 
 
 def by_itself(contender: str, shape: tuple[int, int]) -> int:

@@ -1,13 +1,13 @@
 """Many fine-tunes at once on one base: against one after another, and peft's set_adapter loop.
 
-Steps of LoRA r=8 by AdamW on a small GPT-2, whole trainers, a search over 16 rates on T4, and the
-memory of 32 jobs. `--own-time` counts this process's own time, for a machine that others use.
+Steps of LoRA r=8 by AdamW on a small GPT-2, whole trainers, a search over 16 rates on T4 and on
+OCR, and the memory of 32 jobs. `--own-time` counts this process's own time, for a machine that
+others use.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from common import Figure, Timer, interleave, ratios, report
 from comparison.bytelm import ByteLM
+from comparison.ocr import OCR
+from held import forget, most
 from quality import CACHE
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -122,7 +124,7 @@ def steps(rounds: int, timed: Callable[[Callable[[], None]], Timer]) -> Iterator
             faster = ratios(times["one by one"], times["together"])
             yield Figure(f"{cell}: one by one / together", faster, at_least=least)
             faster = ratios(times["peft"], times["together"])
-            least = 4.0 if (count, rows) == (32, 1) else None
+            least = 4.0 if (count, rows, tokens) == (32, 1, 32) else None
             yield Figure(f"{cell}: peft / together", faster, at_least=least)
 
 
@@ -171,44 +173,67 @@ def trainers(rounds: int, clock: Callable[[], float], size: str, length: int) ->
 # -- a search
 
 
-class Windows(IterableDataset[dict[str, Tensor]]):
-    """The batches of a training, one example after another."""
-
-    def __init__(self, batches: list[Tensor]) -> None:
-        self.rows = torch.cat(batches).long()
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return ({"ids": row} for row in self.rows)
+EPOCHS, PER_EPOCH = 20, 2  # the tasks' 40 steps, so that a search has something to halve by
 
 
-def search(clock: Callable[[], float], quick: bool) -> Iterator[Figure]:
-    """16 rates on T4, its 40 steps as 8 epochs: one search that halves, and 16 trainings."""
-    task = ByteLM(CACHE, quick)
-    draw = torch.Generator().manual_seed(0)
-    count = 16 if quick else 40
-    data = Windows([task.sample(draw) for _ in range(count)])
+class Stream(IterableDataset[Any]):
+    """Examples in an order of their own, the same for every trial."""
+
+    def __init__(self, examples: list[Any]) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.examples)
+
+
+def t4(quick: bool) -> dict[str, Any]:
+    task, draw = ByteLM(CACHE, quick), torch.Generator().manual_seed(0)
+    rows = torch.cat([task.sample(draw) for _ in range(EPOCHS * PER_EPOCH)]).long()
     held = task.held["validation"][: 32 * 129].view(32, 129).long()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        logits = model(batch["ids"][:, :-1])
-        return F.cross_entropy(logits.mT, batch["ids"][:, 1:])
+        return F.cross_entropy(model(batch["ids"][:, :-1]).mT, batch["ids"][:, 1:])
+
+    train, val = ([{"ids": row} for row in some] for some in (rows, held))
+    return {"model": task.base, "loss": loss, "train": Stream(train), "val": val, "batch_size": 4}
+
+
+def ocr(quick: bool) -> dict[str, Any]:
+    task, draw = OCR(CACHE, quick), torch.Generator().manual_seed(0)
+    order = [i for _ in range(4) for i in torch.randperm(len(task.train), generator=draw)]
+    return {
+        "model": task.base,
+        "loss": task.ocr.loss,
+        "train": Stream([task.train[i] for i in order]),
+        "val": task.held["validation"][:20],
+        "batch_size": task.batch,
+        "collate": task.ocr.collate,
+    }
+
+
+SEARCHES = {"T4": t4, "OCR": ocr}
+
+
+def search(name: str, clock: Callable[[], float], quick: bool) -> Iterator[Figure]:
+    """16 rates on a task: one search that halves, and 16 trainings."""
+    given = SEARCHES[name](quick)
+    epochs = 4 if quick else EPOCHS
+    given |= {"epochs": epochs, "examples": PER_EPOCH * given["batch_size"], "progress": False}
 
     def build(choice: dict[str, Any]) -> pl.Trainer:
-        pl.attach(task.base, pl.LoRA(rank=RANK), name="trial")
-        given = {"epochs": 8, "examples": count // 2, "batch_size": 4, "lr": choice["lr"]}
-        val = [{"ids": row} for row in held]
-        return pl.Trainer(task.base, loss, data, val, progress=False, **given)
+        pl.attach(given["model"], pl.LoRA(rank=RANK), name="trial")
+        return pl.Trainer(**given, lr=choice["lr"])
 
     found, seconds = {}, {}
     for k in (16, 1):
         began = clock()
-        given = {"how": "grid", "prune": k > 1, "together": k, "progress": False}
-        found[k] = pl.search(build, {"lr": RATES}, **given)
+        how = {"how": "grid", "prune": k > 1, "together": k, "progress": False}
+        found[k] = pl.search(build, {"lr": RATES}, **how)
         seconds[k] = clock() - began
     same = found[16].best.choice == found[1].best.choice
     faster = [seconds[1] / seconds[16]] * 2
-    yield Figure("T4, 16 rates: 16 trainings / one search", faster, at_least=4)
-    yield Figure("T4, 16 rates: the same winner", [float(same)] * 2, "", at_least=1)
+    yield Figure(f"{name}, 16 rates: 16 trainings / one search", faster, at_least=4)
+    yield Figure(f"{name}, 16 rates: the same winner", [float(same)] * 2, "", at_least=1)
 
 
 # -- memory
@@ -230,9 +255,10 @@ def peak(count: int, rows: int) -> int:
     if not count:
         return pl.attach(gpt(), METHOD, name="d").num_bytes
     step = together(torch.randint(WORDS, (count * rows, 32)), count, "small")
+    forget()
     for _ in range(2):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most()
 
 
 def main() -> None:
@@ -260,7 +286,9 @@ def main() -> None:
     few = min(rounds, 2)
     for size, length in (("small", 4 if args.quick else 24), ("tiny", 4 if args.quick else 24)):
         figures += trainers(few, clock, size, length)
-    figures += [*search(clock, args.quick), *memory()]
+    for name in SEARCHES:
+        figures += search(name, clock, args.quick)
+    figures += memory()
     report("together", figures, quick=args.quick, peft=peft.__version__)
 
 

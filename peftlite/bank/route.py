@@ -40,7 +40,7 @@ class Router:
         self._rows = Scoped[Rows | None](None)
         self.number: int = next(_numbers)
         self.traced: Tensor | None = None  # of the call that is being compiled
-        self.trains = False  # whether compiled code has gradients to give
+        self.trains: bool = False  # whether compiled code has gradients to give
         self.leaves: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by slot
         self._training, self._lock = 0, threading.Lock()
         with torch.inference_mode(False):

@@ -42,7 +42,8 @@ class Split(Patch):
 
     def __init__(self, site: Site, router: Router):
         super().__init__()
-        self.site, self.router, self.slot = site, router, CALL
+        self.site, self.router = site, router
+        self.slot: str = CALL
         self._names: Sequence[str] = arguments(site.module)
         self._routes: bool = routes(site.module)
 

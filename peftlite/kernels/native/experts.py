@@ -28,7 +28,8 @@ class Each:
 
     def __init__(self, groups: Groups, x: Tensor):
         table, order = list[int](), list[Tensor]()
-        self.tokens, self.experts = 0, len(groups)
+        self.tokens: int = 0
+        self.experts: int = len(groups)
         for expert, rows in groups:
             at, count = 0, 1 if x.dim() == 2 else x.shape[1]
             if isinstance(rows, slice):
@@ -40,8 +41,8 @@ class Each:
                 count = len(order[-1])
             table += expert, at, self.tokens, count
             self.tokens += count
-        self.own = torch.tensor(table, dtype=torch.int64)
-        self.order = torch.cat(order) if order else None
+        self.own: Tensor = torch.tensor(table, dtype=torch.int64)
+        self.order: Tensor | None = torch.cat(order) if order else None
 
     def shrink(self, x: Tensor, a: Tensor, scale: float) -> Tensor:
         """h (t, r) = s·x Aᵀ, for the A (r, i) of the expert of each token."""

@@ -405,7 +405,7 @@ static struct Factor matrix_of(const struct Stack *of, long expert) {
 
 static struct Rows rows_of(const struct Experts *job, const struct Own *own) {
     struct Rows found = job->rows;
-    found.at += own->at * job->leading;
+    found.at = (bf16 *)found.at + own->at * job->leading;
     found.tokens = own->tokens;
     if (found.order) found.order += own->first;
     return found;

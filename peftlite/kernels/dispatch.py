@@ -10,13 +10,14 @@ from types import ModuleType
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from peftlite.errors import PeftliteError
 from peftlite.kernels import torch_ops
 from peftlite.kernels.native import low_rank
+from peftlite.kernels.native.kernel import PLAIN, transforms
 
 Path = Literal["reference", "torch", "native", "triton"]
 
@@ -26,9 +27,7 @@ SMALL = 2**15
 _forced: Path | None = None
 _HAS_TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_PLAIN = (Tensor, nn.Parameter)
 _HALVES = (torch.bfloat16, torch.float16)
-_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def backend(name: Path | None) -> AbstractContextManager[None]:
@@ -88,14 +87,14 @@ def by_autograd(x: Tensor, dropout: float = 0.0) -> bool:
     return (
         is_plain(x, dropout)
         or _forced == "reference"
-        or type(x) not in _PLAIN
-        or (not is_compiling() and (_transforms() is not None or forward_ad._current_level >= 0))
+        or type(x) not in PLAIN
+        or (not is_compiling() and (transforms() is not None or forward_ad._current_level >= 0))
     )
 
 
 def is_plain_weight(w: Tensor) -> bool:
     """Whether a weight is one to multiply with; a quantised or sharded one knows how it is done."""
-    return type(w) in _PLAIN
+    return type(w) in PLAIN
 
 
 def path_with(x: Tensor, wide: torch.dtype) -> Path:
@@ -125,7 +124,7 @@ def ops(x: Tensor, wide: torch.dtype) -> ModuleType:
 def packed_ops(x: Tensor) -> ModuleType | None:
     """Triton's operations on packed weights, where x is one that they are best for; or None."""
     wanted = x.is_cuda if _forced is None else _forced == "triton"
-    if not wanted or not _runs_triton(x) or type(x) not in _PLAIN or forward_ad._current_level >= 0:
+    if not wanted or not _runs_triton(x) or type(x) not in PLAIN or forward_ad._current_level >= 0:
         return None
     from peftlite.kernels.triton import packed
 
@@ -157,7 +156,7 @@ def takes_native(x: Tensor, wide: torch.dtype) -> bool:
         wide is torch.float32
         and x.is_cpu
         and _forced in (None, "native")
-        and type(x) in _PLAIN
+        and type(x) in PLAIN
         and not is_compiling()
         and low_rank.runs(x.dtype)
     )

@@ -23,7 +23,10 @@ SECONDS = 60
 """That a compiler may take."""
 
 _HERE = Path(__file__).parent
-_FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing")
+_FLAGS = (
+    *("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing"),
+    "-Werror=pointer-arith",  # a pointer to any number would be moved by bytes
+)
 
 
 class Unavailable(Exception):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftlite.kernels.native import low_rank
 from peftlite.kernels.native.kernel import is_memory, pointer, threads
-from peftlite.kernels.native.low_rank import COLUMNS, KERNEL, RANK, SIDE, Factor, Rows
+from peftlite.kernels.native.low_rank import COLUMNS, KERNEL, RANK, SIDE, Factor, Rows, lies
 
 Groups = Sequence[tuple[int, slice | int | Tensor]]
 
@@ -100,7 +100,7 @@ def _fits(x: Tensor, listed: slice | int | Tensor) -> bool:
 
 
 def _factor(h: Tensor | None) -> Any:
-    return None if h is None else byref(Factor(h.data_ptr(), h.stride(1), h.stride(0)))
+    return None if h is None else byref(Factor(*lies(h, 1)))
 
 
 def _stack(factors: Tensor | None) -> Any:

@@ -18,8 +18,8 @@ from torch.compiler import is_compiling
 from peftlite.kernels.native import build, features
 from peftlite.kernels.native.build import Unavailable
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_transforms = torch._C._functorch.peek_interpreter_stack
+PLAIN = (Tensor, torch.nn.Parameter)
+transforms = torch._C._functorch.peek_interpreter_stack  # None outside of any of torch.func
 _building = threading.RLock()
 _forked = False  # libgomp has no pool in a child; torch's own operations hang there
 
@@ -98,9 +98,9 @@ def is_plain(*tensors: Tensor) -> bool:
 def is_memory(*tensors: Tensor) -> bool:
     """Whether tensors are just memory of this machine."""
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        if type(tensor) not in PLAIN or not tensor.is_cpu:
             return False
-    return not is_compiling() and _transforms() is None
+    return not is_compiling() and transforms() is None
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

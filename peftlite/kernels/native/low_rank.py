@@ -105,8 +105,8 @@ def forward(
         *_about(y),
         0 if bias is None else bias.data_ptr(),
         rank,
-        *_lies(a, 0),
-        *_lies(b, 1),
+        *lies(a, 0),
+        *lies(b, 1),
         h.data_ptr(),
         _room(max(tiles(rank, x.shape[1], 0, True), _tiles_of_u(rank, columns))),
     )
@@ -141,11 +141,11 @@ def backward(
         *(_about(x, dropout, seed) if for_a else _NOTHING),
         *(_NOTHING if dx is None else _about(dx, dropout, seed)),
         rank,
-        *_lies(a, 0),
-        *_lies(b, 1),
-        *_lies(h, 1),
-        *(_NOTHING[:3] if da is None else _lies(da, 0)),
-        *_lies(db, 1),
+        *lies(a, 0),
+        *lies(b, 1),
+        *lies(h, 1),
+        *(_NOTHING[:3] if da is None else lies(da, 0)),
+        *lies(db, 1),
         dh.data_ptr(),
         chunk,
         _room(max(*room, _tiles_of_u(rank, columns))),
@@ -263,7 +263,7 @@ def _room(tiles: int) -> int:
 def _factor(factor: Tensor | None) -> Any:
     if factor is None:
         return None
-    return ctypes.byref(Factor(*_lies(factor, 0)))
+    return ctypes.byref(Factor(*lies(factor, 0)))
 
 
 def _rows(x: Tensor, dropout: float, seed: Tensor | None) -> Any:
@@ -279,7 +279,7 @@ def _about(x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> tuple
     return x.data_ptr(), 0, tokens, columns, x.stride(0), *how
 
 
-def _lies(factor: Tensor, ranks: int) -> tuple[int, int, int]:
+def lies(factor: Tensor, ranks: int) -> tuple[int, int, int]:
     """`struct Factor`, as numbers, for a matrix whose ranks are its rows, 0, or columns, 1."""
     return factor.data_ptr(), factor.stride(ranks), factor.stride(1 - ranks)
 

@@ -52,8 +52,8 @@ def backend(name: Path | None) -> AbstractContextManager[None]:
         raise PeftliteError(f"no backend {name!r}: there are {', '.join(get_args(Path))}, and None")
     if name == "triton" and not _HAS_TRITON:
         raise PeftliteError("backend 'triton' needs the package triton: pip install triton")
-    if name == "native" and not any(kernel.ready() for kernel in low_rank.KERNELS.values()):
-        raise PeftliteError(f"backend 'native' can't run here: {low_rank.KERNEL.why}")
+    if name == "native" and not any(low_rank.runs(dtype) for dtype in low_rank.KERNELS):
+        raise PeftliteError(f"backend 'native' can't run here: {low_rank.SINGLE.why}")
     before, _forced = _forced, name
     return _until_left(before)
 
@@ -140,7 +140,7 @@ def why(w: Tensor) -> tuple[str, str]:
     if not is_plain_weight(w):
         return found, f"beside the {type(w).__name__}'s own product"
     if found == "native":
-        return found, low_rank.KERNELS[w.dtype].why
+        return found, low_rank.kernel_of(w.dtype).why
     if found == "triton":
         return found, "a GPU's memory is read once for two products"
     if not w.is_cuda:

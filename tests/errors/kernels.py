@@ -12,7 +12,7 @@ from peftlite.kernels.native import low_rank
 from tests.coded import Coded
 from tests.errors.case import Case
 
-OFF = replace(low_rank.KERNEL, lib=None, why="PEFTLITE_NATIVE is 0", _settled=True)
+OFF = replace(low_rank.SINGLE, lib=None, why="PEFTLITE_NATIVE is 0", _settled=True)
 
 
 def twice(*_: Any) -> Any:
@@ -44,7 +44,7 @@ CASES = [
     Case(twice, "log_probs is differentiated once: for second derivatives take the logits"),
     Case(lambda *_: pl.kernels.backend("cuda"),  # type: ignore
          "no backend 'cuda': there are reference, torch, native, triton, and None"),
-    Case(mock.patch.multiple(low_rank, KERNEL=OFF, KERNELS={torch.bfloat16: OFF})(
+    Case(mock.patch.multiple(low_rank, SINGLE=OFF, KERNELS={torch.bfloat16: (OFF,)})(
              lambda *_: pl.kernels.backend("native")),
          "backend 'native' can't run here: PEFTLITE_NATIVE is 0"),
     Case(mock.patch.object(dispatch, "_HAS_TRITON", False)(

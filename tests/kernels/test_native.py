@@ -160,7 +160,7 @@ x, a, b = torch.randn(999, 512).bfloat16(), torch.randn(8, 512), torch.randn(512
 def products():
     h = low_rank.shrink(x, a, 1.0, 0.0, None)
     return *low_rank.grad_ab(x, h, b, 1.0, 0.0), low_rank.add(x.clone(), h, b.t(), 0.0, None)
-of_two, tiles = products(), low_rank.KERNEL.ready()
+of_two, tiles = products(), low_rank.runs(torch.bfloat16)
 half, dy = how.cast(torch.bfloat16), x[:70]
 def packed_products():
     return half.product(dy, parts, None), half.back(dy, parts)
@@ -184,27 +184,42 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.returncode == 0, done.stderr
 
 
-def low_rank_runs(dtype: torch.dtype = torch.bfloat16) -> bool:
-    return runs(low_rank.KERNELS[dtype])
+def low_rank_runs() -> bool:
+    return any([runs(kernel) for kernel in low_rank.KERNELS[torch.bfloat16]])
 
 
-@pytest.mark.parametrize(("dtype", "of_y"), [(torch.bfloat16, 4e-3), (torch.float32, 1e-6)])
+OF_Y = {torch.bfloat16: 4e-3, torch.float32: 1e-6}
+BESIDE = [(dtype, kernel) for dtype, kernels in low_rank.KERNELS.items() for kernel in kernels]
+beside = pytest.mark.parametrize(
+    ("dtype", "kernel"), BESIDE, ids=[kernel.name for _, kernel in BESIDE]
+)
+
+
+@beside
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
     ("tokens", "i", "o", "rank"),
     [(1, 32, 32, 1), (70, 96, 160, 5), (300, 64, 1024, 16), (33, 64, 32, 40), (64, 128, 64, 64)],
 )
 def test_products_beside_a_map(
-    tokens: int, i: int, o: int, rank: int, dropout: float, dtype: torch.dtype, of_y: float
+    tokens: int,
+    i: int,
+    o: int,
+    rank: int,
+    dropout: float,
+    dtype: torch.dtype,
+    kernel: Kernel,
+    monkeypatch,
 ) -> None:
-    if not low_rank_runs(dtype):
+    if not runs(kernel):
         return
+    monkeypatch.setitem(low_rank.KERNELS, dtype, (kernel,))
     tensors = factors(tokens, i=i, o=o, rank=rank)
     options = {"scale": 1.5, "dropout": dropout, "seed": SEED}
     with kernels.backend("native"):
         found = run(lora_linear, tensors, dtype, factors=torch.float32, **options)
     true = truth(tensors, **options)
-    for name, bound in (("y", of_y), ("x", of_y), ("a", 1e-6), ("b", 1e-6)):
+    for name, bound in (("y", OF_Y[dtype]), ("x", OF_Y[dtype]), ("a", 1e-6), ("b", 1e-6)):
         assert (found[name] - true[name]).norm() <= bound * true[name].norm(), name
 
 
@@ -227,9 +242,13 @@ def test_zeros_are_put_where_the_mask_has_them(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["spans", "entries", "listed"])
-def test_every_expert_of_a_product_in_one_call(kind: str, threads: int, monkeypatch) -> None:
-    if not low_rank_runs():
+@pytest.mark.parametrize("kernel", low_rank.KERNELS[torch.bfloat16], ids=lambda kernel: kernel.name)
+def test_every_expert_of_a_product_in_one_call(
+    kernel: Kernel, kind: str, threads: int, monkeypatch
+) -> None:
+    if not runs(kernel):
         return
+    monkeypatch.setitem(low_rank.KERNELS, torch.bfloat16, (kernel,))
     e, i, o, r = 5, 96, 64, 20
     w, left, right = (torch.randn(e, *shape) / 9 for shape in ((i, o), (r, i), (o, r)))
     w, ids = w.bfloat16(), torch.tensor([0, 3, 0, 1, 3, 3, 1])  # and nothing for 2 and 4
@@ -298,8 +317,9 @@ def test_of_tensors_that_lie_otherwise(dtype: torch.dtype) -> None:
         assert not before[:, :5].any() and not before[:, 69:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("t", "most"), [(1, 16), (9, 5), (32, 16), (40, 24)])
-def test_each_row_with_factors_of_its_own(t: int, most: int) -> None:
+def test_each_row_with_factors_of_its_own(t: int, most: int, dtype: torch.dtype) -> None:
     i, o, ranks = 96, 160, torch.tensor([0, 3, most, 1], dtype=torch.int32)
     arena = torch.randn(4, most * (i + o) + 2)
     a = arena[:, : most * i].view(4, most, i)
@@ -307,14 +327,14 @@ def test_each_row_with_factors_of_its_own(t: int, most: int) -> None:
     for k, rank in enumerate(ranks):
         a[k, rank:], b[k, :, rank:] = 0, 0
     rows = Rows.of([2, 0, 3, 2, 2, 0])
-    x, y = torch.randn(6, t, i), torch.randn(6, t, o)
+    x, y = torch.randn(6, t, i).to(dtype), torch.randn(6, t, o).to(dtype)
     true = y.double()
     tables = a, b, arena[:, -1]
     reference.rows_low_rank(true, x.double(), *(t.double() for t in tables), ranks, rows.slots)
     found = mixed_low_rank(y, x, *tables, ranks, lambda: rows.known)
-    assert (found is y) == runs(low_rank.SINGLE)
+    assert (found is y) == runs(low_rank.ROWS[dtype])
     if found is not None:
-        assert (found - true).norm() < 1e-6 * true.norm()
+        assert (found - true).norm() < OF_Y[dtype] * true.norm()
     narrow = [table.bfloat16() for table in (y, x, a, b)]
     assert mixed_low_rank(*narrow, tables[2], ranks, lambda: rows.known) is None
 

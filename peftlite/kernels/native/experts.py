@@ -1,4 +1,4 @@
-"""The operations of `kernels/experts.py` by low_rank.c: every expert of a product in one call."""
+"""The operations of `kernels/experts.py` in C: every expert of a product in one call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftlite.kernels.native import low_rank
 from peftlite.kernels.native.kernel import is_memory, pointer, threads
-from peftlite.kernels.native.low_rank import COLUMNS, KERNEL, RANK, SIDE, Factor, Rows, lies
+from peftlite.kernels.native.low_rank import COLUMNS, RANK, SIDE, Factor, Rows, kernel_of, lies
 
 Groups = Sequence[tuple[int, slice | int | Tensor]]
 
@@ -59,7 +59,8 @@ class Each:
     def add(self, y: Tensor, h: Tensor, up: Tensor) -> None:
         """y += h U, in place."""
         room = self._room(-(-up.shape[1] // SIDE) * y.shape[-1] // SIDE)
-        KERNEL.lib.expand_each(*self._rows(y), c_long(up.shape[1]), _factor(h), _stack(up), *room)
+        to = c_long(up.shape[1]), _factor(h), _stack(up)
+        kernel_of(y.dtype).lib.expand_each(*self._rows(y), *to, *room)
 
     def _reduce(
         self, x: Tensor, a: Tensor | None, d: Tensor | None, g: Tensor | None, scale: float
@@ -68,7 +69,7 @@ class Each:
         h = None if a is None else a.new_empty(self.tokens, rank)
         room = self._room(low_rank.tiles(rank, columns, d is not None, a is not None))
         to = c_long(rank), _stack(a), pointer(h), c_float(scale), _factor(d), _stack(g)
-        KERNEL.lib.reduce_each(*self._rows(x), *to, *room)
+        kernel_of(x.dtype).lib.reduce_each(*self._rows(x), *to, *room)
         return h
 
     def _rows(self, x: Tensor) -> tuple[Any, ...]:
@@ -90,7 +91,7 @@ def fits(groups: Groups, rows: Sequence[Tensor], factors: Sequence[Tensor]) -> b
         and all(_fits(x, groups[0][1]) for x in rows)
         and all(f.dtype is torch.float32 and 0 < f.shape[1] <= RANK for f in factors)
         and is_memory(*rows, *factors)
-        and KERNEL.ready()
+        and low_rank.runs(torch.bfloat16)
     )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from peftlite.kernels.native import low_rank, mask, packed
 
-KERNELS = (low_rank.KERNEL, low_rank.SINGLE, mask.KERNEL, packed.KERNEL, packed.TILES)
+KERNELS = (
+    *(low_rank.KERNEL, low_rank.HALF, low_rank.SINGLE, mask.KERNEL),
+    *(packed.KERNEL, packed.TILES),
+)
 
 
 def rows() -> list[list[str]]:

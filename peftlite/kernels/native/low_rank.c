@@ -19,7 +19,7 @@
 #include "share.h"
 #include "tiles.h"
 
-typedef uint16_t bf16;
+typedef uint16_t Number; /* in bf16 */
 typedef Words Tile; /* pairs of bf16, or numbers in fp32 */
 
 enum {
@@ -30,8 +30,8 @@ enum {
     GROUPS = 4,     /* of 16 ranks, at most */
 };
 
-INLINE bf16 *row_of(const struct Rows *x, long row) {
-    return (bf16 *)x->at + (x->order ? x->order[row] : row) * x->stride;
+INLINE Number *row_of(const struct Rows *x, long row) {
+    return (Number *)x->at + (x->order ? x->order[row] : row) * x->stride;
 }
 
 /* -- numbers */
@@ -157,7 +157,7 @@ static void block(const struct Pass *job, long first, long tokens, long group, f
         __m512i pairs = rows->threshold ? of_pairs(rows, c * COLUMNS) : _mm512_setzero_si512();
         for (long i = 0; i < tiles; i++) {
             long token = first + i * SIDE;
-            x[i] = direct ? (void *)((bf16 *)rows->at + token * rows->stride + c * COLUMNS) : staged[i];
+            x[i] = direct ? (void *)((Number *)rows->at + token * rows->stride + c * COLUMNS) : staged[i];
             if (!direct) stage(rows, token, tokens - i * SIDE, c * COLUMNS, pairs, staged[i]);
         }
         SETTLE();
@@ -226,7 +226,7 @@ static void add_up(const void *arg, long c) {
 /* h, contiguous, where A is given, and g where d is. In the room are A's parts, then g's sums of each
    chunk of tokens. */
 void reduce(const struct Rows *x, long rank, const struct Factor *a, float *h, float scale,
-            const struct Factor *d, const struct Factor *g, long chunk, Tile *room, int threads) {
+            const struct Factor *d, const struct Factor *g, long chunk, Words *room, int threads) {
     const long groups = parts_of(rank, SIDE), columns = x->columns / COLUMNS;
     struct Pass job = {*x, rank, NULL, h, scale, {0}, NULL, {0}, groups, columns, chunk};
     if (a) {
@@ -247,7 +247,7 @@ void reduce(const struct Rows *x, long rank, const struct Factor *a, float *h, f
 
 struct Up {
     struct Rows y;
-    const bf16 *bias; /* what each row of y is before; or NULL: what it is */
+    const Number *bias; /* what each row of y is before; or NULL: what it is */
     struct Factor h;
     long rank, groups;
     const Tile *u; /* U's two parts, the first above the second: [16 columns][group] */
@@ -319,7 +319,7 @@ static void up_piece(const void *arg, long piece) {
         __m512i pairs = job->y.threshold ? of_pairs(&job->y, column) : _mm512_setzero_si512();
         for (long i = 0; i < count; i++) {
             const float *low = (float *)sums[i / SIDE][i % SIDE], *high = low + 2 * SIDE * SIDE;
-            const bf16 *from = job->bias ? job->bias : row_of(&job->y, first + i);
+            const Number *from = job->bias ? job->bias : row_of(&job->y, first + i);
             add_row(&job->y, first + i, column, pairs, _mm512_loadu_si512(from + column), low, high);
         }
     }
@@ -327,123 +327,12 @@ static void up_piece(const void *arg, long piece) {
 }
 
 /* y += drop(h U), or y = bias + drop(h U). In the room are U's parts. */
-static void up(const struct Rows *y, const bf16 *bias, long rank, const struct Factor *h,
-               const struct Factor *u, Tile *room, int threads) {
+static void up(const struct Rows *y, const Number *bias, long rank, const struct Factor *h,
+               const struct Factor *u, Words *room, int threads) {
     const long groups = parts_of(rank, SIDE);
     split_up(u, rank, groups, y->columns, room);
     struct Up job = {*y, bias, *h, rank, groups, room};
     share(up_piece, &job, parts_of(y->tokens, ROWS), threads);
 }
 
-void expand(const struct Rows *y, long rank, const struct Factor *h, const struct Factor *u, Tile *room,
-            int threads) {
-    up(y, NULL, rank, h, u, room, threads);
-}
-
-/* -- all that a layer adds, in one call */
-
-struct Forward {
-    struct Rows x, y;
-    const bf16 *bias;
-    long rank;
-    struct Factor a, u;
-    float *h;
-    Tile *room;
-};
-
-/* h = s·drop(x) Aᵀ, contiguous, and y += h U, or y = bias + h U. */
-void forward(const struct Forward *job, float scale, int threads) {
-    const struct Factor h = {job->h, 1, job->rank};
-    reduce(&job->x, job->rank, &job->a, job->h, scale, NULL, NULL, 2 * BLOCK, job->room, threads);
-    up(&job->y, job->bias, job->rank, &h, &job->u, job->room, threads);
-}
-
-struct Backward {
-    struct Rows dy, x, dx; /* of the last two, what isn't at all is NULL */
-    long rank;
-    struct Factor a, b, h, da, db;
-    float *dh;
-    long chunk; /* as in a pass */
-    Tile *room;
-};
-
-/* dh = s·dY B, contiguous, and dBᵀ = hᵀ dY; dA = dhᵀ drop(x) and dx += drop(dh A). */
-void backward(const struct Backward *job, float scale, int threads) {
-    const struct Factor dh = {job->dh, 1, job->rank};
-    reduce(&job->dy, job->rank, &job->b, job->dh, scale, &job->h, &job->db, job->chunk, job->room, threads);
-    if (job->x.at) reduce(&job->x, job->rank, NULL, NULL, 1, &dh, &job->da, job->chunk, job->room, threads);
-    if (job->dx.at) up(&job->dx, NULL, job->rank, &dh, &job->a, job->room, threads);
-}
-
-/* -- of many experts at once, whose rows follow one another in h */
-
-struct Stack {
-    float *at;
-    long by_expert, by_rank, by_other;
-};
-
-struct Own {
-    long expert, at, first, tokens; /* in which entry of x its rows begin, and which they are of h */
-};
-
-struct Experts {
-    struct Rows rows;
-    long leading, rank; /* how far apart entries are */
-    const struct Own *each;
-    struct Stack a, g;
-    float *h, scale;
-    struct Factor d;
-    Tile *room;
-    long tiles; /* of a worker's room */
-};
-
-static struct Factor matrix_of(const struct Stack *of, long expert) {
-    struct Factor found = {of->at, of->by_rank, of->by_other};
-    if (found.at) found.at += expert * of->by_expert;
-    return found;
-}
-
-static struct Rows rows_of(const struct Experts *job, const struct Own *own) {
-    struct Rows found = job->rows;
-    found.at = (bf16 *)found.at + own->at * job->leading;
-    found.tokens = own->tokens;
-    if (found.order) found.order += own->first;
-    return found;
-}
-
-static void reduce_own(const void *arg, long k) {
-    const struct Experts *job = arg;
-    const struct Own *own = job->each + k;
-    struct Rows x = rows_of(job, own);
-    struct Factor a = matrix_of(&job->a, own->expert), g = matrix_of(&job->g, own->expert), d = job->d;
-    if (d.at) d.at += own->first * d.by_other;
-    reduce(&x, job->rank, a.at ? &a : NULL, a.at ? job->h + own->first * job->rank : NULL, job->scale,
-           d.at ? &d : NULL, &g, own->tokens, job->room + worker * job->tiles, 1);
-}
-
-void reduce_each(const struct Rows *x, long leading, long rank, const struct Stack *a, float *h,
-                 float scale, const struct Factor *d, const struct Stack *g, const struct Own *each,
-                 long experts, Tile *room, long tiles, int threads) {
-    struct Experts job = {.rows = *x, .leading = leading, .rank = rank, .each = each};
-    if (a) job.a = *a;
-    if (d) job.d = *d, job.g = *g;
-    job.h = h, job.scale = scale, job.room = room, job.tiles = tiles;
-    share(reduce_own, &job, experts, threads);
-}
-
-static void expand_own(const void *arg, long k) {
-    const struct Experts *job = arg;
-    const struct Own *own = job->each + k;
-    struct Rows y = rows_of(job, own);
-    struct Factor h = job->d, u = matrix_of(&job->a, own->expert);
-    h.at += own->first * h.by_other;
-    expand(&y, job->rank, &h, &u, job->room + worker * job->tiles, 1);
-}
-
-void expand_each(const struct Rows *y, long leading, long rank, const struct Factor *h,
-                 const struct Stack *u, const struct Own *each, long experts, Tile *room, long tiles,
-                 int threads) {
-    struct Experts job = {.rows = *y, .leading = leading, .rank = rank, .each = each};
-    job.a = *u, job.d = *h, job.room = room, job.tiles = tiles;
-    share(expand_own, &job, experts, threads);
-}
+#include "layer.h"

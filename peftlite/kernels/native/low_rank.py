@@ -1,6 +1,7 @@
 """The operations of `torch_ops` in C, with factors, h and dh in fp32.
 
-x and y are in bf16, by low_rank.c, or in fp32, by single.c. What doesn't fit goes by plain torch.
+x and y are in bf16, by low_rank.c or half.c, or in fp32, by single.c. What doesn't fit goes by plain
+torch.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def forward(
         h.data_ptr(),
         _room(max(tiles(rank, x.shape[1], 0, True), _tiles_of_u(rank, columns))),
     )
-    KERNEL.lib.forward(job, c_float(reference.scaled(scale, dropout)), c_int(threads()))
+    _lib(x).forward(job, c_float(reference.scaled(scale, dropout)), c_int(threads()))
     # torch copies a bias before it adds the product: so that comes last, to what stands there then
     return y if bias is None else y.addmm_(x, w.t()), h
 
@@ -150,7 +151,7 @@ def backward(
         chunk,
         _room(max(*room, _tiles_of_u(rank, columns))),
     )
-    KERNEL.lib.backward(job, c_float(reference.scaled(scale, dropout)), c_int(threads()))
+    _lib(dy).backward(job, c_float(reference.scaled(scale, dropout)), c_int(threads()))
     return dx, da, db
 
 
@@ -187,11 +188,17 @@ def _fits(rows: Tensor, rank: int, dropout: float, *factors: Tensor) -> bool:
 
 def runs(dtype: torch.dtype) -> bool:
     """Whether x in a dtype has a kernel that can be called."""
-    return dtype in KERNELS and KERNELS[dtype].ready()
+    return dtype in KERNELS and kernel_of(dtype).ready()
+
+
+def kernel_of(dtype: torch.dtype) -> Kernel:
+    """The best kernel for x in a dtype that can be called, or the last one, which says why not."""
+    best = KERNELS[dtype]
+    return next((kernel for kernel in best if kernel.ready()), best[-1])
 
 
 def _lib(x: Tensor) -> Any:
-    return KERNELS[x.dtype].lib
+    return kernel_of(x.dtype).lib
 
 
 def _reduce(
@@ -315,14 +322,28 @@ KERNEL = Kernel(
     agrees=partial(_agrees, torch.bfloat16),
 )
 
+_VECTORS = ("avx512f", "avx512bw", "avx512vl")
+
+HALF = Kernel(
+    name="half",
+    needs=_VECTORS,
+    flags=tuple(f"-m{flag}" for flag in _VECTORS),
+    ran=("AuthenticAMD",),
+    does="rows in bf16 are widened in registers for AVX-512, where sides are multiples of 32",
+    agrees=partial(_agrees, torch.bfloat16),
+)
+
 SINGLE = Kernel(
     name="single",
-    needs=("avx512f", "avx512bw", "avx512vl"),
-    flags=("-mavx512f", "-mavx512bw", "-mavx512vl"),
-    ran=("GenuineIntel",),
+    needs=_VECTORS,
+    flags=HALF.flags,
+    ran=("GenuineIntel", "AuthenticAMD"),
     does="skinny products in fp32 by AVX-512, where sides are multiples of 32",
     agrees=partial(_agrees, torch.float32),
 )
 
-KERNELS = {torch.bfloat16: KERNEL, torch.float32: SINGLE}
-"""By the dtype of x."""
+KERNELS = {torch.bfloat16: (KERNEL, HALF), torch.float32: (SINGLE,)}
+"""By the dtype of x, the best one first."""
+
+ROWS = {torch.bfloat16: HALF, torch.float32: SINGLE}
+"""By the dtype of x, those that know a bank's rows."""

@@ -58,7 +58,7 @@ KERNEL = Kernel(
     name="mask",
     needs=("avx2",),
     flags=("-mavx2",),
-    ran=("GenuineIntel",),
+    ran=("GenuineIntel", "AuthenticAMD"),
     does="dropout's zeros are put in place, in one go",
     agrees=_agrees,
 )

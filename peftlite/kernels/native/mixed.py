@@ -1,4 +1,4 @@
-"""A bank's rows by single.c: y += s_k·(x A_kᵀ) B_kᵀ, with a k for each row, in fp32."""
+"""A bank's rows by single.c or half.c: y += s_k·(x A_kᵀ) B_kᵀ, with a k for each row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class _Mixed(ctypes.Structure):
 def fits(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor) -> bool:
     """Whether y (b, t, o) and all else have the dtypes, the sides and the places that C wants."""
     return (
-        all(t.dtype is torch.float32 for t in (y, x, a, b, scale))
+        all(t.dtype is torch.float32 for t in (a, b, scale))
+        and y.dtype is x.dtype
+        and x.dtype in low_rank.ROWS
         and ranks.dtype is torch.int32
         and x.shape[-1] % COLUMNS == y.shape[-1] % COLUMNS == 0
         and x.numel() > 0
@@ -42,7 +44,7 @@ def fits(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tenso
         and b.stride(1) == 1
         and is_plain(y, x)
         and is_memory(a, b, scale, ranks)
-        and low_rank.SINGLE.ready()
+        and low_rank.ROWS[x.dtype].ready()
     )
 
 
@@ -69,7 +71,7 @@ def rows_low_rank(
         room,
         groups,
     )
-    low_rank.SINGLE.lib.mix(ctypes.byref(job), c_long(len(slots)), c_int(threads()))
+    low_rank.ROWS[x.dtype].lib.mix(ctypes.byref(job), c_long(len(slots)), c_int(threads()))
     return y
 
 

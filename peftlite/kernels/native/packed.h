@@ -64,14 +64,6 @@ INLINE __m512i of_pairs(__m128i bytes, __m512i twice) {
     return _mm512_permutexvar_epi16(index, twice);
 }
 
-/* To bf16, a tie to the even one. The instruction for it takes the smallest numbers for 0. */
-INLINE __m256i rounded(__m512 v) {
-    __m512i bits = _mm512_castps_si512(v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-}
-
 INLINE void put(__m512 v, long wide, void *out, long i, __mmask16 which) {
     if (wide)
         _mm512_mask_storeu_ps((float *)out + i, which, v);

@@ -18,3 +18,13 @@ INLINE __m512i lanes(void) {
 INLINE __m512 widened(__m256i v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
+
+/* To bf16, a tie to the even one. The instruction for it takes the smallest numbers for 0. */
+INLINE __m256i rounded(__m512 v) {
+    __m512i bits = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q); /* what is none stays none */
+    up = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fc00000), number, up);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}

@@ -163,6 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help="1024; on a GPU, 512 to 16384")
     parser.add_argument("--eager", action="store_true", help="nothing that is compiled first")
     parser.add_argument("--warm", action="store_true", help="inputs may stay in the L2 cache")
+    parser.add_argument("--label", help="for another machine: what the CSV file's name ends with")
     parser.add_argument("--busy", type=int, default=0, help="processes that multiply meanwhile")
     parser.add_argument("--own-time", action="store_true", help="one thread, and its own time")
     return parser.parse_args()
@@ -190,9 +191,14 @@ def main() -> None:
 
     with neighbours(args.busy):
         figures = until_told(cells())
-    name = "lora_linear" if args.device == "cpu" else "lora_linear_cuda"
+    kinds = {
+        "cuda": args.device == "cuda",
+        "warm": args.warm,
+        "busy": args.busy,
+        args.label: args.label,
+    }
     report(
-        name + ("_warm" if args.warm else "") + ("_busy" if args.busy else ""),
+        "_".join(["lora_linear", *(kind for kind, given in kinds.items() if given)]),
         [*mixed(times), *figures],
         quick=args.quick,
         peft=peft.__version__,

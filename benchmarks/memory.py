@@ -1,7 +1,7 @@
 """Bytes that a LoRA linear keeps for its backward pass beyond its input and its parameters.
 
 The frozen base keeps none; the `tokens x r` numbers of h, in the dtype of the factors, and the seed
-of a dropout are enough. On a GPU, also the peak of a step.
+of a dropout are enough; in C, h is in fp32. On a GPU, also the peak of a step.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from common import Figure, report
 from contenders import DROPOUTS, DTYPES, RANK, Cell, Given, Layer, contenders, step
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from peftlite.kernels.native import low_rank
 
 
 def kept(layer: Layer, x: Tensor) -> int:
@@ -47,7 +49,8 @@ def enough(cell: Cell, name: str) -> int | None:
     """What a contender of ours may keep, in bytes."""
     if not name.startswith("peftlite"):
         return None
-    size = cell.dtype.itemsize if "half" in name else torch.float32.itemsize
+    half = "half" in name and not (cell.device == "cpu" and low_rank.runs(cell.dtype))
+    size = cell.dtype.itemsize if half else torch.float32.itemsize
     return cell.tokens * cell.rank * size + 8 * (cell.dropout > 0)
 
 

@@ -111,6 +111,13 @@ def path_with(x: Tensor, wide: torch.dtype) -> Path:
     return "triton" if x.is_cuda or _forced == "triton" else "torch"
 
 
+def wide(x: Tensor, a: Tensor, b: Tensor) -> torch.dtype:
+    """The dtype of h: x's or the factors', the wider; fp32 where C multiplies, with no other."""
+    found = torch.promote_types(x.dtype, a.dtype)
+    narrow = found is torch.bfloat16 and takes_native(x, torch.float32)
+    return torch.float32 if narrow and low_rank.knows(x, a, b) else found
+
+
 def ops(x: Tensor, wide: torch.dtype) -> ModuleType:
     """The operations of the path that x takes, with the factors in a dtype."""
     path = path_with(x, wide)

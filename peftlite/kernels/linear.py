@@ -38,9 +38,9 @@ def lora_linear(
     """y = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ, for x (..., i), W (o, i), A (r, i) and B (o, r).
 
     Where A and B are wider than W, x Aᵀ and whatever else has a side of r is formed in their dtype,
-    and rounded once, to y and to dx. Under autocast all is in its dtype. `seed`, an int64 tensor on
-    the device of x, decides the mask of a dropout; without one it is drawn from torch's generator
-    of that device. Without W, it is the low-rank part alone.
+    and rounded once, to y and to dx; in fp32 where C multiplies. Under autocast all is in its
+    dtype. `seed`, an int64 tensor on the device of x, decides the mask of a dropout; without one it
+    is drawn from torch's generator of that device. Without W, it is the low-rank part alone.
 
     Raises:
         PeftliteError: in the backward pass, since W's class has a product of its own without one.
@@ -103,7 +103,8 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y, and the scaled h."""
-    wide, flat = torch.promote_types(x.dtype, a.dtype), matrix(x)
+    flat = matrix(x)
+    wide = dispatch.wide(flat, a, b)
     ops = dispatch.ops(x, wide)
     y, h = ops.forward(flat, w, bias, a.to(wide), b.to(wide), scale, dropout, seed)
     if y.dim() == x.dim():

@@ -1,7 +1,7 @@
 """The operations of `torch_ops` in C, with factors, h and dh in fp32.
 
-x and y are in bf16, by low_rank.c or half.c, or in fp32, by single.c. What doesn't fit goes by plain
-torch.
+x and y are in bf16, by low_rank.c or half.c, or in fp32, by single.c. What doesn't fit goes by
+plain torch.
 """
 
 from __future__ import annotations
@@ -156,6 +156,11 @@ def backward(
 
 
 back = partial(passes.back, _HERE)
+
+
+def knows(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether sides and rank are what a kernel has, for x (t, i), A (r, i) and B (o, r)."""
+    return x.shape[1] % COLUMNS == b.shape[0] % COLUMNS == 0 and 0 < a.shape[0] <= RANK
 
 
 def _is_whole(

@@ -15,6 +15,7 @@
 
 enum {
     SIDE = 16,      /* tokens, or ranks, at a time */
+    HALF = 8,       /* tokens at a time up, so that y's lines stay in the nearest cache */
     COLUMNS = 32,   /* at a time */
     RANKS = 64,     /* at most */
 };
@@ -193,24 +194,30 @@ struct Above {
     long by_tile, by_rank;
 };
 
-/* y of up to 16 tokens, or what they are before, for an h that has as many ranks as U. */
-static void add_rows(const struct Rows *y, const Number *bias, long first, long count,
+/* y of 8 tokens, or of as many as there are, for an h that has as many ranks as U. */
+INLINE void add_rows(const struct Rows *y, const Number *bias, long first, long count,
                      float h[SIDE][RANKS], long rank, const struct Above *u) {
-    for (long column = 0; column < y->columns; column += SIDE) {
-        const float *at = u->at + column / COLUMNS * u->by_tile + column % COLUMNS;
+    for (long column = 0; column < y->columns; column += COLUMNS) {
+        const float *at = u->at + column / COLUMNS * u->by_tile;
         const __m512i pairs = y->threshold ? of_pairs(y, column) : _mm512_setzero_si512();
-        __m512 sum[SIDE];
-        EACH(t, SIDE) sum[t] = _mm512_setzero_ps();
+        __m512 low[HALF], high[HALF];
+        EACH(t, HALF) low[t] = high[t] = _mm512_setzero_ps();
         for (long r = 0; r < rank; r++, at += u->by_rank) {
-            const __m512 v = _mm512_loadu_ps(at);
-            EACH(t, SIDE) sum[t] = _mm512_fmadd_ps(_mm512_set1_ps(h[t][r]), v, sum[t]);
+            const __m512 left = _mm512_loadu_ps(at), right = _mm512_loadu_ps(at + SIDE);
+            EACH(t, HALF) {
+                const __m512 v = _mm512_set1_ps(h[t][r]);
+                low[t] = _mm512_fmadd_ps(v, left, low[t]);
+                high[t] = _mm512_fmadd_ps(v, right, high[t]);
+            }
         }
-        EACH(t, SIDE) {
+        EACH(t, HALF) {
             if (t >= count) break;
             Number *to = row_of(y, first + t) + column;
-            const __mmask16 keep = y->threshold ? kept(y, of_row(y, first + t), pairs) : 0xffff;
-            const __m512 v = got(bias ? bias + column : to);
-            set(to, _mm512_mask_add_ps(v, keep, v, sum[t]));
+            const Number *from = bias ? bias + column : to;
+            const __mmask32 keep = y->threshold ? kept(y, of_row(y, first + t), pairs) : ~0u;
+            const __m512 a = got(from), b = got(from + SIDE);
+            set(to, _mm512_mask_add_ps(a, keep, a, low[t]));
+            set(to + SIDE, _mm512_mask_add_ps(b, keep >> SIDE, b, high[t]));
         }
     }
 }
@@ -232,7 +239,8 @@ static void up_piece(const void *arg, long piece) {
             const float *at = job->h.at + (first + t) * job->h.by_other + r * job->h.by_rank;
             _mm512_store_ps(h[t] + r, picked(at, job->h.by_rank, t < count ? at_most(job->rank - r, SIDE) : 0));
         }
-    add_rows(&job->y, job->bias, first, count, h, job->rank, &job->u);
+    for (long t = 0; t < count; t += HALF)
+        add_rows(&job->y, job->bias, first + t, count - t, h + t, job->rank, &job->u);
 }
 
 /* y += drop(h U), or y = bias + drop(h U). In the room is U, where its columns don't lie side by side. */
@@ -294,7 +302,8 @@ static void mix_row(const void *arg, long row) {
             for (long t = 0; t < SIDE; t++)
                 _mm512_store_ps(h[t] + group * SIDE, _mm512_mul_ps(sum[t], scale));
         }
-        add_rows(&job->y, NULL, start + first, count, h, rank, &u);
+        for (long t = 0; t < count; t += HALF)
+            add_rows(&job->y, NULL, start + first + t, count - t, h + t, rank, &u);
     }
 }
 

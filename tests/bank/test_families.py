@@ -265,9 +265,10 @@ TRAINED = [
     ("family", "kind"), [(f, kind) for f in TRAINED for kind in f.kinds.split()], ids=str
 )
 def test_each_row_trains_its_own_delta_as_it_would_alone(family: Family, kind: str) -> None:
-    model, bank, twin = banked(family, ZOO[kind])
+    model, bank, twin = banked(family, ZOO[kind], torch.float64)
     names = names_of(family)
-    batch = ZOO[kind].batch(len(names))
+    batch = ZOO[kind].batch(len(names), torch.float64)
+    close = 1e-6 if kind.startswith("hf") else 1e-9  # transformers has its norms in fp32
     with bank.train(names):
         ZOO[kind].run(model, batch).square().sum().backward()
     each_alone(ZOO[kind], twin, names, batch).square().sum().backward()
@@ -278,7 +279,7 @@ def test_each_row_trains_its_own_delta_as_it_would_alone(family: Family, kind: s
         size = max(float(grad.abs().max()) for grads in wanted.values() for grad in grads)
         for address, grads in wanted.items():
             for grad, own in zip(grads, found[address], strict=True):
-                torch.testing.assert_close(own, grad, rtol=0, atol=1e-5 * size)
+                torch.testing.assert_close(own, grad, rtol=0, atol=close * size)
     assert all(p.grad is None for p in model.parameters())
 
 

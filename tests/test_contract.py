@@ -103,7 +103,11 @@ def test_law_1_a_fresh_delta_changes_no_output(row: Row, kind: Kind) -> None:
     before = run(model, batch)
     pl.attach(model, row.method)
     if row.fresh:
-        close(run(model, batch), before, 1e-6 if kind.name in FUSED_BY_TORCH else 0.0)
+        # a recurrent layer's product is another one where its weight is to learn
+        near = kind.name in (*FUSED_BY_TORCH, "gru", "lstm")
+        close(run(model, batch), before, 1e-6 if near else 0.0)
+        with torch.no_grad():
+            close(run(model, batch), before, 1e-6 if kind.name in FUSED_BY_TORCH else 0.0)
     else:
         assert not torch.allclose(run(model, batch), before)
 

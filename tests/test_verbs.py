@@ -75,7 +75,7 @@ def test_a_scope_and_a_view_take_either(given: str) -> None:
     with pl.using(model, it):
         assert torch.equal(model(ids), want)
     with pl.using(model, rows=[it, None]):
-        assert torch.equal(model(ids)[0], want[0])
+        assert torch.allclose(model(ids)[0], want[0], atol=1e-6)  # in a batch of its own or not
     assert torch.equal(pl.view(model, it)(ids), want)
 
 

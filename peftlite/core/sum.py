@@ -19,8 +19,9 @@ from peftlite.core.patch import Patch
 from peftlite.core.tensors import wide
 from peftlite.core.tokens import Lost, Tokens, told
 from peftlite.kernels import dispatch
-from peftlite.kernels.experts import Product, by_tokens, experts_linear
+from peftlite.kernels.experts import Product, experts_linear
 from peftlite.kernels.linear import lora_linear
+from peftlite.kernels.tokens import by_tokens
 from peftlite.lazy import Lazy
 
 

@@ -71,37 +71,6 @@ def reference(
     return torch.add(product.times(x, w), change, alpha=scale).to(x.dtype)
 
 
-def by_tokens(
-    y: Tensor,
-    x: Tensor,
-    own: Tensor,
-    experts: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    scale: Tensor,
-) -> Tensor:
-    """y, and s_k·x U V of every token (n,): for k of `own`, or -1, and e of `experts`.
-
-    U is (e, k, i, r) and V (e, k, r, o); the tokens of each k and e are brought together.
-    """
-    count = left.shape[1]
-    key = own if experts is None else torch.where(own < 0, own, experts * count + own)
-    ordered, order = key.sort()
-    which, sizes = ordered.unique_consecutive(return_counts=True)
-    parts = x.reshape(len(own), -1, x.shape[-1])[order].split(sizes.tolist())
-    changes = []
-    for at, part in zip(which.tolist(), parts, strict=True):
-        if at >= 0:
-            e, k = divmod(at, count)
-            h = (part.to(left.dtype) @ left[e, k]) * scale[k]
-            changes.append(h @ right[e, k])
-    if not changes:
-        return y
-    change = torch.cat(changes).to(y.dtype)
-    flat = y.reshape(len(own), -1, y.shape[-1])
-    return flat.index_add_(0, order[len(own) - len(change) :], change).view(y.shape)
-
-
 def _forward(
     product: Product, x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -111,7 +80,7 @@ def _forward(
     left, right = left.to(wide), right.to(wide)
     each = _each(groups, (x, y), left, right)
     if each is not None:
-        h = each.shrink(x, left.mT, scale)
+        h = each.shrink(x, left.mT, [scale] * len(groups))
         each.add(y, h, right)
         return y, h
     ops, kept = dispatch.ops(x, wide), []
@@ -138,7 +107,7 @@ def _backward(
     )
     each = _each(groups, [t for t in (dy, x, dx) if t is not None], left, right)
     if each is not None:
-        dh = each.grad_b(dy, h, right, scale, dright)
+        dh = each.grad_b(dy, h, right, [scale] * len(groups), dright)
         if x is not None:
             each.grad_a(x, dh, dleft.mT)
         if dx is not None:

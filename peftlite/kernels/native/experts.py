@@ -1,4 +1,4 @@
-"""The operations of `kernels/experts.py` in C: every expert of a product in one call."""
+"""The operations of `kernels/experts.py` and `tokens.py` in C: all of a product in one call."""
 
 from __future__ import annotations
 
@@ -14,61 +14,65 @@ from peftlite.kernels.native import low_rank
 from peftlite.kernels.native.kernel import is_memory, pointer, threads
 from peftlite.kernels.native.low_rank import COLUMNS, RANK, SIDE, Factor, Rows, kernel_of, lies
 
-Groups = Sequence[tuple[int, slice | int | Tensor]]
+Groups = Sequence[tuple[int | tuple[int, int], slice | int | Tensor]]
+"""Experts, or experts and deltas, and the rows of each."""
 
 
 class _Stack(ctypes.Structure):
     """`struct Stack`."""
 
-    _fields_ = [("at", c_void_p), *((by, c_long) for by in ("expert", "rank", "other"))]
+    _fields_ = [("at", c_void_p), *((by, c_long) for by in ("expert", "delta", "rank", "other"))]
 
 
 class Each:
     """Every expert's own rows, as C has them: entries of x one after another, one, or some."""
 
     def __init__(self, groups: Groups, x: Tensor):
-        table, order = list[int](), list[Tensor]()
+        table, order, each = list[int](), list[Tensor](), x.shape[1:-1].numel()
         self.tokens: int = 0
         self.experts: int = len(groups)
-        for expert, rows in groups:
-            at, count = 0, 1 if x.dim() == 2 else x.shape[1]
+        for key, rows in groups:
+            at, count = 0, each
             if isinstance(rows, slice):
                 at, count = rows.start, rows.stop - rows.start
             elif isinstance(rows, int):
                 at = rows
             else:
-                order.append((rows[:, None] * count + torch.arange(count)).flatten())
-                count = len(order[-1])
-            table += expert, at, self.tokens, count
+                order.append(rows)
+                count = len(rows) * each
+            table += *(key if isinstance(key, tuple) else (key, 0)), at, self.tokens, count
             self.tokens += count
         self.own: Tensor = torch.tensor(table, dtype=torch.int64)
-        self.order: Tensor | None = torch.cat(order) if order else None
+        self.order: Tensor | None = None
+        if order:
+            self.order = (torch.cat(order)[:, None] * each + torch.arange(each)).flatten()
 
-    def shrink(self, x: Tensor, a: Tensor, scale: float) -> Tensor:
-        """h (t, r) = s·x Aᵀ, for the A (r, i) of the expert of each token."""
-        return self._reduce(x, a, None, None, scale)
+    def shrink(self, x: Tensor, a: Tensor, scales: list[float]) -> Tensor:
+        """h (t, r) = s·x Aᵀ, for the A (r, i) and the s of each token."""
+        return self._reduce(x, a, None, None, scales)
 
-    def grad_b(self, dy: Tensor, h: Tensor, up: Tensor, scale: float, g: Tensor) -> Tensor:
-        """dh (t, r) = s·dY Uᵀ, and hᵀ dY into g (e, r, o)."""
-        return self._reduce(dy, up, h, g, scale)
+    def grad_b(self, dy: Tensor, h: Tensor, up: Tensor, scales: list[float], g: Tensor) -> Tensor:
+        """dh (t, r) = s·dY Uᵀ, and hᵀ dY into g (…, r, o)."""
+        return self._reduce(dy, up, h, g, scales)
 
     def grad_a(self, x: Tensor, dh: Tensor, g: Tensor) -> None:
-        """dhᵀ x into g (e, r, i)."""
-        self._reduce(x, None, dh, g, 1.0)
+        """dhᵀ x into g (…, r, i)."""
+        self._reduce(x, None, dh, g, [])
 
     def add(self, y: Tensor, h: Tensor, up: Tensor) -> None:
         """y += h U, in place."""
-        room = self._room(-(-up.shape[1] // SIDE) * y.shape[-1] // SIDE)
-        to = c_long(up.shape[1]), _factor(h), _stack(up)
+        room = self._room(-(-up.shape[-2] // SIDE) * y.shape[-1] // SIDE)
+        to = c_long(up.shape[-2]), _factor(h), _stack(up)
         kernel_of(y.dtype).lib.expand_each(*self._rows(y), *to, *room)
 
     def _reduce(
-        self, x: Tensor, a: Tensor | None, d: Tensor | None, g: Tensor | None, scale: float
+        self, x: Tensor, a: Tensor | None, d: Tensor | None, g: Tensor | None, scales: list[float]
     ) -> Any:
-        columns, rank = x.shape[-1], next(f for f in (g, a) if f is not None).shape[1]
+        columns, rank = x.shape[-1], next(f for f in (g, a) if f is not None).shape[-2]
         h = None if a is None else a.new_empty(self.tokens, rank)
         room = self._room(low_rank.tiles(rank, columns, d is not None, a is not None))
-        to = c_long(rank), _stack(a), pointer(h), c_float(scale), _factor(d), _stack(g)
+        s = (c_float * len(scales))(*scales)
+        to = c_long(rank), _stack(a), pointer(h), s, _factor(d), _stack(g)
         kernel_of(x.dtype).lib.reduce_each(*self._rows(x), *to, *room)
         return h
 
@@ -85,11 +89,11 @@ class Each:
 
 
 def fits(groups: Groups, rows: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
-    """Whether rows are in bf16, of columns by the 32; factors (e, r, n) in fp32, of few ranks."""
+    """Whether rows are in bf16, of columns by the 32; factors (…, r, n) in fp32, of few ranks."""
     return (
         bool(groups)
         and all(_fits(x, groups[0][1]) for x in rows)
-        and all(f.dtype is torch.float32 and 0 < f.shape[1] <= RANK for f in factors)
+        and all(f.dtype is torch.float32 and 0 < f.shape[-2] <= RANK for f in factors)
         and is_memory(*rows, *factors)
         and low_rank.runs(torch.bfloat16)
     )
@@ -105,4 +109,7 @@ def _factor(h: Tensor | None) -> Any:
 
 
 def _stack(factors: Tensor | None) -> Any:
-    return None if factors is None else byref(_Stack(factors.data_ptr(), *factors.stride()))
+    if factors is None:
+        return None
+    by_expert, *by_delta, by_rank, by_other = factors.stride()
+    return byref(_Stack(factors.data_ptr(), by_expert, *(by_delta or (0,)), by_rank, by_other))

@@ -42,15 +42,16 @@ void backward(const struct Backward *job, float scale, int threads) {
     if (job->dx.at) up(&job->dx, NULL, job->rank, &dh, &job->a, job->room, threads);
 }
 
-/* -- of many experts at once, whose rows follow one another in h */
+/* -- of many at once, whose rows follow one another in h: of experts, and of deltas of each */
 
 struct Stack {
     float *at;
-    long by_expert, by_rank, by_other;
+    long by_expert, by_delta, by_rank, by_other;
 };
 
 struct Own {
-    long expert, at, first, tokens; /* in which entry of x its rows begin, and which they are of h */
+    long expert, delta;
+    long at, first, tokens; /* in which entry of x its rows begin, and which they are of h */
 };
 
 struct Experts {
@@ -58,15 +59,16 @@ struct Experts {
     long leading, rank; /* how far apart entries are */
     const struct Own *each;
     struct Stack a, g;
-    float *h, scale;
+    float *h;
+    const float *scale; /* of each */
     struct Factor d;
     Words *room;
     long tiles; /* of a worker's room */
 };
 
-static struct Factor matrix_of(const struct Stack *of, long expert) {
+static struct Factor matrix_of(const struct Stack *of, const struct Own *own) {
     struct Factor found = {of->at, of->by_rank, of->by_other};
-    if (found.at) found.at += expert * of->by_expert;
+    if (found.at) found.at += own->expert * of->by_expert + own->delta * of->by_delta;
     return found;
 }
 
@@ -82,14 +84,14 @@ static void reduce_own(const void *arg, long k) {
     const struct Experts *job = arg;
     const struct Own *own = job->each + k;
     struct Rows x = rows_of(job, own);
-    struct Factor a = matrix_of(&job->a, own->expert), g = matrix_of(&job->g, own->expert), d = job->d;
+    struct Factor a = matrix_of(&job->a, own), g = matrix_of(&job->g, own), d = job->d;
     if (d.at) d.at += own->first * d.by_other;
-    reduce(&x, job->rank, a.at ? &a : NULL, a.at ? job->h + own->first * job->rank : NULL, job->scale,
-           d.at ? &d : NULL, &g, own->tokens, job->room + worker * job->tiles, 1);
+    reduce(&x, job->rank, a.at ? &a : NULL, a.at ? job->h + own->first * job->rank : NULL,
+           a.at ? job->scale[k] : 1, d.at ? &d : NULL, &g, own->tokens, job->room + worker * job->tiles, 1);
 }
 
 void reduce_each(const struct Rows *x, long leading, long rank, const struct Stack *a, float *h,
-                 float scale, const struct Factor *d, const struct Stack *g, const struct Own *each,
+                 const float *scale, const struct Factor *d, const struct Stack *g, const struct Own *each,
                  long experts, Words *room, long tiles, int threads) {
     struct Experts job = {.rows = *x, .leading = leading, .rank = rank, .each = each};
     if (a) job.a = *a;
@@ -102,7 +104,7 @@ static void expand_own(const void *arg, long k) {
     const struct Experts *job = arg;
     const struct Own *own = job->each + k;
     struct Rows y = rows_of(job, own);
-    struct Factor h = job->d, u = matrix_of(&job->a, own->expert);
+    struct Factor h = job->d, u = matrix_of(&job->a, own);
     h.at += own->first * h.by_other;
     expand(&y, job->rank, &h, &u, job->room + worker * job->tiles, 1);
 }

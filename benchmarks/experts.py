@@ -25,8 +25,10 @@ from lora_linear import once
 from torch import Tensor, nn
 
 import peftlite as pl
+from peftlite.bank import DeltaBank
 
 RANK, HIT = 16, 2
+ROWS, DELTAS = 16, 4  # of a batch, and of a bank
 SHAPES = {"8 x 1024 x 1024": (8, 1024, 1024), "64 x 1024 x 256": (64, 1024, 256)}
 SLOWER, NUMBERS = 1.3, 1.0  # bounds
 
@@ -74,6 +76,53 @@ WAYS: dict[str, tuple[type[Experts], int]] = {  # and tokens
     "grouped": (Grouped, 512),
     "batched": (Batched, 8),
 }
+
+
+class Mixture(nn.Module):
+    """Experts of a batch x (b, t, i), and ids (b, t, h) of those that each token has."""
+
+    def __init__(self, experts: type[Experts], *sides: int):
+        super().__init__()
+
+        class Routed(experts):  # as transformers': of tokens, and an index
+            def forward(self, x: Tensor, top_k_index: Tensor) -> Tensor:
+                ids, order = top_k_index.flatten(), top_k_index.flatten().argsort()
+                y = super().forward(x[order // HIT], ids[order])
+                return torch.zeros_like(x).index_add_(0, order // HIT, y)
+
+        self.experts = Routed(*sides)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.experts(x.flatten(0, 1), ids.flatten(0, 1)).view(x.shape)
+
+
+def of_a_bank(name: str, shape: str, dtype: torch.dtype, rounds: int) -> Iterator[Figure]:
+    """A step of a batch whose rows have one of some deltas each, over the frozen block's."""
+    (way, tokens), (e, i, f) = WAYS[name], SHAPES[shape]
+    method = pl.LoRA(rank=RANK, dtype=torch.float32, targets="experts.*_proj")
+    each = max(1, tokens // ROWS)
+    base = Mixture(way, e, i, f).to(dtype).requires_grad_(False)
+    bank = DeltaBank(copy.deepcopy(base), DELTAS, RANK, method)
+    for k in range(DELTAS):
+        delta = pl.attach(copy.deepcopy(base), method, name=f"d{k}")
+        for parameter in delta.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        bank.load(delta.name, delta)
+    x = torch.randn(ROWS, each, i, dtype=dtype).requires_grad_()
+    ids, dy = torch.randint(e, (ROWS, each, HIT)), torch.randn_like(x)
+    names = [f"d{k % DELTAS}" for k in range(ROWS)]
+
+    def of_rows() -> None:
+        with bank.train(names):
+            step(bank.model, x, ids, dy)
+        for name in set(names):
+            for parameter in bank.parameters(name):
+                parameter.grad = None
+
+    steps = {"base": partial(step, base, x, ids, dy), "bank": of_rows}
+    times = interleave({name: once(run, thread_time) for name, run in steps.items()}, rounds)
+    cell = f"{name} {shape} {str(dtype).removeprefix('torch.')}, a bank of {DELTAS}"
+    yield Figure(cell, ratios(times["bank"], times["base"]), at_most=SLOWER)
 
 
 def contenders(base: Experts) -> dict[str, nn.Module]:
@@ -160,7 +209,8 @@ def main() -> None:
     figures = [
         figure
         for dtype, name, shape in product((torch.float32, torch.bfloat16), WAYS, shapes)
-        for figure in measure(name, shape, dtype, 2 if args.quick else args.rounds)
+        for about in (measure, of_a_bank)
+        for figure in about(name, shape, dtype, 2 if args.quick else args.rounds)
     ]
     report("experts", figures, quick=args.quick, clock="own", peft=peft.__version__)
 

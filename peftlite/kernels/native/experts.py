@@ -89,19 +89,19 @@ class Each:
 
 
 def fits(groups: Groups, rows: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
-    """Whether rows are in bf16, of columns by the 32; factors (…, r, n) in fp32, of few ranks."""
+    """Whether rows have a kernel, of columns by the 32; factors (…, r, n) in fp32, of few ranks."""
     return (
         bool(groups)
-        and all(_fits(x, groups[0][1]) for x in rows)
+        and all(x.dtype is rows[0].dtype and _fits(x, groups[0][1]) for x in rows)
         and all(f.dtype is torch.float32 and 0 < f.shape[-2] <= RANK for f in factors)
         and is_memory(*rows, *factors)
-        and low_rank.runs(torch.bfloat16)
+        and low_rank.runs(rows[0].dtype)
     )
 
 
 def _fits(x: Tensor, listed: slice | int | Tensor) -> bool:
     lies = x.is_contiguous() if isinstance(listed, Tensor) else x.stride(-1) == 1
-    return x.dtype is torch.bfloat16 and lies and x.shape[-1] % COLUMNS == 0 and x.numel() > 0
+    return lies and x.shape[-1] % COLUMNS == 0 and x.numel() > 0
 
 
 def _factor(h: Tensor | None) -> Any:

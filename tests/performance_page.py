@@ -80,7 +80,7 @@ TABLES = {
     ),
     "experts": Table(
         "experts",
-        ("peftlite", "peft"),
+        ("peftlite", "peft", "a bank of 4"),
         {
             f"{way}, {shape}, {short}": f"{way} {shape} {long}, {{}}"
             for way in ("loop", "grouped", "batched")
@@ -269,11 +269,12 @@ def _missed() -> str:
     """Whatever has a bound and is beyond it."""
     files = sorted(path.stem for path in RESULTS.glob("*.csv"))
     lines = [
-        line for file in files for line in records(file) if "MISSED" in (line.get("bound") or "")
+        (line["figure"].replace("->", " → ") + ", AMD" * file.endswith("_amd"), line)
+        for file in files
+        for line in records(file)
+        if "MISSED" in (line.get("bound") or "")
     ]
-    rows = [
-        [line["figure"].replace("->", " → "), cell(line), _goal(line["bound"])] for line in lines
-    ]
+    rows = [[name, cell(line), _goal(line["bound"])] for name, line in lines]
     return grid(["", "measured", "goal"], rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from peftlite.train import measure, state
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Log
 from peftlite.train.given import digest
+from peftlite.train.halving import Contender
 from peftlite.train.history import History
 from peftlite.train.loader import Loader, write_batch
 from peftlite.train.measure import Loss, Metrics, Validator
@@ -60,6 +62,7 @@ class Run:
     def __post_init__(self) -> None:
         self.history: History = self.log.history
         self.go_back: Callable[[Tensor], None] = torch.autograd.backward
+        self.contender: Contender | None = None  # of those that train together
         self.parameters: list[nn.Parameter] = [
             p for d in self.deltas for p in d.parameters() if p.requires_grad
         ]
@@ -108,6 +111,8 @@ class Run:
                 continue
             lr = self.update()
             self.step += 1
+            if self.contender is not None:
+                self.contender.step(self.parameters, self.step)
             event = self.position | {"lr": lr, "grad_norm": norm}
             metrics = {"train": losses, **self.validator.validate_batch(self.step)}
             self.log.add(event | (self.validator.validate() if self.ends_epoch else {}), metrics)
@@ -187,15 +192,37 @@ class Run:
         if self.step != self.saved_step:  # unless it has just been resumed
             if self.ends_epoch or self.step == 0:
                 self.update_best()
+            self.judge()
             if self.store is not None and (self.ends_epoch or self.store.is_due(self.step)):
                 self.save(self.store)
         self.snapshot = state.clone(self.state()) if self.check_every > 1 else None
         self.tokens, self.since = 0, perf_counter()
+        if self.contender is not None and (rung := self.rung) is not None:
+            self.contender.await_verdict(rung)
         self.update_stopping()
 
     def update_stopping(self) -> None:
         """Whether any process was asked to stop."""
         self.stopping = self.processes.sum([self.stop_asked()]) != [0]
+
+    def judge(self) -> None:
+        """Has the metric of the mean of the steps so far compared with that of others, if due."""
+        contender = self.contender
+        if contender is None or (rung := self.rung) is None:
+            return
+
+        def found() -> float:
+            event = self.history.events[-1] | self.validator.validate()
+            return float(event.get(contender.metric, math.nan))
+
+        contender.judge(rung, self.parameters, found)
+
+    @property
+    def rung(self) -> int | None:
+        """At which it is compared with others now, if at any."""
+        if self.contender is None or not self.ends_epoch:
+            return None
+        return self.contender.rung(self.epoch, self.settings.epochs)
 
     def update_best(self) -> None:
         """Whether this epoch is the best so far."""
@@ -267,6 +294,7 @@ class Run:
             "options": self.options,
             "scaler": self.scaler.state_dict(),
             "loss": self.loss_state.state_dict() if self.loss_state else {},
+            "contender": self.contender.state() if self.contender else {},
             "random": state.random_state(self.device),
         }
 
@@ -303,6 +331,8 @@ class Run:
         self.scaler.load_state_dict(tree["scaler"])
         if self.loss_state and tree["loss"]:
             self.loss_state.load_state_dict(tree["loss"])
+        if self.contender and tree.get("contender"):
+            self.contender.load_state(tree["contender"])
         state.set_random_state(tree["random"], self.device)
 
     def save(self, store: Checkpoints) -> None:

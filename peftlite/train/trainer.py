@@ -26,6 +26,7 @@ from peftlite.train.auto import learning_rate
 from peftlite.train.checkpoints import Checkpoints
 from peftlite.train.events import Callback, Log, Progress
 from peftlite.train.given import check_dataset, check_length, held
+from peftlite.train.halving import Contender
 from peftlite.train.history import History
 from peftlite.train.loader import Collate, Loader
 from peftlite.train.loop import Run
@@ -294,13 +295,16 @@ class Trainer(Shown, Spelled):
         resume: Resume,
         processes: Processes,
         callback: Callback,
+        contender: Contender | None,
     ) -> History:
         """`fit` among others, on a model that is prepared for all, with a callback of theirs."""
         device, seed = trainable(deltas)[0].device, processes.seed(self.seed)
         with ExitStack() as held, fork_rng(device, seed), self._advised(settings):
             store, state = self._checkpoints(resume, deltas, settings, processes, held)
             run = self._run(shared, deltas, settings, store, processes, callback)
-            run.go_back = shared.back
+            run.go_back, run.contender = shared.back, contender
+            if contender is not None:
+                contender.meet = shared.meet
             return self._done(run, state)
 
     def _done(self, run: Run, state: dict[str, Tree] | None) -> History:

@@ -15,6 +15,7 @@ from peftlite.core.attach import detach
 from peftlite.errors import PeftliteError
 from peftlite.table import Shown, Table, format_cell, listed, short, table
 from peftlite.train.events import Callback
+from peftlite.train.halving import Halving
 from peftlite.train.history import Event, History
 from peftlite.train.measure import best_of
 from peftlite.train.parallel import Processes, process_group
@@ -139,7 +140,8 @@ def search(
             the tree-structured Parzen estimators of optuna (Bergstra et al., NeurIPS 2011).
         seed: of the choices, and of the numbers that `build` draws, the same for every trial.
         prune: stop a trial whose best so far is worse than the median of the others' at that epoch
-            (Golovin et al., KDD 2017, §3.2.2); together, the worse half after 1, 2, 4, … epochs.
+            (Golovin et al., KDD 2017, §3.2.2). Together the best eighth, two at least, go on after
+            1/16 of the training, and the best one after 5/8, as the mean of their steps has it.
         together: how many trials train at a time on the base that `build` attaches their deltas
             to, by `pl.fit_together`.
         file: JSONL to keep the trials that are over; a search that finds it goes on after them.
@@ -230,12 +232,14 @@ def _run_together(
         jobs.append(Job.of(trainer, trainer.folder is not None))
         detach(trainer.model, jobs[-1].delta)  # the next one may have its name
         _check_metric(trainer)
-    halvers: list[_Halver] = []
+    halving = Halving(trials[0].metric)
     for trial, job in zip(trials, jobs, strict=True):
-        halvers.append(_Halver(trial, halvers if prune else []))
-        job.trainer.callbacks = [*job.trainer.callbacks, halvers[-1]]
+        job.trainer.callbacks = [*job.trainer.callbacks, _Noter(trial)]
+        job.contender = halving.contender(job.trainer.stop) if prune else None
     train(jobs, None, progress=False)
     for trial, job in zip(trials, jobs, strict=True):
+        if job.contender is not None and job.contender.is_out:
+            trial.state = "pruned"
         try:
             job.done.result()
         except PeftliteError as error:
@@ -266,7 +270,7 @@ def _check_values(trial: Trial) -> None:
 
 @dataclass
 class _Noter(Callback):
-    """A callback: notes the metric after each epoch, and stops a trial that is worse than most."""
+    """A callback: notes the metric after each epoch."""
 
     trial: Trial
 
@@ -289,10 +293,6 @@ class _Noter(Callback):
     def judge(self) -> None:
         """Looks at what was noted."""
 
-    def prune(self) -> None:
-        self.trial.state = "pruned"
-        self.trainer.stop()
-
 
 @dataclass
 class _Pruner(_Noter):
@@ -302,7 +302,8 @@ class _Pruner(_Noter):
 
     def judge(self) -> None:
         if not self.ended and self._is_worse():
-            self.prune()
+            self.trial.state = "pruned"
+            self.trainer.stop()
 
     def _is_worse(self) -> bool:
         best, epochs = best_of(self.trial.metric), len(self.trial.values)
@@ -311,26 +312,6 @@ class _Pruner(_Noter):
             return False
         own, median = best(self.trial.values), float(np.median(theirs))
         return own != median and best(own, median) == median
-
-
-@dataclass
-class _Halver(_Noter):
-    """Stops the worse half of those that train together, after 1, 2, 4, … epochs."""
-
-    others: list[_Halver]
-
-    def judge(self) -> None:
-        epochs, left = len(self.trial.values), [each for each in self.others if each.is_left]
-        if epochs & (epochs - 1) or any(len(each.trial.values) < epochs for each in left):
-            return
-        best = best_of(self.trial.metric)
-        left.sort(key=lambda each: best(each.trial.values[:epochs]), reverse=best is max)
-        for worse in left[-(-len(left) // 2) :]:
-            worse.prune()
-
-    @property
-    def is_left(self) -> bool:
-        return not self.ended and self.trial.state == "done"
 
 
 def _note(trials: Sequence[Trial], study: Study, processes: Processes, shown_of: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import peftlite as pl
 from peftlite.train import Trainer, fit_together, losses
+from peftlite.train.together.pace import Pace
 from tests.train.tiny import timeless
 
 TINY = BertConfig(
@@ -116,11 +118,15 @@ def calls(model: nn.Module) -> list[int]:
 
 
 LORAS = METHODS["LoRA"]
+LORAS_OF_WEIGHTS = [pl.LoRA(rank=r, targets="*.weight") for r in (2, 1, 3)]
 
 
-@pytest.mark.parametrize("at_once", [None, 2, 1])
-def test_each_learns_as_it_would_alone(at_once: int | None) -> None:
-    jobs = Jobs(mlp(), [pl.LoRA(rank=r, targets="*.weight") for r in (2, 1, 3)], rows)
+@pytest.mark.parametrize(("at_once", "pace"), [(None, 99), (None, 2), (None, 1), (2, 99), (1, 99)])
+def test_each_learns_as_it_would_alone(
+    at_once: int | None, pace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "next", lambda _: pace)
+    jobs = Jobs(mlp(), LORAS_OF_WEIGHTS, rows)
     given = pl.deltas(jobs.model)["d2"], jobs.model.training
     base = {name: p.clone() for name, p in jobs.model.named_parameters()}
     jobs.same(fit_together(jobs.trainers, at_once=at_once, progress=False))
@@ -151,7 +157,8 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.same(histories)
 
 
-def test_calls_of_one_step_are_one() -> None:
+def test_calls_of_one_step_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "next", lambda _: 99)
     jobs = Jobs(mlp(), [pl.LoRA(rank=2, targets="*.weight")] * 3, rows, batch_size=4, epochs=2)
     found = calls(jobs.model)
     fit_together(jobs.trainers, progress=False)
@@ -159,7 +166,39 @@ def test_calls_of_one_step_are_one() -> None:
     assert max(found) == 12 and len(found) == 9  # 3 of validation, 2 times 3 of training
 
 
-def test_texts_of_different_lengths_are_one() -> None:
+@pytest.mark.parametrize("best", [1, 4, 32])
+def test_as_many_are_one_as_the_clock_says(best: int) -> None:
+    pace, ran = Pace(), []
+    for _ in range(20):
+        ran.append(number := min(pace.next(), 32))
+        late = 9.0 * (ran.count(number) == 1)  # what is new
+        pace.note(number, abs(math.log2(number / best)) + late)
+    assert ran[-1] == best and max(ran) == min(2 * best, 32)
+    assert all(ran.count(number) == 2 for number in {*ran} - {best})
+
+
+def test_those_that_take_turns_keep_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "next", lambda _: 1)
+    order: list[str] = []
+
+    class Note(pl.Callback):
+        def start(self, trainer: Any, history: Any) -> None:
+            self.name = trainer.delta
+
+        def event(self, event: Any) -> None:
+            order.append(self.name)
+
+        def end(self, history: Any) -> None: ...
+
+    jobs = Jobs(mlp(), LORAS_OF_WEIGHTS, rows, batch_size=4, epochs=1, val=None)
+    for trainer in jobs.trainers:
+        trainer.callbacks = [Note()]
+    fit_together(jobs.trainers, progress=False)
+    assert order == ["d0", "d1", "d2"] * 4
+
+
+def test_texts_of_different_lengths_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "next", lambda _: 99)
     jobs = Jobs(bert(), [pl.LoRA(rank=2)] * 2, texts, batch_size=7, epochs=1, val=None)
     found = calls(jobs.model)
     histories = fit_together(jobs.trainers, progress=False)
@@ -439,8 +478,76 @@ def test_a_search_together_finds_what_one_by_one_does() -> None:
     for mine, theirs in zip(together.trials, apart.trials, strict=True):
         assert mine.choice == theirs.choice
         assert mine.values == pytest.approx(theirs.values, abs=1e-10)
-    halved = pl.search(build, space, together=6, **{**given, "prune": True})
-    assert [len(trial.values) for trial in halved.trials].count(1) == 3
-    ranked = sorted(apart.trials, key=lambda trial: trial.values[0])
-    stopped = {trial.number for trial in halved.trials if len(trial.values) == 1}
-    assert stopped == {trial.number for trial in ranked[3:]}
+
+
+class Steps(pl.Callback):
+    """The parameters after each step."""
+
+    def start(self, trainer: Any, history: Any) -> None:
+        self.trainer, self.found = trainer, []
+
+    def event(self, event: Any) -> None:
+        if event["step"]:
+            self.found.append([p.detach().clone() for p in self.trainer.deltas[0].parameters()])
+
+    def end(self, history: Any) -> None: ...
+
+    def mean(self, epochs: int, per_epoch: int) -> float:
+        """The loss of the mean of the first epochs' steps, each as often as its number says."""
+        taken = self.found[: epochs * per_epoch]
+        often = [step for number, step in enumerate(taken, 1) for step in [step] * number]
+        for p, *values in zip(self.trainer.deltas[0].parameters(), *often, strict=True):
+            p.data.copy_(torch.stack(values).mean(0))
+        x, labels = self.trainer.collate(self.trainer.val)
+        with torch.no_grad():
+            return nn.functional.cross_entropy(self.trainer.model(x), labels).item()
+
+
+def test_a_search_together_keeps_those_that_fare_best_at_rest(tmp_path: Path) -> None:
+    data, model = rows(0, 24), mlp()
+    space = {"lr": [1e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0], "rank": [1, 2]}
+    stop: list[int] = []
+
+    class Interrupt(pl.Callback):
+        def start(self, trainer: Any, history: Any) -> None: ...
+
+        def event(self, event: Any) -> None:
+            if event["step"] in stop:
+                raise KeyboardInterrupt
+
+        def end(self, history: Any) -> None: ...
+
+    def build(choice: dict[str, Any], folder: Path | None = None, *callbacks: Any) -> Trainer:
+        torch.manual_seed(0)
+        pl.attach(model, pl.LoRA(rank=choice["rank"], targets="*.weight"), name="trial")
+        given = {"epochs": 8, "batch_size": 6, "lr": choice["lr"], "progress": False}
+        given |= {"folder": folder, "callbacks": callbacks}
+        return Trainer(model, losses.classification, data[8:], data[:8], **given)
+
+    def kept(epochs: int, choices: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+        means = []
+        for choice in choices:
+            steps = Steps()
+            build(choice, None, steps).fit()
+            means.append(steps.mean(epochs, 3))
+            pl.detach(model, "trial")
+        return [choices[i] for i in sorted(range(len(choices)), key=means.__getitem__)[:most]]
+
+    def halved(folder: Path | None = None) -> pl.Trials:
+        def made(choice: dict[str, Any]) -> Trainer:
+            own = folder and folder / f"{choice['lr']}-{choice['rank']}"
+            return build(choice, own, Interrupt())
+
+        return pl.search(made, space, how="grid", together=12, progress=False)
+
+    found = halved().trials
+    second = kept(1, [trial.choice for trial in found], 2)
+    (best,) = kept(5, second, 1)
+    for trial in found:
+        epochs = 8 if trial.choice == best else 5 if trial.choice in second else 1
+        assert (len(trial.values), trial.state) == (epochs, "done" if epochs == 8 else "pruned")
+    for stop[:] in ([3], [4], [15], [17]):  # amid and between what is judged
+        with pytest.raises(KeyboardInterrupt):
+            halved(tmp_path / str(stop[0]))
+        at, stop[:] = tmp_path / str(stop[0]), []
+        assert [t.values for t in halved(at).trials] == [t.values for t in found]

@@ -4,9 +4,11 @@
     caller 2   loss(model, batch):   model(x₂) ┤ model([x₁ x₂] ┤ y₂   L₂ ┤ (L₁ + L₂).backward()
 
 Rows have nothing to do with each other, so each delta has the gradients that it would have alone. A
-call that fits no other runs by itself. A way back waits for all whose calls it may go through; a
-call outside of training waits for nobody. Of several processes each has the same callers, which ask
-for the same in each, in one order: so goes whatever they exchange.
+call that fits no other runs by itself, and how many that fit run as one is found by the clock: see
+`pace.py`. Where that saves nothing they take turns, each forward and back. A way back waits for all
+whose calls it may go through; a call outside of training waits for nobody. Of several processes
+each has the same callers, which ask for the same in each, in one order: so goes whatever they
+exchange.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -26,8 +29,11 @@ from peftlite.core.find import require
 from peftlite.train.parallel import Processes
 from peftlite.train.together.call import Call, How, joined, parted
 from peftlite.train.together.caller import Caller, Draws, Modes
+from peftlite.train.together.pace import Pace
 
 Asking = tuple[Caller, Call]
+MEET = object()
+"""What a caller asks for that waits for the others."""
 
 
 class Shared(nn.Module):
@@ -56,6 +62,10 @@ class Shared(nn.Module):
         """`loss.backward()`, with those of the others; by itself if it goes nowhere, and raises."""
         self._ask(loss) if loss.requires_grad else loss.backward()
 
+    def meet(self) -> None:
+        """Waits until all others that are there do, too."""
+        self._ask(MEET)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -78,6 +88,8 @@ class Batcher:
         self._choice = require(bank.model)[1].choice
         self._live: list[Caller] = []
         self._ahead: set[Caller] = set()  # whose calls are yet to be gone back through
+        self._paces = {True: Pace(), False: Pace()}  # of calls with gradients, and without
+        self._spent = self._sizes = 0.0  # seconds, on what those that are ahead gave
         self._warned = False
 
     def caller(self, name: str, work: Callable[[Shared], Any]) -> Caller:
@@ -115,25 +127,55 @@ class Batcher:
 
     def _answer(self) -> None:
         """Answers some of what is asked for, at least one."""
+        if all(caller.asked is MEET for caller in self._live):
+            for caller in self._live:
+                caller.run()
+            return
         calls = [(c, c.asked) for c in self._live if isinstance(c.asked, Call)]
         outside = [(c, call) for c, call in calls if not call.how.gradients]
         back = [c for c in self._live if isinstance(c.asked, Tensor)]
         self._forward(outside)
+        inside = [(c, call) for c, call in calls if call.how.gradients]
         if back and self._ahead <= {*back}:
             self._backward(back)
-        else:
-            self._forward([(c, call) for c, call in calls if call.how.gradients])
+        elif self._ahead:
+            self._forward([(c, call) for c, call in inside if c in self._ahead])
+        elif inside:
+            self._forward(next(iter(self._grouped(inside)))[: self._most(inside)])
+
+    def _most(self, asking: Sequence[Asking]) -> int:
+        """How many of the calls that fit each other run as one."""
+        if self.processes.size > 1 or self.model is not self.bank.model:
+            return len(asking)  # whose clocks differ; and each number is a graph of its own
+        return self._paces[asking[0][1].how.gradients].next()
 
     # -- forward
 
     def _forward(self, asking: Sequence[Asking]) -> None:
         answers: dict[Caller, tuple[Any, Exception | None]] = {}
         for group in self._grouped(asking):
-            outputs = self._outputs(group)
-            answers.update(zip((caller for caller, _ in group), outputs, strict=True))
+            left = [*group]
+            while left:
+                most = len(left) if left[0][1].how.gradients else self._most(left)
+                part, left = left[:most], left[most:]
+                outputs = self._timed(part)
+                answers.update(zip((caller for caller, _ in part), outputs, strict=True))
         self._ahead.update(caller for caller, call in asking if call.how.gradients)
         for caller, _ in asking:
+            self._live.remove(caller)  # whoever was answered is the last to be so again
+            self._live.append(caller)
             caller.run(*answers.pop(caller))
+
+    def _timed(self, group: Sequence[Asking]) -> Sequence[tuple[Any, Exception | None]]:
+        """The outputs of a group; the pace notes how long they took."""
+        began = perf_counter()
+        outputs = self._outputs(group)
+        seconds, size = perf_counter() - began, sum(call.size for _, call in group)
+        if group[0][1].how.gradients:
+            self._spent, self._sizes = self._spent + seconds, self._sizes + size
+        else:
+            self._paces[False].note(len(group), seconds / max(size, 1))
+        return outputs
 
     def _grouped(self, asking: Sequence[Asking]) -> Iterable[Sequence[Asking]]:
         """The calls that run as one: those that fit each other, in every process."""
@@ -195,10 +237,14 @@ class Batcher:
     def _backward(self, callers: Sequence[Caller]) -> None:
         failed: Exception | None = None
         self.draws.give(None)
+        began = perf_counter()
         try:
             torch.autograd.backward([caller.asked for caller in callers])
         except Exception as error:
             failed = error
+        self._spent += perf_counter() - began
+        self._paces[True].note(len(callers), self._spent / max(self._sizes, 1))
+        self._spent = self._sizes = 0.0
         self._ahead.clear()
         for caller in callers:
             caller.run(error=failed)

@@ -54,6 +54,7 @@ class Call:
 
     Attributes:
         rows: of its batch; None if no argument has any.
+        size: how many numbers its tensors have.
         tokens: of a row, where a mask says which of them count.
     """
 
@@ -70,6 +71,7 @@ class Call:
         tensors = [t for t in self.leaves if isinstance(t, Tensor) and t.dim()]
         batch = next((t for t in tensors if t.dim() > 1), tensors[0] if tensors else None)
         self.rows: int | None = None if batch is None else len(batch)
+        self.size: int = sum(t.numel() for t in tensors)
         mask = kwargs.get(MASK)
         self.tokens: int | None = None
         longer: list[int] = []

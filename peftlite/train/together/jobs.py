@@ -22,6 +22,7 @@ from peftlite.progress import bar
 from peftlite.table import listed, short
 from peftlite.train.data.checks import check_counts
 from peftlite.train.events import Callback
+from peftlite.train.halving import Contender
 from peftlite.train.history import Event, History
 from peftlite.train.parallel import Processes, check_unsharded, process_group
 from peftlite.train.settings import Settings, Training
@@ -40,6 +41,7 @@ class Job(Callback):
     delta: Delta
     settings: Settings
     resume: Resume = False
+    contender: Contender | None = None
     history: History = field(default_factory=History)
     bar: Any = None
     done: Future[History] = field(default_factory=Future)
@@ -58,7 +60,7 @@ class Job(Callback):
 
     def work(self, shared: Shared, processes: Processes) -> History:
         """Its whole run."""
-        given = [self.delta], self.settings, self.resume, processes, self
+        given = [self.delta], self.settings, self.resume, processes, self, self.contender
         return self.trainer._fit_shared(shared, *given)
 
     def start(self, trainer: Training, history: History) -> None:
@@ -94,7 +96,8 @@ def fit_together(
     draws other numbers. One that fails ends by itself: its history is "failed", with the error, and
     a warning says so. Any loss will do whose calls of the model have a batch and give a row for
     each row of it; calls of one shape run as one, and so do texts of different lengths that come
-    with an `attention_mask`.
+    with an `attention_mask`. How many run as one is found by the clock: where that gains nothing,
+    they take turns.
 
     Args:
         trainers: of one model, each of another delta, which can be mixed by rows: see

@@ -235,6 +235,9 @@ def search(name: str, clock: Callable[[], float], quick: bool) -> Iterator[Figur
     faster = [seconds[1] / seconds[16]] * 2
     yield Figure(f"{name}, 16 rates: 16 trainings / one search", faster, at_least=4)
     yield Figure(f"{name}, 16 rates: the same winner", [float(same)] * 2, "", at_least=1)
+    best = [found[k].best.value or 0.0 for k in (16, 1)]
+    name = f"{name}, 16 rates: least loss, the search's / that of 16 trainings"
+    yield Figure(name, [best[0] / best[1]] * 2)
 
 
 # -- memory

@@ -140,8 +140,7 @@ def search(
             the tree-structured Parzen estimators of optuna (Bergstra et al., NeurIPS 2011).
         seed: of the choices, and of the numbers that `build` draws, the same for every trial.
         prune: stop a trial whose best so far is worse than the median of the others' at that epoch
-            (Golovin et al., KDD 2017, §3.2.2). Together the best eighth, two at least, go on after
-            1/16 of the training, and the best one after 5/8, as the mean of their steps has it.
+            (Golovin et al., KDD 2017, §3.2.2); together, most after 1/16 and 5/8 of the training.
         together: how many trials train at a time on the base that `build` attaches their deltas
             to, by `pl.fit_together`.
         file: JSONL to keep the trials that are over; a search that finds it goes on after them.

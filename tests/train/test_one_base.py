@@ -166,14 +166,14 @@ def test_calls_of_one_step_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(found) == 12 and len(found) == 9  # 3 of validation, 2 times 3 of training
 
 
-@pytest.mark.parametrize("best", [1, 4, 32])
+@pytest.mark.parametrize("best", [1, 4, 64])
 def test_as_many_are_one_as_the_clock_says(best: int) -> None:
     pace, ran = Pace(), []
     for _ in range(20):
-        ran.append(number := min(pace.next(), 32))
+        ran.append(number := min(pace.next(), 64))
         late = 9.0 * (ran.count(number) == 1)  # what is new
         pace.note(number, abs(math.log2(number / best)) + late)
-    assert ran[-1] == best and max(ran) == min(2 * best, 32)
+    assert ran[-1] == best and max(ran) == min(4 * best, 64)
     assert all(ran.count(number) == 2 for number in {*ran} - {best})
 
 

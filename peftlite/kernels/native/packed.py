@@ -184,7 +184,7 @@ KERNEL = Kernel(
     name="packed",
     needs=("avx512f", "avx512bw", "avx512vl", "fma"),
     flags=("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"),
-    ran=("GenuineIntel",),
+    ran=("GenuineIntel", "AuthenticAMD"),
     does=f"codes are read 16 at a time; up to {FEW} rows are multiplied with them as they are",
     agrees=_forms,
 )

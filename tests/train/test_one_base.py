@@ -4,7 +4,7 @@ import copy
 import gc
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,16 @@ LORAS = METHODS["LoRA"]
 LORAS_OF_WEIGHTS = [pl.LoRA(rank=r, targets="*.weight") for r in (2, 1, 3)]
 
 
+@pytest.fixture
+def by_clock() -> Iterator[None]:
+    """As many calls run as one as the clock says."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.mark.usefixtures("by_clock")
 @pytest.mark.parametrize(("at_once", "pace"), [(None, 99), (None, 2), (None, 1), (2, 99), (1, 99)])
 def test_each_learns_as_it_would_alone(
     at_once: int | None, pace: int, monkeypatch: pytest.MonkeyPatch
@@ -157,8 +167,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.same(histories)
 
 
-def test_calls_of_one_step_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "next", lambda _: 99)
+def test_calls_of_one_step_are_one() -> None:
     jobs = Jobs(mlp(), [pl.LoRA(rank=2, targets="*.weight")] * 3, rows, batch_size=4, epochs=2)
     found = calls(jobs.model)
     fit_together(jobs.trainers, progress=False)
@@ -177,6 +186,7 @@ def test_as_many_are_one_as_the_clock_says(best: int) -> None:
     assert all(ran.count(number) == 2 for number in {*ran} - {best})
 
 
+@pytest.mark.usefixtures("by_clock")
 def test_those_that_take_turns_keep_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "next", lambda _: 1)
     order: list[str] = []
@@ -197,8 +207,7 @@ def test_those_that_take_turns_keep_step(monkeypatch: pytest.MonkeyPatch) -> Non
     assert order == ["d0", "d1", "d2"] * 4
 
 
-def test_texts_of_different_lengths_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "next", lambda _: 99)
+def test_texts_of_different_lengths_are_one() -> None:
     jobs = Jobs(bert(), [pl.LoRA(rank=2)] * 2, texts, batch_size=7, epochs=1, val=None)
     found = calls(jobs.model)
     histories = fit_together(jobs.trainers, progress=False)

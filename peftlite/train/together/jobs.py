@@ -97,7 +97,7 @@ def fit_together(
     a warning says so. Any loss will do whose calls of the model have a batch and give a row for
     each row of it; calls of one shape run as one, and so do texts of different lengths that come
     with an `attention_mask`. How many run as one is found by the clock: where that gains nothing,
-    they take turns.
+    they take turns. Under `torch.use_deterministic_algorithms(True)` all that fit run as one.
 
     Args:
         trainers: of one model, each of another delta, which can be mixed by rows: see

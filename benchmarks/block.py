@@ -20,7 +20,7 @@ from time import perf_counter, thread_time
 import peft
 import torch
 import transformers
-from common import Figure, interleave, ratios, report, timer, until_told
+from common import Figure, interleave, named, ratios, report, timer, until_told
 from contenders import DTYPES, RANK
 from lora_linear import once
 from torch import Tensor, nn
@@ -380,6 +380,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="4, or 11 on a GPU")
+    parser.add_argument("--label", help="for another machine: what the CSV file's name ends with")
     parser.add_argument("--own-time", action="store_true", help="one thread, and its own time")
     args = parser.parse_args()
     torch.set_num_threads(1 if args.own_time else args.threads)
@@ -401,7 +402,7 @@ def main() -> None:
             yield from on_cuda(Task.of(kind, of, "cuda", dtype), rounds)
 
     report(
-        "block" if args.device == "cpu" else "block_cuda",
+        named("block", args.device == "cuda" and "cuda", args.label),
         until_told(on_cpu() if args.device == "cpu" else on_gpu()),
         quick=args.quick,
         peft=peft.__version__,

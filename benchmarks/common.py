@@ -149,6 +149,11 @@ def until_told(figures: Iterable[Figure]) -> list[Figure]:
     return found
 
 
+def named(*parts: str | bool | None) -> str:
+    """A CSV file's name, of those parts that there are."""
+    return "_".join(part for part in parts if isinstance(part, str) and part)
+
+
 def report(name: str, figures: Sequence[Figure], *, quick: bool, **versions: str) -> None:
     """Prints the machine and the figures; a run that wasn't quick also replaces the CSV file."""
     about = machine() | versions

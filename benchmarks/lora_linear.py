@@ -19,7 +19,7 @@ from time import perf_counter, thread_time
 
 import peft
 import torch
-from common import Figure, Timer, interleave, ratios, report, timer, until_told
+from common import Figure, Timer, interleave, named, ratios, report, timer, until_told
 from contenders import DROPOUTS, DTYPES, RANK, Cell, Given, Layer, contenders, deviation, step
 from memory import weigh
 from torch import Tensor
@@ -191,14 +191,9 @@ def main() -> None:
 
     with neighbours(args.busy):
         figures = until_told(cells())
-    kinds = {
-        "cuda": args.device == "cuda",
-        "warm": args.warm,
-        "busy": args.busy,
-        args.label: args.label,
-    }
+    cuda, warm, busy = args.device == "cuda", args.warm, args.busy > 0
     report(
-        "_".join(["lora_linear", *(kind for kind, given in kinds.items() if given)]),
+        named("lora_linear", cuda and "cuda", warm and "warm", busy and "busy", args.label),
         [*mixed(times), *figures],
         quick=args.quick,
         peft=peft.__version__,

@@ -15,7 +15,7 @@
 
 enum {
     SIDE = 16,      /* tokens, or ranks, at a time */
-    HALF = 8,       /* tokens at a time up, so that y's lines stay in the nearest cache */
+    FEW = 8,        /* tokens at a time up, so that y's lines stay in the nearest cache */
     COLUMNS = 32,   /* at a time */
     RANKS = 64,     /* at most */
 };
@@ -200,17 +200,17 @@ INLINE void add_rows(const struct Rows *y, const Number *bias, long first, long 
     for (long column = 0; column < y->columns; column += COLUMNS) {
         const float *at = u->at + column / COLUMNS * u->by_tile;
         const __m512i pairs = y->threshold ? of_pairs(y, column) : _mm512_setzero_si512();
-        __m512 low[HALF], high[HALF];
-        EACH(t, HALF) low[t] = high[t] = _mm512_setzero_ps();
+        __m512 low[FEW], high[FEW];
+        EACH(t, FEW) low[t] = high[t] = _mm512_setzero_ps();
         for (long r = 0; r < rank; r++, at += u->by_rank) {
             const __m512 left = _mm512_loadu_ps(at), right = _mm512_loadu_ps(at + SIDE);
-            EACH(t, HALF) {
+            EACH(t, FEW) {
                 const __m512 v = _mm512_set1_ps(h[t][r]);
                 low[t] = _mm512_fmadd_ps(v, left, low[t]);
                 high[t] = _mm512_fmadd_ps(v, right, high[t]);
             }
         }
-        EACH(t, HALF) {
+        EACH(t, FEW) {
             if (t >= count) break;
             Number *to = row_of(y, first + t) + column;
             const Number *from = bias ? bias + column : to;
@@ -239,7 +239,7 @@ static void up_piece(const void *arg, long piece) {
             const float *at = job->h.at + (first + t) * job->h.by_other + r * job->h.by_rank;
             _mm512_store_ps(h[t] + r, picked(at, job->h.by_rank, t < count ? at_most(job->rank - r, SIDE) : 0));
         }
-    for (long t = 0; t < count; t += HALF)
+    for (long t = 0; t < count; t += FEW)
         add_rows(&job->y, job->bias, first + t, count - t, h + t, job->rank, &job->u);
 }
 
@@ -302,7 +302,7 @@ static void mix_row(const void *arg, long row) {
             for (long t = 0; t < SIDE; t++)
                 _mm512_store_ps(h[t] + group * SIDE, _mm512_mul_ps(sum[t], scale));
         }
-        for (long t = 0; t < count; t += HALF)
+        for (long t = 0; t < count; t += FEW)
             add_rows(&job->y, NULL, start + first + t, count - t, h + t, rank, &u);
     }
 }

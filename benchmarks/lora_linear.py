@@ -90,14 +90,14 @@ def measure(cell: Cell, args: argparse.Namespace) -> tuple[list[Figure], Times]:
     a_round = sum(interleave(run, 1)[name][0] for name in run)
     rounds = 5 if args.quick else min(41, max(7, round(args.seconds / a_round)))
     times = interleave(run, rounds)
-    return [*_compared(cell, times), *figures], times
+    return [*_compared(cell, times, args.busy > 0), *figures], times
 
 
-def _compared(cell: Cell, times: Times) -> Iterator[Figure]:
+def _compared(cell: Cell, times: Times, busy: bool) -> Iterator[Figure]:
     yield Figure(f"{cell}, base", [seconds * 1e3 for seconds in times["base"]], "ms")
     for name in times:
         below = "base, forward" if name.endswith("forward") else "base"
-        bounded = name == "peftlite" and not cell.dropout
+        bounded = name == "peftlite" and not cell.dropout and not busy
         bound = BOUNDS.get((cell.device, cell.dtype)) if bounded else None
         if name != below:
             yield Figure(f"{cell}, {name}", ratios(times[name], times[below]), at_most=bound)

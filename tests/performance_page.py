@@ -269,13 +269,19 @@ def _missed() -> str:
     """Whatever has a bound and is beyond it."""
     files = sorted(path.stem for path in RESULTS.glob("*.csv"))
     lines = [
-        (line["figure"].replace("->", " → ") + ", AMD" * file.endswith("_amd"), line)
+        (line["figure"].replace("->", " → ") + _of(file), line)
         for file in files
         for line in records(file)
         if "MISSED" in (line.get("bound") or "")
     ]
     rows = [[name, cell(line), _goal(line["bound"])] for name, line in lines]
     return grid(["", "measured", "goal"], rows)
+
+
+def _of(file: str) -> str:
+    """What a file's name says of how its figures were taken."""
+    told = {"busy": ", beside busy neighbours", "amd": ", AMD"}
+    return "".join(said for part, said in told.items() if part in file.split("_"))
 
 
 def _goal(bound: str) -> str:

@@ -75,53 +75,62 @@ def _forward(
     product: Product, x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """y, and the scaled h of every expert that is hit, one after another."""
-    wide = torch.promote_types(x.dtype, left.dtype)
     y, groups = product.times(x, w), product.groups()
+    return y, add(groups, y, x, left, right, [scale] * len(groups))
+
+
+def add(
+    groups: Groups, y: Tensor, x: Tensor, left: Tensor, right: Tensor, scales: list[float]
+) -> Tensor:
+    """The scaled h of every group, one after another; y has its part added, in place."""
+    wide = torch.promote_types(x.dtype, left.dtype)
     left, right = left.to(wide), right.to(wide)
     each = _each(groups, (x, y), left, right)
     if each is not None:
-        h = each.shrink(x, left.mT, [scale] * len(groups))
+        h = each.shrink(x, left.mT, scales)
         each.add(y, h, right)
-        return y, h
+        return h
     ops, kept = dispatch.ops(x, wide), []
-    for expert, rows in groups:
-        h = ops.shrink(matrix(x[rows]), left[expert].mT, scale, 0.0, None)
-        _add(ops, y, rows, h, right[expert])
+    for (key, rows), scale in zip(groups, scales, strict=True):
+        h = ops.shrink(matrix(x[rows]), left[key].mT, scale, 0.0, None)
+        _add_to(ops, y, rows, h, right[key])
         kept.append(h)
-    return y, torch.cat(kept) if kept else left.new_empty(0, left.shape[-1])
+    return torch.cat(kept) if kept else left.new_empty(0, left.shape[-1])
 
 
-def _backward(
+def gradients(
     groups: Groups,
     dy: Tensor,
     h: Tensor,
     left: Tensor,
     right: Tensor,
-    scale: float,
+    scales: list[float],
     x: Tensor | None,
     dx: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """dU where there is x, and dV; dx has its part added where there is one."""
+    left, right = left.to(h.dtype), right.to(h.dtype)
     dleft, dright = (
-        torch.empty_like(f) if len(f) == len(groups) else torch.zeros_like(f) for f in (left, right)
+        torch.empty_like(f) if f[..., 0, 0].numel() == len(groups) else torch.zeros_like(f)
+        for f in (left, right)
     )
     each = _each(groups, [t for t in (dy, x, dx) if t is not None], left, right)
     if each is not None:
-        dh = each.grad_b(dy, h, right, [scale] * len(groups), dright)
+        dh = each.grad_b(dy, h, right, scales, dright)
         if x is not None:
             each.grad_a(x, dh, dleft.mT)
         if dx is not None:
             each.add(dx, dh, left.mT)
         return None if x is None else dleft, dright
     ops, first = dispatch.ops(dy, h.dtype), 0
-    for expert, rows in groups:
+    for (key, rows), scale in zip(groups, scales, strict=True):
         own = matrix(dy[rows])
-        dh, db = ops.grad_ab(own, h[first : first + len(own)], right[expert].mT, scale, 0.0)
-        dright[expert], first = db.mT, first + len(own)
+        dh, db = ops.grad_ab(own, h[first : first + len(own)], right[key].mT, scale, 0.0)
+        dright[key], first = db.mT, first + len(own)
         if x is not None:
-            dleft[expert] = ops.grad_a(dh, matrix(x[rows]), 0.0, None).mT
+            dleft[key] = ops.grad_a(dh, matrix(x[rows]), 0.0, None).mT
         if dx is not None:
-            _add(ops, dx, rows, dh, left[expert].mT)
+            _add_to(ops, dx, rows, dh, left[key].mT)
     return None if x is None else dleft, dright
 
 
@@ -132,7 +141,7 @@ def _each(groups: Groups, rows: Sequence[Tensor], left: Tensor, right: Tensor) -
     return Each(groups, rows[0]) if known else None
 
 
-def _add(ops: Any, y: Tensor, rows: Rows, h: Tensor, up: Tensor) -> None:
+def _add_to(ops: Any, y: Tensor, rows: Rows, h: Tensor, up: Tensor) -> None:
     """Adds h U to some rows of y."""
     own = y[rows]
     ops.add(matrix(own), h, up, 0.0, None)
@@ -171,7 +180,7 @@ class ExpertsLinear(torch.autograd.Function):
             return None, *found, None
         dy = grad_outputs[0].contiguous()
         dx = product.times(dy, w.mT) if needed[0] else None
-        factors = left.to(h.dtype), right.to(h.dtype)
-        known = x if needed[2] else None
-        dleft, dright = _backward(product.groups(), dy, h, *factors, ctx.scale, known, dx)
+        groups, known = product.groups(), x if needed[2] else None
+        scales = [ctx.scale] * len(groups)
+        dleft, dright = gradients(groups, dy, h, left, right, scales, known, dx)
         return None, dx, None, dleft, dright, None

@@ -15,11 +15,14 @@
    never turned. */
 
 #define _GNU_SOURCE
+#include <stdint.h>
+
+typedef uint16_t Number; /* in bf16 */
+
 #include "rows.h"
 #include "share.h"
 #include "tiles.h"
 
-typedef uint16_t Number; /* in bf16 */
 typedef Words Tile; /* pairs of bf16, or numbers in fp32 */
 
 enum {
@@ -29,10 +32,6 @@ enum {
     PARTS = 3,      /* of what is split */
     GROUPS = 4,     /* of 16 ranks, at most */
 };
-
-INLINE Number *row_of(const struct Rows *x, long row) {
-    return (Number *)x->at + (x->order ? x->order[row] : row) * x->stride;
-}
 
 /* -- numbers */
 

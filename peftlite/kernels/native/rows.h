@@ -1,4 +1,5 @@
-/* rows.h: rows of numbers with the mask of a dropout, factors in fp32, and vectors of AVX-512. */
+/* rows.h: rows of numbers with the mask of a dropout, factors in fp32, and vectors of AVX-512.
+   What includes it says before what a `Number` is. */
 
 #include "vectors.h"
 
@@ -12,6 +13,10 @@ struct Rows {
     uint64_t seed;
     long threshold; /* in steps of 2⁻¹⁶; 0 is no dropout */
 };
+
+INLINE Number *row_of(const struct Rows *x, long row) {
+    return (Number *)x->at + (x->order ? x->order[row] : row) * x->stride;
+}
 
 /* A matrix in fp32. */
 struct Factor {

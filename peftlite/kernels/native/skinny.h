@@ -23,10 +23,6 @@ enum {
 typedef float Square[SIDE][SIDE];
 typedef float Tile[SIDE][COLUMNS];
 
-INLINE Number *row_of(const struct Rows *x, long row) {
-    return (Number *)x->at + (x->order ? x->order[row] : row) * x->stride;
-}
-
 #define EACH(i, n) _Pragma("GCC unroll 16") for (long i = 0; i < n; i++)
 
 /* The ranks of a group, column by column. */
